@@ -110,7 +110,9 @@ def _check_layout(maps: WaferMaps) -> None:
         raise DataError(f"{maps.source}: a map of {bad[0]}x{bad[1]} dies. Sides must be 1 to {MAX_MAP_SIDE} dies.")
     areas_match = (np.diff(maps.offsets) == maps.shapes.prod(1)).all()
     if not areas_match or maps.offsets[0] != 0 or maps.offsets[-1] != len(maps.maps_flat):
-        raise DataError(f"{maps.source}: offsets do not fit the shapes. offsets[i+1] - offsets[i] must be rows*columns.")
+        raise DataError(
+            f"{maps.source}: offsets do not fit the shapes. offsets[i+1] - offsets[i] must be rows*columns."
+        )
     top = int(maps.maps_flat.max())
     if top > 2:
         raise DataError(f"{maps.source}: die value {top}. Only 0 (no die), 1 (pass) and 2 (fail) are allowed.")
@@ -188,7 +190,9 @@ def _read_path(path: Path, *, image_levels: str) -> WaferMaps:
             raise DataError(str(error)) from error
     if path.suffix == ".npz":
         return _read_npz(path)
-    raise DataError(f"--data {path}: unknown kind of file {path.suffix!r}. Give a .npz, LSWMD.pkl or a folder of images.")
+    raise DataError(
+        f"--data {path}: unknown kind of file {path.suffix!r}. Give a .npz, LSWMD.pkl or a folder of images."
+    )
 
 
 def _read_npz(path: Path) -> WaferMaps:
@@ -209,7 +213,9 @@ def _read_npz(path: Path) -> WaferMaps:
         return _from_dense(arrays["maps"], labels, groups, source=path.name)
     missing = {"offsets", "shapes"} - arrays.keys()
     if missing:
-        raise DataError(f"{path}: {sorted(missing)} missing beside maps_flat. Expected maps_flat, offsets, shapes, labels.")
+        raise DataError(
+            f"{path}: {sorted(missing)} missing beside maps_flat. Expected maps_flat, offsets, shapes, labels."
+        )
     return WaferMaps(
         maps_flat=arrays["maps_flat"],
         offsets=arrays["offsets"].astype(np.int64),
@@ -304,7 +310,9 @@ def _read_grey(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if max(image.size) > MAX_MAP_SIDE:
-                raise DataError(f"{path}: {image.size[0]}x{image.size[1]} pixels. At most {MAX_MAP_SIDE}: a pixel a die.")
+                raise DataError(
+                    f"{path}: {image.size[0]}x{image.size[1]} pixels. At most {MAX_MAP_SIDE}: a pixel a die."
+                )
             return np.asarray(image.convert("L"))
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(f"{path}: not a readable image ({error}). Remove it or save it as .png.") from error

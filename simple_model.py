@@ -1,0 +1,203 @@
+"""The LightningModule that every model shares, and the small residual CNN built on it.
+
+`WaferClassifier` holds what does not depend on the architecture: loss, metrics, optimiser, schedule. A model is a
+subclass whose constructor sets `self.network`, any `nn.Module` from [B, 1, S, S] to logits [B, 9]. Each works in a
+plain `Trainer.fit(model, datamodule)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+
+
+class WaferClassifier(pl.LightningModule):
+    """One training step, one set of metrics, one optimiser set-up for all models.
+
+    Subclasses set `self.network` and call `self.save_hyperparameters()` with plain values only, so that their
+    checkpoints load with `weights_only=True`.
+
+    Args:
+        learning_rate: peak of the schedule.
+        weight_decay: of matrices and kernels; biases and normalisation layers are not decayed.
+        optimizer: "adamw", "adam" or "sgd" (Nesterov momentum 0.9).
+        label_smoothing: 0..1, share of the target spread over all classes.
+        warmup: share of the training over which the learning rate rises to its peak, before the cosine decay.
+        class_weights: nine loss weights, or None for equal ones.
+        num_classes: length of the logits.
+
+    Raises:
+        ValueError: an unknown optimizer.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        *,
+        learning_rate: float = 4e-3,
+        weight_decay: float = 0.05,
+        optimizer: str = "adamw",
+        label_smoothing: float = 0.05,
+        warmup: float = 0.15,
+        class_weights: Sequence[float] | None = None,
+        num_classes: int = 9,
+    ) -> None:
+        super().__init__()
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={optimizer!r} is unknown. Allowed: {', '.join(OPTIMIZERS)}.")
+        self.learning_rate, self.weight_decay, self.optimizer_name = learning_rate, weight_decay, optimizer
+        self.warmup = warmup
+        # Where a time limit ends training before the last epoch, a callback raises this towards 1 (see `TimeBudget`).
+        self.time_progress = 0.0
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing)
+        self.confusion = nn.ModuleDict(
+            {stage: MulticlassConfusionMatrix(num_classes, validate_args=False) for stage in ("fit", "val")}
+        )
+
+    def setup(self, stage: str) -> None:
+        """Puts kernels in channels-last order: faster convolutions on CPU and GPU, the same results."""
+        self.network.to(memory_format=torch.channels_last)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Float [B, 1, S, S] in -1..1 to logits [B, 9]."""
+        return self.network(images.contiguous(memory_format=torch.channels_last))
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of one batch of images [B, 1, S, S] and labels int64 [B]."""
+        return self._step(batch, "fit")
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Adds one batch to the validation loss and metrics."""
+        self._step(batch, "val")
+
+    def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Class probabilities float32 [B, 9]."""
+        return self(batch[0]).float().softmax(-1)
+
+    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> torch.Tensor:
+        images, labels = batch
+        logits = self(images).float()
+        loss = self.loss(logits, labels)
+        self.confusion[stage].update(logits.detach(), labels)
+        name = "train_loss" if stage == "fit" else "val_loss"
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def on_train_batch_start(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Seeds each epoch by its number: a resumed run draws the same augmentation and dropout as an unbroken one."""
+        if batch_idx == 0:
+            torch.manual_seed(self._base_seed + self.current_epoch)
+
+    def on_fit_start(self) -> None:
+        """Remembers the seed that the run was started with."""
+        self._base_seed = torch.initial_seed() % 2**31
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of the epoch: the training ones here too, so that callbacks at its end see both."""
+        self._log_metrics("val", prefix="val")
+        if self.confusion["fit"].update_called:
+            self._log_metrics("fit", prefix="train")
+
+    def _log_metrics(self, stage: str, *, prefix: str) -> None:
+        counts = self.confusion[stage].compute().double()
+        self.confusion[stage].reset()
+        self.log(f"{prefix}_macro_f1", macro_f1(counts))
+        self.log(f"{prefix}_accuracy", counts.diagonal().sum() / counts.sum())
+
+    def configure_optimizers(self):
+        """The optimiser, and a learning rate that rises linearly and then falls to zero along a cosine."""
+        kernels = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": kernels, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        match self.optimizer_name:
+            case "adamw":
+                optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+            case "adam":
+                optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+            case "sgd":
+                optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True, fused=True)
+        total_steps = max(1, self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            progress = min(1.0, max(step / total_steps, self.time_progress))
+            if progress < self.warmup:
+                return max(0.02, progress / self.warmup)
+            return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def macro_f1(confusion: torch.Tensor) -> torch.Tensor:
+    """Mean F1 over all classes from counts [C, C] (rows true); a class that never occurs counts 0.
+
+    The same definition as `sklearn.metrics.f1_score(labels=range(C), average="macro", zero_division=0)`.
+    """
+    hits = confusion.diagonal()
+    return (2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)).mean()
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, arXiv:1512.03385).
+
+    A block that halves the image averages 2x2 dies on its shortcut (He et al. 2019, arXiv:1812.01187), so that no
+    die is skipped.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+        )
+        nn.init.zeros_(self.body[-1].weight)  # each block starts as its shortcut: deeper nets learn from the first step
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.AvgPool2d(stride, ceil_mode=True) if stride != 1 else nn.Identity(),
+                nn.Conv2d(channels_in, channels_out, 1, bias=False),
+                nn.BatchNorm2d(channels_out),
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, channels_in, H, W] to [B, channels_out, H / stride, W / stride]."""
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class LightningCNN(WaferClassifier):
+    """A residual CNN for small images.
+
+    Args:
+        base_channels: width of the first stage; the others are twice, four and eight times as wide.
+        dropout: before the last layer.
+        **training: see `WaferClassifier`.
+    """
+
+    def __init__(self, *, base_channels: int = 32, dropout: float = 0.1, num_classes: int = 9, **training) -> None:
+        super().__init__(num_classes=num_classes, **training)
+        self.save_hyperparameters()
+        widths = [base_channels * factor for factor in (1, 2, 4, 8)]
+        blocks = [ResidualBlock(w_in, w_out, stride=2) for w_in, w_out in zip(widths[:-1], widths[1:], strict=True)]
+        self.network = nn.Sequential(
+            nn.Conv2d(1, base_channels, 3, stride=1, padding=1, bias=False),
+            nn.BatchNorm2d(base_channels),
+            nn.ReLU(inplace=True),
+            *blocks,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(widths[-1], num_classes),
+        )
