@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 def run(work: Callable[[], object]) -> int:
     """Calls `work`; turns a user's mistake into one message and status 2, Ctrl-C into a hint and status 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
     try:
         work()
     except KeyboardInterrupt:

@@ -136,7 +136,7 @@ def compute_metrics(predictions: Predictions, *, n_bootstrap: int = 1000, seed: 
     "On Calibration of Modern Neural Networks" (arXiv 1706.04599), with 15 equal-width bins of confidence.
 
     Intervals are percentile intervals of the cluster bootstrap (Field & Welsh 2007, "Bootstrapping clustered data",
-    J. R. Stat. Soc. B 69): lots are drawn with replacement, and every map of a drawn lot comes along. A draw that misses
+    J. R. Stat. Soc. B 69): lots are drawn with replacement, and all maps of a drawn lot come along. A draw that misses
     the few lots of a rare class scores zero F1 for it, as the definition says, so such intervals reach far down.
 
     Args:

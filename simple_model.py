@@ -93,14 +93,13 @@ class WaferClassifier(pl.LightningModule):
         self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
-    def on_train_batch_start(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        """Seeds each epoch by its number: a resumed run draws the same augmentation and dropout as an unbroken one."""
-        if batch_idx == 0:
-            torch.manual_seed(self._base_seed + self.current_epoch)
-
     def on_fit_start(self) -> None:
         """Remembers the seed that the run was started with."""
         self._base_seed = torch.initial_seed() % 2**31
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds each epoch by its number: a resumed run draws the same augmentation and dropout as an unbroken one."""
+        torch.manual_seed(self._base_seed + self.current_epoch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics of the epoch: the training ones here too, so that callbacks at its end see both."""

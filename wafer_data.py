@@ -314,7 +314,7 @@ def _read_grey(path: Path) -> np.ndarray:
                     f"{path}: {image.size[0]}x{image.size[1]} pixels. At most {MAX_MAP_SIDE}: a pixel a die."
                 )
             return np.asarray(image.convert("L"))
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ImportError) as error:  # ultralytics, once loaded, asks for a plugin
         raise DataError(f"{path}: not a readable image ({error}). Remove it or save it as .png.") from error
 
 
@@ -403,15 +403,20 @@ def _lots_joined_by_copies(groups: np.ndarray, digests: list[bytes]) -> np.ndarr
 def _deal(
     indices: np.ndarray, labels: np.ndarray, units: np.ndarray, *, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits `indices` into (rest, part), the part holding about `fraction` of them."""
+    """Splits `indices` into (rest, part), the part holding about `fraction` of them: more where lots are few."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+    pairs = np.unique(np.stack([labels[indices], units[indices]], 1), axis=0)
+    fewest_lots = int(np.bincount(pairs[:, 0], minlength=NUM_CLASSES).min())
+    # With fewer lots of a class than folds, some folds would lack that class: then fewer, larger folds.
+    n_splits = min(max(2, round(1 / fraction)), max(2, fewest_lots))
     one_map_a_lot = len(np.unique(units[indices])) == len(indices)
     splitter = StratifiedKFold if one_map_a_lot else StratifiedGroupKFold  # the plain one is far faster
-    folds = splitter(n_splits=max(2, round(1 / fraction)), shuffle=True, random_state=seed)
+    folds = splitter(n_splits=n_splits, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a rare class may have fewer maps than folds: checked after
-        rest, part = next(folds.split(indices, labels[indices], units[indices]))
+        deals = folds.split(indices, labels[indices], units[indices])
+        rest, part = max(deals, key=lambda deal: len(np.unique(labels[indices[deal[1]]])))
     return indices[rest], indices[part]
 
 
@@ -593,7 +598,8 @@ class WaferMapDataModule(pl.LightningDataModule):
         batches = EpochBatches(
             len(dataset), batch_size=batch_size, shuffle=shuffle, seed=self.seed, sample_weights=sample_weights
         )
-        return DataLoader(dataset, sampler=batches, batch_size=None)
+        # A generator of its own: a loader's iterator draws from the global one, at other moments in a resumed run.
+        return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
 
     def on_after_batch_transfer(self, batch: tuple[torch.Tensor, torch.Tensor], dataloader_idx: int):
         """Encodes and, in training, augments a batch on its device."""

@@ -1,11 +1,13 @@
 """Generated wafer maps: nine failure classes on round die grids, grouped into lots.
 
-The generator stands in for WM-811K where no download is wanted. Every map starts from a yield model, a probability of failing for each
-die, to which the defect of its class is added; dies then fail independently. Lots share what real lots share: the die grid, the yield,
-and the place, size and strength of a defect that comes back wafer after wafer. The constants were set by comparing generated maps with
-WM-811K (Wu, Jang and Chen, "Wafer Map Failure Pattern Recognition and Similarity Ranking for Large-Scale Data Sets", IEEE Transactions
-on Semiconductor Manufacturing 28(1), 2015, doi 10.1109/TSM.2014.2364237), class by class: fail density, its radial profile and the
-map sizes. Classes overlap here as they do there.
+The generator stands in for WM-811K where no download is wanted. Every map starts from a yield model, a probability of
+failing for each die, to which the defect of its class is added; dies then fail independently. Lots share what real lots
+share: the die grid, the yield, and the place, size and strength of a defect that comes back wafer after wafer.
+
+The constants were set by comparing generated maps with WM-811K class by class (fail density, its radial profile, map
+sizes, background). Classes overlap as they do there: a faint Loc looks like none, a long Edge-Loc like an Edge-Ring.
+WM-811K: Wu, Jang and Chen, "Wafer Map Failure Pattern Recognition and Similarity Ranking for Large-Scale Data Sets",
+IEEE Transactions on Semiconductor Manufacturing 28(1), 2015, doi 10.1109/TSM.2014.2364237.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ CLASS_NAMES = ("Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "
 COARSE_GRIDS = ((25, 27), (27, 25), (26, 26))
 COARSE_GRID_WEIGHTS = (0.5, 0.3, 0.2)
 FINE_GRIDS = (
-    *((29, 26), (33, 29), (30, 34), (35, 31), (33, 37), (38, 36), (39, 37), (39, 31), (41, 33), (41, 41), (43, 42), (44, 41)),
-    *((45, 43), (46, 46), (48, 48), (53, 52), (52, 59), (63, 62), (71, 70), (107, 105)),
+    *((29, 26), (33, 29), (30, 34), (35, 31), (33, 37), (38, 36), (39, 37), (39, 31), (41, 33), (41, 41), (43, 42)),
+    *((44, 41), (45, 43), (46, 46), (48, 48), (53, 52), (52, 59), (63, 62), (71, 70), (107, 150)),
 )
-FINE_GRID_WEIGHTS = (*((0.06,) * 15), 0.04, 0.02, 0.03, 0.02, 0.01)
+FINE_GRID_WEIGHTS = (*((0.06,) * 15), 0.04, 0.02, 0.03, 0.02, 0.02)
 
-# Share of each class that sits on a coarse grid (WM-811K: 0.46, 0.01, 0.30, 0.04, 0.24, 0.42, 0.25, 0.26, 0.79; drawn closer together so
-# that the size of a map does not give its class away).
-COARSE_SHARE = (0.45, 0.15, 0.35, 0.20, 0.35, 0.40, 0.30, 0.35, 0.65)
+# Share of each class that sits on a coarse grid (WM-811K: 0.46, 0.01, 0.30, 0.04, 0.24, 0.42, 0.25, 0.26, 0.79; drawn
+# closer together so that the size of a map does not give its class away).
+COARSE_SHARE = (0.45, 0.10, 0.35, 0.15, 0.30, 0.40, 0.30, 0.30, 0.70)
 # Median share of dies that fail away from the defect (WM-811K, the quieter sectors of a map).
-BACKGROUND = (0.140, 0.140, 0.095, 0.050, 0.080, 0.150, 0.150, 0.060, 0.110)
+BACKGROUND = (0.145, 0.110, 0.095, 0.050, 0.080, 0.150, 0.150, 0.060, 0.120)
 
 LATENTS = 24  # random numbers that describe one map, more than any class uses
 LOT_CORRELATION = 0.6  # of those numbers, between two wafers of the same class in one lot
@@ -47,6 +49,7 @@ class DieGrid:
         is_die: bool [h, w], True where there is a die.
         x, y: float32 [dies], die centres, -1 to 1 across the wafer.
         radius: float32 [dies], 0 at the centre, about 1 at the edge.
+        corner_radius: float32 [dies], radius of the outermost corner of the die.
         angle: float32 [dies], -pi to pi.
         column, row: int64 [dies], place in the map.
     """
@@ -56,6 +59,7 @@ class DieGrid:
     x: np.ndarray
     y: np.ndarray
     radius: np.ndarray
+    corner_radius: np.ndarray
     angle: np.ndarray
     column: np.ndarray
     row: np.ndarray
@@ -70,8 +74,15 @@ class DieGrid:
         radius = np.hypot(x, y)
         is_die = radius <= reach
         row, column = np.nonzero(is_die)
+        corner_radius = np.hypot(np.abs(x) + np.float32(1 / width), np.abs(y) + np.float32(1 / height))
         angle = np.arctan2(np.broadcast_to(y, shape), np.broadcast_to(x, shape))
-        return cls(shape, is_die, x[0, column], y[row, 0], radius[is_die], angle[is_die], column, row)
+        per_die = (x[0, column], y[row, 0], radius[is_die], corner_radius[is_die], angle[is_die])
+        return cls(shape, is_die, *per_die, column, row)
+
+    @property
+    def pitch(self) -> float:
+        """Size of a die in wafer radii, the mean of both directions."""
+        return 2.0 / math.sqrt(self.shape[0] * self.shape[1])
 
 
 class Latents:
@@ -81,20 +92,24 @@ class Latents:
         self._normals = iter(normals.tolist())
 
     def normal(self, mean: float = 0.0, deviation: float = 1.0) -> float:
+        """Returns a normal number."""
         return mean + deviation * next(self._normals)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """Returns a number that is as good as uniform in (low, high)."""
         # The logistic curve is within 0.01 of the normal distribution function, and fast.
         return low + (high - low) / (1.0 + math.exp(-1.702 * next(self._normals)))
 
     def log_uniform(self, low: float, high: float) -> float:
+        """Returns a number whose logarithm is uniform; `low` and `high` are above 0."""
         return math.exp(self.uniform(math.log(low), math.log(high)))
 
     def angle(self) -> float:
+        """Returns a direction in radians, -pi to pi."""
         return self.uniform(-math.pi, math.pi)
 
 
-# --- Fields: float32 [dies], the probability that a defect kills a die ---------------------------------------------------------------
+# --- Fields: float32 [dies], the probability that a defect kills a die -----------------------------------------------
 
 
 def _soft_step(distance: np.ndarray, softness: float) -> np.ndarray:
@@ -102,21 +117,31 @@ def _soft_step(distance: np.ndarray, softness: float) -> np.ndarray:
     return 1.0 / (1.0 + np.exp(np.clip(distance * (2.0 / softness), -30.0, 30.0)))
 
 
-def _wobble(grid: DieGrid, rng: np.random.Generator, amplitude: float) -> np.ndarray:
-    """A smooth random surface that makes outlines irregular."""
-    frequency, phase = rng.normal(0.0, 4.0, (3, 2)), rng.uniform(0.0, 2.0 * math.pi, 3)
-    waves = [np.sin(fx * grid.x + fy * grid.y + shift) for (fx, fy), shift in zip(frequency.tolist(), phase.tolist(), strict=True)]
-    return (waves[0] + waves[1] + waves[2]) * np.float32(amplitude / 2.0)
+def _wobble(grid: DieGrid, rng: np.random.Generator, amplitude: float, frequency: float = 4.0) -> np.ndarray:
+    """A smooth random surface that makes outlines irregular; `frequency` in radians across a wafer radius."""
+    frequencies = rng.normal(0.0, frequency, (3, 2)).astype(np.float32)
+    phase = rng.uniform(0.0, 2.0 * math.pi, 3).astype(np.float32)
+    surface = sum(np.sin(fx * grid.x + fy * grid.y + shift) for (fx, fy), shift in zip(frequencies, phase, strict=True))
+    return surface * np.float32(amplitude / 2.0)
 
 
 def _blob(
-    grid: DieGrid, rng: np.random.Generator, *, x: float, y: float, size: float, elongation: float, tilt: float, softness: float
+    grid: DieGrid,
+    rng: np.random.Generator,
+    *,
+    x: float,
+    y: float,
+    size: float,
+    elongation: float = 1.0,
+    tilt: float = 0.0,
+    softness: float = 0.5,
 ) -> np.ndarray:
     """An irregular ellipse of mean half-axis `size` around (x, y)."""
     cos, sin, stretch = math.cos(tilt), math.sin(tilt), math.sqrt(elongation)
     along = ((grid.x - x) * cos + (grid.y - y) * sin) / (size * stretch)
     across = ((grid.y - y) * cos - (grid.x - x) * sin) * (stretch / size)
-    return _soft_step(np.hypot(along, across) + _wobble(grid, rng, 0.3) - 1.0, softness)
+    outline = 1.0 - _wobble(grid, rng, 0.35, min(max(1.2 / size, 4.0), 12.0))  # small spots need finer waves
+    return _soft_step(np.hypot(along, across) - outline, softness)
 
 
 def _angular_distance(grid: DieGrid, centre: float) -> np.ndarray:
@@ -132,30 +157,32 @@ def _stripes(grid: DieGrid, rng: np.random.Generator) -> np.ndarray:
 
 
 def _center(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    x, y = latents.normal(0.0, 0.07), latents.normal(0.0, 0.07)
-    size, strength = 0.09 + 0.35 * latents.uniform() ** 2.2, latents.uniform(0.45, 1.0)
-    softness, elongation, tilt = latents.log_uniform(0.15, 0.9), math.exp(latents.normal(0.0, 0.25)), latents.angle()
-    core = _blob(grid, rng, x=x, y=y, size=size, elongation=elongation, tilt=tilt, softness=softness)
-    return strength * core
+    x, y = latents.normal(0.0, 0.06), latents.normal(0.0, 0.06)
+    size, strength = max(latents.log_uniform(0.07, 0.60), 1.2 * grid.pitch), latents.uniform(0.4, 1.0) ** 0.5
+    softness, elongation, tilt = latents.log_uniform(0.1, 0.6), math.exp(latents.normal(0.0, 0.25)), latents.angle()
+    field = strength * _blob(grid, rng, x=x, y=y, size=size, elongation=elongation, tilt=tilt, softness=softness)
+    if latents.uniform() < 0.05:
+        field = field * _stripes(grid, rng)
+    return field
 
 
 def _donut(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     x, y = latents.normal(0.0, 0.06), latents.normal(0.0, 0.06)
-    radius, width = latents.uniform(0.25, 0.55), latents.log_uniform(0.06, 0.22)
-    strength, softness = latents.uniform(0.5, 1.0), latents.log_uniform(0.03, 0.12)
-    opening, bias = latents.angle(), latents.uniform(0.0, 0.9)
-    distance = np.hypot(grid.x - x, grid.y - y) + _wobble(grid, rng, 0.07)
-    # Many rings are open or thin on one side and thick on the other.
-    thickness = width * (1.0 - bias * np.cos(grid.angle - opening))
-    field = strength * _soft_step(np.abs(distance - radius) - thickness, softness)
+    hole, width = latents.uniform(0.15, 0.42), latents.log_uniform(0.07, 0.40)
+    strength, softness = latents.uniform(0.4, 1.0) ** 0.5, latents.log_uniform(0.02, 0.09)
+    direction, bias = latents.angle(), latents.uniform(0.0, 1.1)
+    distance = np.hypot(grid.x - x, grid.y - y) + _wobble(grid, rng, 0.06)
+    # The hole is round; the ring around it is thick on one side and thin, faint or open on the other.
+    side = np.cos(grid.angle - direction)
+    ring = _soft_step(hole - distance, softness) * _soft_step(distance - hole - width * (1.0 + bias * side), softness)
     if latents.uniform() < 0.35:
-        field *= 1.0 - 0.9 * _soft_step(_angular_distance(grid, opening) - latents.uniform(0.2, 0.9), 0.2)
-    return field
+        ring *= _soft_step(_angular_distance(grid, direction) - latents.uniform(1.6, 2.8), 0.2)
+    return strength * ring
 
 
 def _edge_loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    direction, half_arc = latents.angle(), latents.log_uniform(0.12, 1.9)
-    depth, strength = latents.log_uniform(0.05, 0.40), latents.uniform(0.5, 1.0)
+    direction, half_arc = latents.angle(), latents.log_uniform(0.12, 1.7)
+    depth, strength = latents.log_uniform(0.05, 0.45), latents.uniform(0.4, 1.0) ** 0.6
     softness = latents.log_uniform(0.02, 0.12)
     away = _angular_distance(grid, direction)
     # The patch is deepest in its middle and thins out towards its ends.
@@ -165,68 +192,74 @@ def _edge_loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.n
 
 
 def _edge_ring(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    die = 2.0 / math.sqrt(grid.shape[0] * grid.shape[1])  # pitch of a die, in wafer radii
-    depth, strength = die * latents.log_uniform(0.7, 1.6) + latents.uniform(0.0, 0.04), latents.uniform(0.6, 1.0)
-    direction, unevenness = latents.angle(), latents.uniform() ** 2
+    depth = grid.pitch * latents.log_uniform(0.5, 1.3) + 0.05 * latents.uniform() ** 2
+    strength, direction, unevenness = latents.uniform(0.55, 1.0) ** 0.5, latents.angle(), latents.uniform() ** 2
     side = 0.5 - 0.5 * np.cos(grid.angle - direction)  # 0 at the weakest direction, 1 opposite
-    field = strength * _soft_step((1.0 - grid.radius) - depth * (1.0 - 0.5 * unevenness * (1.0 - side)), 0.4 * die)
-    if latents.uniform() < 0.25:
-        field *= 1.0 - 0.8 * _soft_step(_angular_distance(grid, direction) - latents.uniform(0.2, 1.0), 0.2)
+    local_depth = depth * (1.0 - 0.5 * unevenness * (1.0 - side))
+    field = strength * _soft_step((1.0 - grid.radius) - local_depth, 0.4 * grid.pitch)
+    if latents.uniform() < 0.3:
+        field *= 1.0 - 0.8 * _soft_step(_angular_distance(grid, direction) - latents.uniform(0.2, 1.2), 0.2)
     return field
 
 
 def _loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    direction, distance = latents.angle(), latents.uniform(0.15, 0.9)
-    size, strength = latents.log_uniform(0.06, 0.32), latents.uniform(0.45, 1.0)
-    softness, elongation = latents.log_uniform(0.15, 0.7), latents.log_uniform(0.8, 3.5)
-    tilt = latents.angle()
+    direction, distance = latents.angle(), latents.uniform(0.15, 0.95)
+    size, strength = max(latents.log_uniform(0.06, 0.42), 1.1 * grid.pitch), latents.uniform(0.4, 1.0) ** 0.5
+    softness, elongation, tilt = latents.log_uniform(0.1, 0.5), latents.log_uniform(0.8, 3.5), latents.angle()
     x, y = distance * math.cos(direction), distance * math.sin(direction)
-    field = strength * _blob(grid, rng, x=x, y=y, size=size, elongation=elongation, tilt=tilt, softness=softness)
-    if latents.uniform() < 0.25:  # a second, smaller spot somewhere else
+    spot = {"elongation": elongation, "tilt": tilt, "softness": softness}
+    field = strength * _blob(grid, rng, x=x, y=y, size=size, **spot)
+    kind = latents.uniform()
+    if kind < 0.25:  # a second, smaller spot somewhere else
         x, y = rng.uniform(-0.7, 0.7, 2).tolist()
-        other = _blob(grid, rng, x=x, y=y, size=0.6 * size, elongation=1.5, tilt=tilt, softness=softness)
-        field = np.maximum(field, strength * other)
-    if latents.uniform() < 0.1:
+        field = np.maximum(field, strength * _blob(grid, rng, x=x, y=y, size=0.6 * size, **spot))
+    elif kind < 0.45:  # a crescent: the spot with a bite taken out of the side that faces the centre
+        bite = _blob(grid, rng, x=0.6 * x, y=0.6 * y, size=size, **spot)
+        field = field * (1.0 - 0.9 * bite)
+    elif kind > 0.9:
         field = field * _stripes(grid, rng)
     return field
 
 
 def _near_full(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    level = latents.uniform(0.72, 1.0)
-    field = np.clip(level + _wobble(grid, rng, 0.08), 0.0, 1.0)
-    direction, distance, size = latents.angle(), latents.uniform(0.5, 1.0), latents.uniform(0.05, 0.35)
+    level = latents.uniform(0.74, 1.02)
+    field = np.clip(level + _wobble(grid, rng, latents.uniform(0.0, 0.2)), 0.0, 1.0)
+    direction, distance, size = latents.angle(), latents.uniform(0.5, 1.0), latents.uniform(0.05, 0.45)
     x, y = distance * math.cos(direction), distance * math.sin(direction)
-    spared = _blob(grid, rng, x=x, y=y, size=size, elongation=1.0, tilt=0.0, softness=0.5)
-    return field * (1.0 - latents.uniform(0.0, 0.6) * spared)
+    spared = _blob(grid, rng, x=x, y=y, size=size)
+    edge = latents.uniform(0.0, 0.25) * np.exp((grid.radius - 1.0) / 0.1)
+    return field * (1.0 - latents.uniform(0.0, 0.9) * spared) * (1.0 - edge)
 
 
 def _random(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    level, contrast = latents.uniform(0.22, 0.68), latents.uniform(0.0, 0.3)
+    level, contrast = latents.uniform(0.2, 0.6), latents.uniform(0.0, 0.8)
     rings = np.cos(latents.uniform(2.0, 8.0) * grid.radius + latents.angle())
-    field = level + contrast * (0.4 * rings + _wobble(grid, rng, 0.7))
+    field = level + contrast * (0.3 * rings + _wobble(grid, rng, 0.6))
     if latents.uniform() < 0.15:
-        field = field * (0.4 + 0.8 * _stripes(grid, rng))
-    return np.clip(field, 0.0, 0.95)
+        field = field * (0.2 + 1.2 * _stripes(grid, rng))
+    return np.clip(field, 0.03, 0.97)
 
 
 def _scratch(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     field = np.zeros(grid.x.size, np.float32)
-    strength, length = latents.uniform(0.6, 1.0), latents.log_uniform(0.25, 1.6)
+    strength, length = latents.uniform(0.6, 1.0) ** 0.5, max(latents.log_uniform(0.3, 1.8), 5.0 * grid.pitch)
     heading, curvature = latents.angle(), latents.normal(0.0, 0.9)
     if latents.uniform() < 0.35:  # saws and handlers move along the die rows and columns
         heading, curvature = round(heading / (math.pi / 2)) * (math.pi / 2), 0.1 * curvature
     radius, direction = latents.uniform(0.0, 0.95), latents.angle()
     x, y = radius * math.cos(direction), radius * math.sin(direction)
     lines = 1 if latents.uniform() < 0.65 else int(rng.integers(2, 5))
-    width = 1.0 if latents.uniform() < 0.75 else 2.0
+    width = 1.0 if latents.uniform() < 0.85 else 2.0
     for _ in range(lines):
         field = np.maximum(field, strength * _line(grid, x, y, heading, curvature, length, width))
-        x, y = x + float(rng.normal(0.0, 0.2)), y + float(rng.normal(0.0, 0.2))
+        x, y = x + float(rng.normal(0.0, 0.3)), y + float(rng.normal(0.0, 0.3))
         heading, length = heading + float(rng.normal(0.0, 0.3)), length * float(rng.uniform(0.5, 1.2))
     return field
 
 
-def _line(grid: DieGrid, x: float, y: float, heading: float, curvature: float, length: float, width: float) -> np.ndarray:
+def _line(
+    grid: DieGrid, x: float, y: float, heading: float, curvature: float, length: float, width: float
+) -> np.ndarray:
     """An arc through (x, y), `width` dies wide: 1 on the dies it touches, 0 elsewhere."""
     height, columns = grid.shape
     steps = np.linspace(-length / 2, length / 2, max(4, int(length * max(grid.shape))))
@@ -244,11 +277,13 @@ def _line(grid: DieGrid, x: float, y: float, heading: float, curvature: float, l
 
 
 def _none(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    """Nothing a reviewer would name: now and then a clump too small or too thin to count."""
-    if latents.uniform() > 0.15:
+    """Nothing a reviewer would name: now and then a clump or a thickening in the middle that is too faint to count."""
+    kind = latents.uniform()
+    if kind > 0.3:
         return np.zeros(grid.x.size, np.float32)
-    x, y = rng.uniform(-0.8, 0.8, 2).tolist()
-    return 0.5 * _blob(grid, rng, x=x, y=y, size=latents.uniform(0.05, 0.15), elongation=1.5, tilt=0.0, softness=0.5)
+    x, y = rng.uniform(-0.8, 0.8, 2).tolist() if kind < 0.15 else (0.0, 0.0)
+    size, strength = latents.uniform(0.06, 0.25), latents.uniform(0.1, 0.45)
+    return strength * _blob(grid, rng, x=x, y=y, size=size, elongation=1.5)
 
 
 _DEFECTS: tuple[Callable[[DieGrid, Latents, np.random.Generator], np.ndarray], ...] = (
@@ -257,35 +292,45 @@ _DEFECTS: tuple[Callable[[DieGrid, Latents, np.random.Generator], np.ndarray], .
 
 
 def _background(grid: DieGrid, label: int, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    """Yield loss without a defect: a lot's level, a tilt across the wafer and weak dies along the edge."""
-    level = BACKGROUND[label] * math.exp(latents.normal(0.0, 0.5))
-    tilt, direction = latents.uniform(0.0, 0.5), latents.angle()
-    edge, centre = 0.55 * latents.uniform(), latents.normal(0.0, 0.25)
-    die = 2.0 / math.sqrt(grid.shape[0] * grid.shape[1])
+    """Yield loss without a defect: a lot's level, a slope across the wafer, weak dies at the edge and in the centre."""
+    deviation = latents.normal()
+    # Clean lots are far cleaner than the median, poor lots only somewhat poorer.
+    level = BACKGROUND[label] * math.exp(deviation * (0.8 if deviation < 0.0 else 0.35))
+    tilt, direction, bulge = latents.uniform(0.0, 0.5), latents.angle(), latents.normal(0.0, 0.25)
+    edge, middle = latents.uniform() ** 1.3, latents.uniform() ** 2
     slope = tilt * (grid.x * math.cos(direction) + grid.y * math.sin(direction))
-    shape = 1.0 + slope + centre * (0.5 - grid.radius**2) + _wobble(grid, rng, 0.2)
-    return np.clip(level * shape + edge * np.exp((grid.radius - 1.0) / die), 0.0, 0.9)
+    shape = 1.0 + slope + bulge * (0.5 - grid.radius**2) + _wobble(grid, rng, 0.2)
+    # At the edge, dies whose corner sticks out furthest suffer most; in the centre it is one or two dies.
+    rim = edge * np.exp((grid.corner_radius - grid.corner_radius.max()) / (0.6 * grid.pitch))
+    hub = middle * np.exp(-((grid.radius / (0.9 * grid.pitch)) ** 2))
+    return np.clip(level * shape + 0.8 * rim + hub, 0.0, 0.95)
 
 
-# --- Lots ----------------------------------------------------------------------------------------------------------------------------
+# --- Lots ------------------------------------------------------------------------------------------------------------
 
 
-def _plan_lots(counts: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
-    """Deals the maps into lots of one to three classes, about 8 to 14 maps; returns the labels of each lot."""
-    lots: list[list[int]] = []
-    runs: tuple[list[list[int]], list[list[int]]] = ([], [])  # on fine grids, on coarse grids
+def _plan_lots(counts: Sequence[int], rng: np.random.Generator) -> list[tuple[bool, list[int]]]:
+    """Deals the maps into lots of one to three classes, mostly 8 to 14 maps.
+
+    Returns:
+        For each lot, whether its grid is a coarse one, and its labels.
+    """
+    runs: dict[bool, list[list[int]]] = {False: [], True: []}
     for label, count in enumerate(counts):
         while count > 0:
             run = min(count, int(rng.integers(3, 9)))
-            runs[int(rng.random() < COARSE_SHARE[label])].append([label] * run)
+            runs[bool(rng.random() < COARSE_SHARE[label])].append([label] * run)
             count -= run
-    for coarse, pool in enumerate(runs):
+    lots = []
+    for coarse, pool in runs.items():
+        lot: list[int] = []
         for index in rng.permutation(len(pool)).tolist():
-            wanted = rng.integers(7, 12)
-            if lots and len(lots[-1]) - 1 < wanted and lots[-1][0] == -1 - coarse:
-                lots[-1].extend(pool[index])
-            else:
-                lots.append([-1 - coarse, *pool[index]])
+            lot += pool[index]
+            if len(lot) >= rng.integers(7, 12):
+                lots.append((coarse, lot))
+                lot = []
+        if lot:
+            lots.append((coarse, lot))
     return lots
 
 
@@ -296,14 +341,18 @@ def _draw_grid(coarse: bool, rng: np.random.Generator) -> DieGrid:
 
 
 def _check_counts(samples_per_class: int | Sequence[int]) -> list[int]:
-    counts = [samples_per_class] * len(CLASS_NAMES) if isinstance(samples_per_class, Integral) else list(samples_per_class)
+    one_for_all = isinstance(samples_per_class, Integral)
+    counts = [samples_per_class] * len(CLASS_NAMES) if one_for_all else list(samples_per_class)
     if len(counts) != len(CLASS_NAMES):
         raise ValueError(
-            f"samples_per_class has {len(counts)} counts; give one for each of the {len(CLASS_NAMES)} classes: {', '.join(CLASS_NAMES)}"
+            f"samples_per_class has {len(counts)} counts: "
+            f"give one for each of the {len(CLASS_NAMES)} classes ({', '.join(CLASS_NAMES)}), or one number for all"
         )
     for name, count in zip(CLASS_NAMES, counts, strict=True):
         if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"samples_per_class is {count!r} for {name}: every class needs a whole number of maps, 1 or more")
+            raise ValueError(
+                f"samples_per_class is {count!r} for {name}: every class needs a whole number of maps, 1 or more"
+            )
     return [int(count) for count in counts]
 
 
@@ -317,22 +366,23 @@ def generate_wafer_maps(
         seed: 0 or more; the same seed and counts give the same maps, bit by bit.
 
     Returns:
-        maps: list of N arrays, uint8 [h, w], 25 x 26 to about 107 x 105; 0 no die, 1 pass, 2 fail.
+        maps: list of N arrays, uint8 [h, w], 25 x 27 to 107 x 150; 0 no die, 1 pass, 2 fail.
         labels: int64 [N], index into `CLASS_NAMES`.
         lots: int64 [N], number of the lot, from 0; a lot has one die grid and one to three classes.
 
     Raises:
-        ValueError: if a count is below 1 or not a whole number, if there are not nine counts, or if the seed is negative.
+        ValueError: if a count is below 1 or not a whole number, if there are not nine counts, or if the seed is
+            negative.
     """
     counts = _check_counts(samples_per_class)
     if seed < 0:
-        raise ValueError(f"seed is {seed}: numpy's generators take 0 or more")
+        raise ValueError(f"seed is {seed}: the random number generator takes 0 or more")
     rng = np.random.default_rng(seed)
     maps: list[np.ndarray] = []
     labels: list[int] = []
     lots: list[int] = []
-    for lot, (kind, *lot_labels) in enumerate(_plan_lots(counts, rng)):
-        grid = _draw_grid(kind == -2, rng)
+    for lot, (coarse, lot_labels) in enumerate(_plan_lots(counts, rng)):
+        grid = _draw_grid(coarse, rng)
         maps += _draw_lot(grid, lot_labels, rng)
         labels += lot_labels
         lots += [lot] * len(lot_labels)
@@ -341,8 +391,9 @@ def generate_wafer_maps(
 
 def _draw_lot(grid: DieGrid, labels: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
     """Draws one wafer map for every label, all on `grid`."""
-    habits = rng.normal(size=(len(CLASS_NAMES) + 1, LATENTS))  # one row for each class, and one for the lot's background
+    habits = rng.normal(size=(len(CLASS_NAMES) + 1, LATENTS))  # a row for each class, and one for the lot's background
     own, shared = math.sqrt(1.0 - LOT_CORRELATION), math.sqrt(LOT_CORRELATION)
+    missing = rng.uniform(0.01, 0.06) if rng.random() < 0.05 else 0.0  # dies that were never tested
     maps = []
     for label in labels:
         normals = shared * habits[[label, -1]] + own * rng.normal(size=(2, LATENTS))
@@ -351,5 +402,7 @@ def _draw_lot(grid: DieGrid, labels: Sequence[int], rng: np.random.Generator) ->
         survives = (1.0 - defect) * (1.0 - background)
         wafer_map = np.zeros(grid.shape, np.uint8)
         wafer_map[grid.is_die] = 1 + (rng.random(grid.x.size, dtype=np.float32) > survives)
+        if missing:
+            wafer_map[rng.random(grid.shape) < missing] = 0
         maps.append(wafer_map)
     return maps

@@ -1,0 +1,35 @@
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from wafer_generator import generate_wafer_maps  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_arrays():
+    """40 generated maps a class, in the arrays of the .npz layout."""
+    from wafer_data import CLASS_NAMES, pack_maps
+
+    drawn, labels, lots = generate_wafer_maps(40, seed=5)
+    maps = pack_maps(drawn, labels, groups=lots, source="tiny")
+    return {
+        "maps_flat": maps.maps_flat,
+        "offsets": maps.offsets,
+        "shapes": maps.shapes.astype(np.int16),
+        "labels": np.array(CLASS_NAMES)[labels],
+        "group": maps.groups.astype(np.int32),
+    }
+
+
+@pytest.fixture
+def tiny_npz(tmp_path, tiny_arrays):
+    path = tmp_path / "tiny.npz"
+    np.savez(path, **tiny_arrays)
+    return path

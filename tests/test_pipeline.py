@@ -1,0 +1,270 @@
+"""Promises about a whole run: outputs, honesty, resume after a kill, clear errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline, TrainingDivergedError
+from wafer_data import CLASS_NAMES, DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(tiny_npz, tmp_path, **more):
+    return {
+        "experiment_name": "tiny",
+        "model_type": "lightning_cnn",
+        "use_pretrained": False,
+        "max_epochs": 2,
+        "batch_size": 16,
+        "image_size": 24,
+        "data": str(tiny_npz),
+        "enable_optuna": False,
+        "enable_mlflow": False,
+        "output_dir": str(tmp_path),
+        "precision": "32-true",
+        "quiet": True,
+    } | more
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_arrays, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    np.savez(folder / "tiny.npz", **tiny_arrays)
+    config = ExperimentConfig(
+        **settings(folder / "tiny.npz", folder, model_type=["lightning_cnn", "torchvision_resnet"])
+    )
+    pipeline = IntegratedMLPipeline(config)
+    return pipeline, pipeline.run_complete_pipeline()
+
+
+def test_a_run_leaves_the_summary_the_four_pictures_and_the_checkpoints(finished):
+    pipeline, summary = finished
+    results = pipeline.config.results_dir
+    for name in ("confusion_matrix", "sample_predictions", "model_comparison", "training_history"):
+        with Image.open(results / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+    written = json.loads((results / "experiment_summary.json").read_text())
+    assert written["best_model"] == summary["best_model"]
+    assert written["schema_version"] == 1
+    for model_type in ("lightning_cnn", "torchvision_resnet"):
+        assert (pipeline.config.checkpoints_dir / model_type / "best.ckpt").exists()
+        assert (pipeline.config.checkpoints_dir / model_type / "resume.ckpt").exists()
+        assert (results / f"per_class_{model_type}.csv").exists()
+
+
+def test_the_best_model_is_chosen_on_validation_not_on_test(finished):
+    _, summary = finished
+    best = max(summary["models"], key=lambda m: m["validation"]["macro_f1"])
+    assert summary["best_model"] == best["model_type"]
+
+
+def test_the_reported_figures_come_from_the_checkpoint_on_the_untouched_test_maps(finished):
+    from sklearn.metrics import f1_score
+
+    from integrated_pipeline import predict_probabilities
+    from wafer_data import resize_maps
+
+    pipeline, summary = finished
+    record = summary["models"][0]
+    test = pipeline.split.test
+    images = resize_maps(pipeline.maps.select(test), 24)
+    said = predict_probabilities(pipeline.load_model(record), images).argmax(1)
+    expected = f1_score(pipeline.maps.labels[test], said, labels=range(9), average="macro", zero_division=0)
+    assert record["test"]["macro_f1"] == pytest.approx(expected)
+    assert summary["split"]["class_counts"]["test"] == dict(
+        zip(CLASS_NAMES, np.bincount(pipeline.maps.labels[test], minlength=9).tolist())
+    )
+
+
+def test_the_summary_says_what_the_models_really_started_from(finished):
+    _, summary = finished
+    assert [m["weights"] for m in summary["models"]] == ["random (not asked for)"] * 2
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_other_ones(tiny_npz, tmp_path):
+    losses = []
+    for run, seed in enumerate((0, 0, 1)):
+        config = ExperimentConfig(**settings(tiny_npz, tmp_path / str(run), seed=seed, max_epochs=1))
+        losses.append(IntegratedMLPipeline(config).train_final_model("lightning_cnn")["history"]["train_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+CHILD = """
+import json, sys
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
+"""
+
+
+def start_child(config):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def wait_for(path, child, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert child.poll() is None, child.stderr.read().decode()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_resumes_to_the_same_weights_as_an_unbroken_one(tiny_npz, tmp_path):
+    more = {"max_epochs": 12}
+    unbroken = ExperimentConfig(**settings(tiny_npz, tmp_path / "unbroken", **more))
+    expected = IntegratedMLPipeline(unbroken).train_final_model("lightning_cnn")
+
+    broken = settings(tiny_npz, tmp_path / "broken", **more)
+    folder = tmp_path / "broken" / "checkpoints" / "tiny" / "lightning_cnn"
+    child = start_child(broken)
+    wait_for(folder / "resume.ckpt", child)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (folder / "finished.json").exists(), "the run ended before it could be killed"
+    resumed = IntegratedMLPipeline(ExperimentConfig(**broken | {"resume": True})).train_final_model("lightning_cnn")
+
+    assert resumed["history"] == expected["history"]
+    end = [
+        torch.load(tmp_path / run / "checkpoints/tiny/lightning_cnn/resume.ckpt", weights_only=True)["state_dict"]
+        for run in ("unbroken", "broken")
+    ]
+    assert all(torch.equal(end[0][name], end[1][name]) for name in end[0])
+
+
+def test_resume_takes_finished_models_as_they_are(tiny_npz, tmp_path):
+    config = settings(tiny_npz, tmp_path)
+    first = IntegratedMLPipeline(ExperimentConfig(**config)).run_complete_pipeline()
+    checkpoint = tmp_path / "checkpoints/tiny/lightning_cnn/best.ckpt"
+    before = checkpoint.stat().st_mtime_ns
+    again = IntegratedMLPipeline(ExperimentConfig(**config, resume=True)).run_complete_pipeline()
+    assert checkpoint.stat().st_mtime_ns == before
+    assert again["models"][0]["test"] == first["models"][0]["test"]
+
+
+def test_resume_with_other_settings_is_refused_and_keeps_what_is_there(tiny_npz, tmp_path):
+    IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, max_epochs=1))).run_complete_pipeline()
+    other = ExperimentConfig(**settings(tiny_npz, tmp_path, max_epochs=1, batch_size=8, resume=True))
+    with pytest.raises(ConfigError, match="other settings or data"):
+        IntegratedMLPipeline(other).run_complete_pipeline()
+    assert (tmp_path / "checkpoints/tiny/lightning_cnn/best.ckpt").exists()
+
+
+def test_a_time_limit_ends_training_with_the_learning_rate_annealed(tiny_npz, tmp_path):
+    config = ExperimentConfig(**settings(tiny_npz, tmp_path, max_epochs=5000, early_stopping_patience=5000, time_limit=3))
+    record = IntegratedMLPipeline(config).train_final_model("lightning_cnn")
+    assert 1 <= record["epochs"] < 5000
+    state = torch.load(tmp_path / "checkpoints/tiny/lightning_cnn/resume.ckpt", weights_only=True)
+    last_rate = state["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert last_rate < 0.05 * 4e-3
+
+
+def test_bad_data_leaves_an_earlier_run_untouched(finished, tmp_path):
+    pipeline, _ = finished
+    before = (pipeline.config.results_dir / "experiment_summary.json").read_bytes()
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, maps=np.full((9, 4, 4), 7, dtype=np.uint8), labels=np.array(CLASS_NAMES))
+    config = ExperimentConfig(**settings(bad, Path(pipeline.config.output_dir)))
+    with pytest.raises(DataError, match="die value 7"):
+        IntegratedMLPipeline(config).run_complete_pipeline()
+    assert (pipeline.config.results_dir / "experiment_summary.json").read_bytes() == before
+    assert (pipeline.config.checkpoints_dir / "lightning_cnn" / "best.ckpt").exists()
+
+
+def test_a_diverged_training_says_what_to_lower(tiny_npz, tmp_path, monkeypatch):
+    from simple_model import WaferClassifier
+
+    def broken_loss(self, batch, batch_idx):
+        loss = self._step(batch, "fit") * float("nan")
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    monkeypatch.setattr(WaferClassifier, "training_step", lambda self, b, i: self._step((b[0] * float("nan"), b[1]), "fit"))
+    config = ExperimentConfig(**settings(tiny_npz, tmp_path))
+    with pytest.raises(TrainingDivergedError, match="Lower the learning rate"):
+        IntegratedMLPipeline(config).run_complete_pipeline()
+    assert not (tmp_path / "results/tiny/experiment_summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_epochs": 0}, "max_epochs=0 is out of range"),
+        ({"batch_size": 2.5}, "batch_size=2.5"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"seed": -1}, "seed=-1"),
+        ({"model_type": "alexnet"}, "'alexnet' is unknown. Allowed: all, lightning_cnn"),
+        ({"model_type": []}, "empty"),
+        ({"experiment_name": "../up"}, "names a folder"),
+        ({"balance_by": "luck"}, "Allowed: loss, sampler"),
+        ({"time_limit": -5}, "time_limit=-5"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_allowed(change, message):
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[").replace(".", r"\.")):
+        ExperimentConfig(**change)
+
+
+def test_an_output_folder_that_cannot_be_written_is_named_before_any_work(tiny_npz, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = ExperimentConfig(**settings(tiny_npz, tmp_path / "file"))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        IntegratedMLPipeline(config).run_complete_pipeline()
+
+
+# --- the script
+
+
+def run_script(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, ROOT / "quick_start.py", *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+def test_help_shows_examples_and_loads_nothing_heavy():
+    done = run_script("--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0 and "examples:" in done.stdout
+    assert "torch" not in done.stderr and "numpy" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "/nowhere.npz"], "no such file"),
+        (["--seed", "x"], "invalid int value"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--colour"], "unrecognized"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_status_2(arguments, message, tmp_path):
+    done = run_script(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz, tmp_path):
+    command = [sys.executable, ROOT / "quick_start.py", "--data", tiny_npz, "--output-dir", tmp_path]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "checkpoints" / "quick_start" / "torchvision_resnet"
+    deadline = time.monotonic() + 120
+    while not (folder / "resume.ckpt").exists():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert f"--data {tiny_npz}" in errors and errors.rstrip().endswith("--resume") and "Traceback" not in errors
+    done = run_script("--data", tiny_npz, "--output-dir", tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/5" not in done.stdout and "epoch 5/5" in done.stdout
+    assert "torchvision_resnet Results: accuracy" in done.stdout
