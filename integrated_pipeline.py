@@ -22,10 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Silence is set before Lightning is imported: a run prints its own lines only.
-for _name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
-
 import lightning.pytorch as pl
 import numpy as np
 import torch
@@ -46,8 +42,13 @@ from wafer_data import (
     encode,
     load_wafer_maps,
     split_by_lot,
+    symmetries,
 )
 
+# A run prints its own lines only.
+for _name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
 warnings.filterwarnings("ignore", category=pl.utilities.warnings.PossibleUserWarning)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
@@ -89,6 +90,7 @@ class ExperimentConfig:
         precision: passed to Lightning; "auto" takes bf16-mixed where the hardware computes in it, else 32-true.
         accumulate_grad_batches: passed to Lightning.
         pretrained_wait: seconds to wait for the host of pre-trained weights to answer.
+        eight_views: classify validation and test maps by the mean over the eight symmetries of the square.
         output_dir: folder that holds results/ and checkpoints/.
         resume: go on where a run with the same settings was cut off.
         quiet: print only warnings and the final table.
@@ -119,6 +121,7 @@ class ExperimentConfig:
     precision: str | int = "auto"
     accumulate_grad_batches: int = 1
     pretrained_wait: float = 5.0
+    eight_views: bool = False
     output_dir: str | Path = "."
     resume: bool = False
     quiet: bool = False
@@ -186,13 +189,22 @@ class ExperimentConfig:
 
     def training_fingerprint(self) -> str:
         """Changes with any setting that a resumed training depends on."""
-        free = {"resume", "quiet", "output_dir", "model_type", "pretrained_wait", "enable_mlflow", "data"}
+        free = {
+            "resume",
+            "quiet",
+            "output_dir",
+            "model_type",
+            "pretrained_wait",
+            "enable_mlflow",
+            "data",
+            "eight_views",
+        }
         settings = {k: v for k, v in asdict(self).items() if k not in free}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def native_precision(accelerator: str = "auto") -> str:
-    """ "bf16-mixed" where the hardware has bfloat16 arithmetic, which about doubles throughput there, else "32-true"."""
+    """Gives "bf16-mixed" where the hardware computes in bfloat16, "32-true" elsewhere."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if accelerator in ("auto", "cpu"):
@@ -516,12 +528,14 @@ class ModelSpec:
         search_space: parameters that only this architecture has, each with the values that a search may choose.
         defaults: what to build without a search.
         loads_pretrained: whether `build` takes `pretrained` and `pretrained_wait`.
+        bf16_pays: whether precision="auto" may take bfloat16; on CPU it slows depthwise convolutions down.
     """
 
     build: Callable[..., WaferClassifier]
     search_space: dict[str, tuple] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     loads_pretrained: bool = False
+    bf16_pays: bool = True
 
 
 MODEL_REGISTRY: dict[str, ModelSpec] = {}
@@ -566,7 +580,11 @@ register_model(
 register_model(
     "torchvision_efficientnet",
     ModelSpec(
-        _torchvision("efficientnet_b0"), search_space=FREEZE, defaults={"learning_rate": 3e-3}, loads_pretrained=True
+        _torchvision("efficientnet_b0"),
+        search_space=FREEZE,
+        defaults={"learning_rate": 3e-3},
+        loads_pretrained=True,
+        bf16_pays=False,
     ),
 )
 register_model(
@@ -729,14 +747,13 @@ class IntegratedMLPipeline:
         console: where to print; the standard output by default.
 
     Example:
-        >>> config = ExperimentConfig(model_type="lightning_cnn", max_epochs=3, enable_optuna=False, enable_mlflow=False)
+        >>> config = ExperimentConfig(model_type="lightning_cnn", enable_optuna=False, enable_mlflow=False)
         >>> summary = IntegratedMLPipeline(config).run_complete_pipeline()
     """
 
     def __init__(self, config: ExperimentConfig, *, console: Console | None = None) -> None:
         self.config = config
         self.console = console or Console(highlight=False, quiet=config.quiet)
-        self.precision = native_precision(config.accelerator) if config.precision == "auto" else config.precision
         self.seconds: dict[str, float] = {}
         self.maps: WaferMaps | None = None
         self.split: Split | None = None
@@ -797,9 +814,11 @@ class IntegratedMLPipeline:
         self.console.print(f"Dataset ready: {len(self.maps)} samples, {NUM_CLASSES} classes")
         sizes = " / ".join(f"{len(part):,} {name}" for name, part in self.split.parts().items())
         lots = len(np.unique(self.maps.groups))
-        self.console.print(f"  {sizes}, no lot of {lots:,} in two parts, split {self.split.fingerprint}")
+        self.console.print(
+            f"  {sizes}, no lot of {lots:,} in two parts, split {self.split.fingerprint}", soft_wrap=True
+        )
         for note in self.maps.notes:
-            self.console.print(f"  {note}")
+            self.console.print(f"  {note}", soft_wrap=True)
 
     def _data_module(self, batch_size: int) -> WaferMapDataModule:
         config = self.config
@@ -814,6 +833,12 @@ class IntegratedMLPipeline:
         )
 
     # --- models
+
+    def precision(self, model_type: str) -> str | int:
+        """What Lightning computes this model's training in."""
+        if self.config.precision != "auto":
+            return self.config.precision
+        return native_precision(self.config.accelerator) if MODEL_REGISTRY[model_type].bf16_pays else "32-true"
 
     def create_model(
         self,
@@ -879,13 +904,13 @@ class IntegratedMLPipeline:
             model_type, params, class_weights=data.class_weights, pretrained=None if resume_from is None else False
         )
         weights = self._weights_source(model, folder, resumed=resume_from is not None)
-        history = self._fit(model, data, folder, model_type, resume_from)
+        history = self._fit(model_type, model, data, folder, resume_from)
         best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
         record = {
             "model_type": model_type,
             "parameters": {"batch_size": data.batch_size} | _plain(model.hparams),
             "weights": weights,
-            "precision": str(self.precision),
+            "precision": str(self.precision(model_type)),
             "n_parameters": sum(p.numel() for p in model.network.parameters()),
             "epochs": len(history.epochs),
             "best_epoch": best["epoch"],
@@ -898,7 +923,7 @@ class IntegratedMLPipeline:
         return record
 
     def _fit(
-        self, model: WaferClassifier, data: WaferMapDataModule, folder: Path, title: str, resume_from: Path | None
+        self, model_type: str, model: WaferClassifier, data: WaferMapDataModule, folder: Path, resume_from: Path | None
     ) -> History:
         config = self.config
         on_terminal = self.console.is_terminal and not config.quiet
@@ -916,10 +941,10 @@ class IntegratedMLPipeline:
         if config.time_limit is not None:
             callbacks.insert(0, TimeBudget(config.time_limit / len(config.model_types())))
         if on_terminal:
-            callbacks.insert(0, ProgressBar(self.console, title))
+            callbacks.insert(0, ProgressBar(self.console, model_type))
         trainer = pl.Trainer(
             max_epochs=config.max_epochs, accelerator=config.accelerator, devices=config.devices,
-            precision=self.precision, accumulate_grad_batches=config.accumulate_grad_batches, callbacks=callbacks,
+            precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches, callbacks=callbacks,
             logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             default_root_dir=folder,
         )  # fmt: skip
@@ -993,7 +1018,9 @@ class IntegratedMLPipeline:
             for part, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
                 indices = self.split.parts()[part]
                 predicted = evaluation.Predictions(
-                    probabilities=predict_probabilities(model, loader.dataset.images),
+                    probabilities=predict_probabilities(
+                        model, loader.dataset.images, eight_views=self.config.eight_views
+                    ),
                     labels=self.maps.labels[indices],
                     groups=self.maps.groups[indices],
                     class_names=CLASS_NAMES,
@@ -1069,9 +1096,11 @@ class IntegratedMLPipeline:
         limit = f", at most {config.time_limit:g} s of training" if config.time_limit else ""
         self.console.print(f"[bold]{config.experiment_name}[/bold]")
         self.console.print(f"  models     {', '.join(config.model_types())}")
-        self.console.print(f"  data       {config.data}, maps resized to {config.image_size}x{config.image_size}")
+        self.console.print(
+            f"  data       {config.data}, maps resized to {config.image_size}x{config.image_size}", soft_wrap=True
+        )
         self.console.print(f"  training   {config.max_epochs} epochs, batches of {config.batch_size}{limit}")
-        self.console.print(f"  precision  {self.precision}, seed {config.seed}")
+        self.console.print(f"  precision  {config.precision}, seed {config.seed}")
 
     def _print_outcome(self, results: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         for result in results:
@@ -1084,7 +1113,7 @@ class IntegratedMLPipeline:
         out.print()
         out.print(evaluation.comparison_table(comparison_rows(results)))
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
-        self.console.print(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
+        self.console.print(f"Best on validation: {summary['best_model']}. Time spent: {spent}.", soft_wrap=True)
         self.console.print(f"Results and pictures: {self.config.results_dir}", soft_wrap=True)
 
 
@@ -1102,11 +1131,20 @@ class _Stopwatch:
 
 
 @torch.inference_mode()
-def predict_probabilities(model: WaferClassifier, images: torch.Tensor, *, batch_size: int = 256) -> np.ndarray:
-    """Class probabilities float32 [N, 9] for resized maps, uint8 [N, 1, S, S], computed in full precision."""
+def predict_probabilities(
+    model: WaferClassifier, images: torch.Tensor, *, eight_views: bool = False, batch_size: int = 256
+) -> np.ndarray:
+    """Class probabilities float32 [N, 9] for resized maps, uint8 [N, 1, S, S], computed in full precision.
+
+    With `eight_views`, the mean over the eight symmetries of each map: a wafer turned is the same wafer.
+    """
     model.eval()
-    batches = [model(encode(batch.to(model.device))).softmax(-1).cpu() for batch in images.split(batch_size)]
-    return torch.cat(batches).numpy()
+
+    def classify(batch: torch.Tensor) -> torch.Tensor:
+        views = list(symmetries(batch)) if eight_views else [batch]
+        return torch.stack([model(encode(view)).softmax(-1) for view in views]).mean(0)
+
+    return torch.cat([classify(batch.to(model.device)).cpu() for batch in images.split(batch_size)]).numpy()
 
 
 @torch.inference_mode()

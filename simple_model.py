@@ -176,27 +176,41 @@ class ResidualBlock(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
+class AverageAndMaxPool(nn.Module):
+    """[B, C, H, W] to [B, 2C]: how much of a feature there is, and how strong it is at its strongest.
+
+    The maximum keeps what a scratch of a few dies says from being averaged away.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pools over the image."""
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+
+
 class LightningCNN(WaferClassifier):
-    """A residual CNN for small images.
+    """A residual CNN for small images: seven blocks in four stages, full resolution in the first.
 
     Args:
         base_channels: width of the first stage; the others are twice, four and eight times as wide.
-        dropout: before the last layer.
+        dropout: before the last layer, 0..1.
         **training: see `WaferClassifier`.
     """
 
-    def __init__(self, *, base_channels: int = 32, dropout: float = 0.1, num_classes: int = 9, **training) -> None:
+    def __init__(self, *, base_channels: int = 16, dropout: float = 0.1, num_classes: int = 9, **training) -> None:
         super().__init__(num_classes=num_classes, **training)
         self.save_hyperparameters()
-        widths = [base_channels * factor for factor in (1, 2, 4, 8)]
-        blocks = [ResidualBlock(w_in, w_out, stride=2) for w_in, w_out in zip(widths[:-1], widths[1:], strict=True)]
+        blocks, channels = [], base_channels
+        for stage, depth in enumerate((1, 2, 2, 2)):
+            for position in range(depth):
+                width, stride = base_channels * 2**stage, 2 if stage > 0 and position == 0 else 1
+                blocks.append(ResidualBlock(channels, width, stride=stride))
+                channels = width
         self.network = nn.Sequential(
-            nn.Conv2d(1, base_channels, 3, stride=1, padding=1, bias=False),
+            nn.Conv2d(1, base_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(base_channels),
             nn.ReLU(inplace=True),
             *blocks,
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
+            AverageAndMaxPool(),
             nn.Dropout(dropout),
-            nn.Linear(widths[-1], num_classes),
+            nn.Linear(2 * channels, num_classes),
         )

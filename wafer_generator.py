@@ -34,7 +34,7 @@ FINE_GRID_WEIGHTS = (*((0.06,) * 15), 0.04, 0.02, 0.03, 0.02, 0.02)
 # closer together so that the size of a map does not give its class away).
 COARSE_SHARE = (0.45, 0.10, 0.35, 0.15, 0.30, 0.40, 0.30, 0.30, 0.70)
 # Median share of dies that fail away from the defect (WM-811K, the quieter sectors of a map).
-BACKGROUND = (0.145, 0.110, 0.095, 0.050, 0.080, 0.150, 0.150, 0.060, 0.120)
+BACKGROUND = (0.140, 0.105, 0.105, 0.055, 0.080, 0.150, 0.150, 0.060, 0.115)
 
 LATENTS = 24  # random numbers that describe one map, more than any class uses
 LOT_CORRELATION = 0.6  # of those numbers, between two wafers of the same class in one lot
@@ -181,14 +181,17 @@ def _donut(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndar
 
 
 def _edge_loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    direction, half_arc = latents.angle(), latents.log_uniform(0.12, 1.7)
-    depth, strength = latents.log_uniform(0.05, 0.45), latents.uniform(0.4, 1.0) ** 0.6
-    softness = latents.log_uniform(0.02, 0.12)
+    direction, strength = latents.angle(), latents.uniform(0.35, 1.0) ** 0.5
+    half_arc, depth = latents.log_uniform(0.12, 1.9), latents.log_uniform(0.06, 0.50)
+    softness, taper = latents.log_uniform(0.02, 0.12), latents.log_uniform(0.05, 0.3)
+    if latents.uniform() < 0.25:  # a round patch that happens to lie on the edge
+        x, y, size = 0.97 * math.cos(direction), 0.97 * math.sin(direction), max(0.8 * depth, 1.5 * grid.pitch)
+        return strength * _blob(grid, rng, x=x, y=y, size=size, elongation=1.3, tilt=direction + 1.6, softness=0.3)
     away = _angular_distance(grid, direction)
     # The patch is deepest in its middle and thins out towards its ends.
     local_depth = depth * (1.0 - 0.6 * np.minimum(away / half_arc, 1.5) ** 2)
-    field = strength * _soft_step((0.98 - grid.radius) + _wobble(grid, rng, 0.04) - local_depth, softness)
-    return field * _soft_step(away - half_arc, latents.log_uniform(0.05, 0.3))
+    field = strength * _soft_step((0.98 - grid.radius) + _wobble(grid, rng, 0.05) - local_depth, softness)
+    return field * _soft_step(away - half_arc, taper)
 
 
 def _edge_ring(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
@@ -204,7 +207,7 @@ def _edge_ring(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.
 
 def _loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     direction, distance = latents.angle(), latents.uniform(0.15, 0.95)
-    size, strength = max(latents.log_uniform(0.06, 0.42), 1.1 * grid.pitch), latents.uniform(0.4, 1.0) ** 0.5
+    size, strength = max(latents.log_uniform(0.05, 0.45), 1.1 * grid.pitch), latents.uniform(0.4, 1.0) ** 0.5
     softness, elongation, tilt = latents.log_uniform(0.1, 0.5), latents.log_uniform(0.8, 3.5), latents.angle()
     x, y = distance * math.cos(direction), distance * math.sin(direction)
     spot = {"elongation": elongation, "tilt": tilt, "softness": softness}
@@ -213,7 +216,7 @@ def _loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarra
     if kind < 0.25:  # a second, smaller spot somewhere else
         x, y = rng.uniform(-0.7, 0.7, 2).tolist()
         field = np.maximum(field, strength * _blob(grid, rng, x=x, y=y, size=0.6 * size, **spot))
-    elif kind < 0.45:  # a crescent: the spot with a bite taken out of the side that faces the centre
+    elif kind < 0.5:  # a crescent: the spot with a bite taken out of the side that faces the centre
         bite = _blob(grid, rng, x=0.6 * x, y=0.6 * y, size=size, **spot)
         field = field * (1.0 - 0.9 * bite)
     elif kind > 0.9:
@@ -295,7 +298,7 @@ def _background(grid: DieGrid, label: int, latents: Latents, rng: np.random.Gene
     """Yield loss without a defect: a lot's level, a slope across the wafer, weak dies at the edge and in the centre."""
     deviation = latents.normal()
     # Clean lots are far cleaner than the median, poor lots only somewhat poorer.
-    level = BACKGROUND[label] * math.exp(deviation * (0.8 if deviation < 0.0 else 0.35))
+    level = BACKGROUND[label] * math.exp(deviation * (0.9 if deviation < 0.0 else 0.4))
     tilt, direction, bulge = latents.uniform(0.0, 0.5), latents.angle(), latents.normal(0.0, 0.25)
     edge, middle = latents.uniform() ** 1.3, latents.uniform() ** 2
     slope = tilt * (grid.x * math.cos(direction) + grid.y * math.sin(direction))

@@ -76,20 +76,19 @@ def test_macro_f1_in_training_is_scikit_learns_over_all_nine_classes():
     rng = np.random.default_rng(0)
     truth, said = rng.integers(0, 6, 200), rng.integers(0, 8, 200)  # classes 6..8 never occur
     counts = torch.zeros(9, 9)
-    for t, s in zip(truth, said):
+    for t, s in zip(truth, said, strict=True):
         counts[t, s] += 1
     expected = f1_score(truth, said, labels=range(9), average="macro", zero_division=0)
     assert macro_f1(counts).item() == pytest.approx(expected)
 
 
-def test_biases_and_normalisation_are_not_decayed(tiny_data):
+def test_biases_and_normalisation_are_not_decayed(tiny_data, tmp_path):
     model = LightningCNN(base_channels=8, weight_decay=0.3)
-    model.trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False)
-    model.trainer.fit_loop.max_epochs, model.trainer.datamodule = 1, tiny_data
-    groups = type("T", (), {"estimated_stepping_batches": 10})
-    model._trainer = groups()
-    optimizer = model.configure_optimizers()["optimizer"]
-    decayed, plain = optimizer.param_groups
+    trainer = pl.Trainer(
+        max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    trainer.fit(model, datamodule=tiny_data)
+    decayed, plain = trainer.optimizers[0].param_groups
     assert decayed["weight_decay"] == 0.3 and all(p.ndim > 1 for p in decayed["params"])
     assert plain["weight_decay"] == 0.0 and all(p.ndim <= 1 for p in plain["params"])
 
@@ -115,7 +114,9 @@ def test_an_architecture_is_added_by_one_registration(tiny_npz, tmp_path, monkey
         def __init__(self, *, width=8, **training):
             super().__init__(**training)
             self.save_hyperparameters()
-            self.network = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 9))
+            self.network = nn.Sequential(
+                nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 9)
+            )
 
     monkeypatch.setattr(integrated_pipeline, "MODEL_REGISTRY", dict(MODEL_REGISTRY))
     register_model("linear", ModelSpec(Linear, search_space={"width": (8, 16)}))
@@ -147,8 +148,7 @@ def same_but_head(network, state, *, first, head):
     assert torch.equal(ours.pop(first), state[first].sum(1, keepdim=True))
     for name, value in ours.items():
         if not name.startswith(head):
-            if name != first:
-                assert torch.equal(value, state[name]), name
+            assert torch.equal(value, state[name]), name
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,7 @@ def test_ultralytics_weights_arrive_tensor_by_tensor(tmp_path, monkeypatch):
     torch.save({"model": published.half(), "ema": None}, tmp_path / "checkpoints" / "yolo11n-cls.pt")
     model = YOLOLightningAdapter(pretrained=True)
     assert model.weights_source == "ultralytics yolo11n-cls.pt"
-    same_but_head(
-        model.network, published.float().state_dict(), first="model.0.conv.weight", head="model.10.linear."
-    )
+    same_but_head(model.network, published.float().state_dict(), first="model.0.conv.weight", head="model.10.linear.")
 
 
 def test_a_weights_file_that_asks_for_other_code_is_refused_before_it_runs(tmp_path):

@@ -82,7 +82,7 @@ def test_the_reported_figures_come_from_the_checkpoint_on_the_untouched_test_map
     expected = f1_score(pipeline.maps.labels[test], said, labels=range(9), average="macro", zero_division=0)
     assert record["test"]["macro_f1"] == pytest.approx(expected)
     assert summary["split"]["class_counts"]["test"] == dict(
-        zip(CLASS_NAMES, np.bincount(pipeline.maps.labels[test], minlength=9).tolist())
+        zip(CLASS_NAMES, np.bincount(pipeline.maps.labels[test], minlength=9).tolist(), strict=True)
     )
 
 
@@ -161,7 +161,9 @@ def test_resume_with_other_settings_is_refused_and_keeps_what_is_there(tiny_npz,
 
 
 def test_a_time_limit_ends_training_with_the_learning_rate_annealed(tiny_npz, tmp_path):
-    config = ExperimentConfig(**settings(tiny_npz, tmp_path, max_epochs=5000, early_stopping_patience=5000, time_limit=3))
+    config = ExperimentConfig(
+        **settings(tiny_npz, tmp_path, max_epochs=5000, early_stopping_patience=5000, time_limit=3)
+    )
     record = IntegratedMLPipeline(config).train_final_model("lightning_cnn")
     assert 1 <= record["epochs"] < 5000
     state = torch.load(tmp_path / "checkpoints/tiny/lightning_cnn/resume.ckpt", weights_only=True)
@@ -184,12 +186,10 @@ def test_bad_data_leaves_an_earlier_run_untouched(finished, tmp_path):
 def test_a_diverged_training_says_what_to_lower(tiny_npz, tmp_path, monkeypatch):
     from simple_model import WaferClassifier
 
-    def broken_loss(self, batch, batch_idx):
-        loss = self._step(batch, "fit") * float("nan")
-        self.log("train_loss", loss, on_step=False, on_epoch=True)
-        return loss
+    def step_on_nan(self, batch, batch_idx):
+        return self._step((batch[0] * float("nan"), batch[1]), "fit")
 
-    monkeypatch.setattr(WaferClassifier, "training_step", lambda self, b, i: self._step((b[0] * float("nan"), b[1]), "fit"))
+    monkeypatch.setattr(WaferClassifier, "training_step", step_on_nan)
     config = ExperimentConfig(**settings(tiny_npz, tmp_path))
     with pytest.raises(TrainingDivergedError, match="Lower the learning rate"):
         IntegratedMLPipeline(config).run_complete_pipeline()

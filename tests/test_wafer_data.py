@@ -197,7 +197,10 @@ def test_one_changed_die_changes_the_fingerprint(generated):
     at = np.flatnonzero(flat == 1)[0]
     flat[at] = 2
     changed = pack_maps(
-        [flat[a:b].reshape(s) for a, b, s in zip(generated.offsets[:-1], generated.offsets[1:], generated.shapes)],
+        [
+            flat[a:b].reshape(s)
+            for a, b, s in zip(generated.offsets[:-1], generated.offsets[1:], generated.shapes, strict=True)
+        ],
         generated.labels,
         groups=generated.groups,
         source="changed",

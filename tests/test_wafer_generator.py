@@ -19,9 +19,9 @@ def test_the_default_is_1350_maps_150_a_class(generated):
 
 def test_the_same_seed_gives_the_same_maps_and_another_seed_others(generated):
     again, other = generate_wafer_maps(150, seed=0), generate_wafer_maps(150, seed=1)
-    assert all(np.array_equal(a, b) for a, b in zip(generated[0], again[0]))
+    assert all(np.array_equal(a, b) for a, b in zip(generated[0], again[0], strict=True))
     assert np.array_equal(generated[2], again[2])
-    assert not all(np.array_equal(a, b) for a, b in zip(generated[0], other[0]))
+    assert not all(np.array_equal(a, b) for a, b in zip(generated[0], other[0], strict=True))
 
 
 def test_maps_are_round_die_grids_of_many_sizes(generated):
