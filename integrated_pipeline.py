@@ -773,7 +773,7 @@ class IntegratedMLPipeline:
             self.prepare_data()
         trained = []
         for model_type in self.config.model_types():
-            self.console.print(f"\n[bold]{model_type}[/bold]")
+            self._say(f"\n[bold]{model_type}[/bold]")
             with self._timed("training"):
                 trained.append(self.train_final_model(model_type))
         with self._timed("evaluation"):
@@ -811,14 +811,12 @@ class IntegratedMLPipeline:
             seed=config.seed,
         )
         self.split = split_by_lot(self.maps, seed=config.seed)
-        self.console.print(f"Dataset ready: {len(self.maps)} samples, {NUM_CLASSES} classes")
+        self._say(f"Dataset ready: {len(self.maps)} samples, {NUM_CLASSES} classes")
         sizes = " / ".join(f"{len(part):,} {name}" for name, part in self.split.parts().items())
         lots = len(np.unique(self.maps.groups))
-        self.console.print(
-            f"  {sizes}, no lot of {lots:,} in two parts, split {self.split.fingerprint}", soft_wrap=True
-        )
+        self._say(f"  {sizes}, no lot of {lots:,} in two parts, split {self.split.fingerprint}")
         for note in self.maps.notes:
-            self.console.print(f"  {note}", soft_wrap=True)
+            self._say(f"  {note}")
 
     def _data_module(self, batch_size: int) -> WaferMapDataModule:
         config = self.config
@@ -894,7 +892,7 @@ class IntegratedMLPipeline:
         fingerprint = self._fingerprint(params)
         record = self._finished(folder, fingerprint) if self.config.resume else None
         if record is not None:
-            self.console.print(f"  finished before, taken from {folder}")
+            self._say(f"  finished before, taken from {folder}")
             return record
         pl.seed_everything(self.config.seed, verbose=False)
         params = params or {}
@@ -927,7 +925,7 @@ class IntegratedMLPipeline:
     ) -> History:
         config = self.config
         on_terminal = self.console.is_terminal and not config.quiet
-        history = History(say=None if on_terminal else self.console.print)
+        history = History(say=None if on_terminal else self._say)
         callbacks: list[pl.Callback] = [
             history,
             EarlyStopping("val_macro_f1", mode="max", patience=config.early_stopping_patience),
@@ -944,9 +942,9 @@ class IntegratedMLPipeline:
             callbacks.insert(0, ProgressBar(self.console, model_type))
         trainer = pl.Trainer(
             max_epochs=config.max_epochs, accelerator=config.accelerator, devices=config.devices,
-            precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches, callbacks=callbacks,
-            logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-            default_root_dir=folder,
+            precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
+            callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            num_sanity_val_steps=0, default_root_dir=folder,
         )  # fmt: skip
         try:
             trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
@@ -996,9 +994,7 @@ class IntegratedMLPipeline:
         evaluation.write_summary(mark, started | {"weights": source})
         asked = self.config.use_pretrained and isinstance(model, AdaptedModel)
         if asked and source.startswith("random"):
-            self.console.print(
-                f"  no pre-trained weights: {source[len('random (') : -1]}; goes on without", soft_wrap=True
-            )
+            self._say(f"  no pre-trained weights: {source[len('random (') : -1]}; goes on without")
         return source
 
     # --- after training
@@ -1088,24 +1084,25 @@ class IntegratedMLPipeline:
 
     # --- the terminal
 
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)  # the terminal wraps; a log keeps whole lines
+
     def _timed(self, phase: str) -> _Stopwatch:
         return _Stopwatch(self.seconds, phase)
 
     def _print_configuration(self) -> None:
         config = self.config
         limit = f", at most {config.time_limit:g} s of training" if config.time_limit else ""
-        self.console.print(f"[bold]{config.experiment_name}[/bold]")
-        self.console.print(f"  models     {', '.join(config.model_types())}")
-        self.console.print(
-            f"  data       {config.data}, maps resized to {config.image_size}x{config.image_size}", soft_wrap=True
-        )
-        self.console.print(f"  training   {config.max_epochs} epochs, batches of {config.batch_size}{limit}")
-        self.console.print(f"  precision  {config.precision}, seed {config.seed}")
+        self._say(f"[bold]{config.experiment_name}[/bold]")
+        self._say(f"  models     {', '.join(config.model_types())}")
+        self._say(f"  data       {config.data}, maps resized to {config.image_size}x{config.image_size}")
+        self._say(f"  training   {config.max_epochs} epochs, batches of {config.batch_size}{limit}")
+        self._say(f"  precision  {config.precision}, seed {config.seed}")
 
     def _print_outcome(self, results: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         for result in results:
             test = result["test"]
-            self.console.print(
+            self._say(
                 f"\n{result['model_type']} Results: accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} "
                 f"(best epoch {result['best_epoch']} of {result['epochs']})"
             )
@@ -1113,8 +1110,8 @@ class IntegratedMLPipeline:
         out.print()
         out.print(evaluation.comparison_table(comparison_rows(results)))
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
-        self.console.print(f"Best on validation: {summary['best_model']}. Time spent: {spent}.", soft_wrap=True)
-        self.console.print(f"Results and pictures: {self.config.results_dir}", soft_wrap=True)
+        self._say(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
+        self._say(f"Results and pictures: {self.config.results_dir}")
 
 
 class _Stopwatch:

@@ -30,7 +30,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-CLASS_NAMES = ("Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Random", "Scratch", "none")
+from wafer_generator import CLASS_NAMES
+
 COLUMNS = ("waferMap", "lotName", "failureType")
 LARGEST_DIE_VALUE = 2  # 0 no die, 1 pass, 2 fail
 LONGEST_SIDE = np.iinfo(np.int16).max

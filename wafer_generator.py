@@ -32,12 +32,12 @@ FINE_GRID_WEIGHTS = (*((0.06,) * 15), 0.04, 0.02, 0.03, 0.02, 0.02)
 
 # Share of each class that sits on a coarse grid (WM-811K: 0.46, 0.01, 0.30, 0.04, 0.24, 0.42, 0.25, 0.26, 0.79; drawn
 # closer together so that the size of a map does not give its class away).
-COARSE_SHARE = (0.45, 0.10, 0.35, 0.15, 0.30, 0.40, 0.30, 0.30, 0.70)
+COARSE_SHARE = (0.45, 0.08, 0.30, 0.10, 0.25, 0.40, 0.25, 0.25, 0.70)
 # Median share of dies that fail away from the defect (WM-811K, the quieter sectors of a map).
-BACKGROUND = (0.140, 0.105, 0.105, 0.055, 0.080, 0.150, 0.150, 0.060, 0.115)
+BACKGROUND = (0.140, 0.105, 0.105, 0.055, 0.075, 0.150, 0.150, 0.055, 0.115)
 
 LATENTS = 24  # random numbers that describe one map, more than any class uses
-LOT_CORRELATION = 0.6  # of those numbers, between two wafers of the same class in one lot
+LOT_CORRELATION = 0.4  # of those numbers, between two wafers of the same class in one lot
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _stripes(grid: DieGrid, rng: np.random.Generator) -> np.ndarray:
 
 def _center(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     x, y = latents.normal(0.0, 0.06), latents.normal(0.0, 0.06)
-    size, strength = max(latents.log_uniform(0.07, 0.60), 1.2 * grid.pitch), latents.uniform(0.4, 1.0) ** 0.5
+    size, strength = max(latents.log_uniform(0.10, 0.60), 1.6 * grid.pitch), latents.uniform(0.6, 1.0) ** 0.5
     softness, elongation, tilt = latents.log_uniform(0.1, 0.6), math.exp(latents.normal(0.0, 0.25)), latents.angle()
     field = strength * _blob(grid, rng, x=x, y=y, size=size, elongation=elongation, tilt=tilt, softness=softness)
     if latents.uniform() < 0.05:
@@ -168,8 +168,8 @@ def _center(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.nda
 
 def _donut(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     x, y = latents.normal(0.0, 0.06), latents.normal(0.0, 0.06)
-    hole, width = latents.uniform(0.15, 0.42), latents.log_uniform(0.07, 0.40)
-    strength, softness = latents.uniform(0.4, 1.0) ** 0.5, latents.log_uniform(0.02, 0.09)
+    hole, width = latents.uniform(0.15, 0.42), max(latents.log_uniform(0.07, 0.40), 1.2 * grid.pitch)
+    strength, softness = latents.uniform(0.5, 1.0) ** 0.5, latents.log_uniform(0.02, 0.09)
     direction, bias = latents.angle(), latents.uniform(0.0, 1.1)
     distance = np.hypot(grid.x - x, grid.y - y) + _wobble(grid, rng, 0.06)
     # The hole is round; the ring around it is thick on one side and thin, faint or open on the other.
@@ -181,8 +181,8 @@ def _donut(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndar
 
 
 def _edge_loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
-    direction, strength = latents.angle(), latents.uniform(0.35, 1.0) ** 0.5
-    half_arc, depth = latents.log_uniform(0.12, 1.9), latents.log_uniform(0.06, 0.50)
+    direction, strength = latents.angle(), latents.uniform(0.6, 1.0) ** 0.5
+    half_arc, depth = latents.log_uniform(0.22, 1.7), max(latents.log_uniform(0.08, 0.50), 1.5 * grid.pitch)
     softness, taper = latents.log_uniform(0.02, 0.12), latents.log_uniform(0.05, 0.3)
     if latents.uniform() < 0.25:  # a round patch that happens to lie on the edge
         x, y, size = 0.97 * math.cos(direction), 0.97 * math.sin(direction), max(0.8 * depth, 1.5 * grid.pitch)
@@ -196,7 +196,7 @@ def _edge_loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.n
 
 def _edge_ring(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     depth = grid.pitch * latents.log_uniform(0.5, 1.3) + 0.05 * latents.uniform() ** 2
-    strength, direction, unevenness = latents.uniform(0.55, 1.0) ** 0.5, latents.angle(), latents.uniform() ** 2
+    strength, direction, unevenness = latents.uniform(0.7, 1.0) ** 0.5, latents.angle(), latents.uniform() ** 2
     side = 0.5 - 0.5 * np.cos(grid.angle - direction)  # 0 at the weakest direction, 1 opposite
     local_depth = depth * (1.0 - 0.5 * unevenness * (1.0 - side))
     field = strength * _soft_step((1.0 - grid.radius) - local_depth, 0.4 * grid.pitch)
@@ -207,7 +207,7 @@ def _edge_ring(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.
 
 def _loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     direction, distance = latents.angle(), latents.uniform(0.15, 0.95)
-    size, strength = max(latents.log_uniform(0.05, 0.45), 1.1 * grid.pitch), latents.uniform(0.4, 1.0) ** 0.5
+    size, strength = max(latents.log_uniform(0.10, 0.45), 1.5 * grid.pitch), latents.uniform(0.65, 1.0) ** 0.5
     softness, elongation, tilt = latents.log_uniform(0.1, 0.5), latents.log_uniform(0.8, 3.5), latents.angle()
     x, y = distance * math.cos(direction), distance * math.sin(direction)
     spot = {"elongation": elongation, "tilt": tilt, "softness": softness}
@@ -245,7 +245,7 @@ def _random(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.nda
 
 def _scratch(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     field = np.zeros(grid.x.size, np.float32)
-    strength, length = latents.uniform(0.6, 1.0) ** 0.5, max(latents.log_uniform(0.3, 1.8), 5.0 * grid.pitch)
+    strength, length = latents.uniform(0.7, 1.0) ** 0.5, max(latents.log_uniform(0.4, 1.9), 6.0 * grid.pitch)
     heading, curvature = latents.angle(), latents.normal(0.0, 0.9)
     if latents.uniform() < 0.35:  # saws and handlers move along the die rows and columns
         heading, curvature = round(heading / (math.pi / 2)) * (math.pi / 2), 0.1 * curvature
@@ -282,10 +282,10 @@ def _line(
 def _none(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     """Nothing a reviewer would name: now and then a clump or a thickening in the middle that is too faint to count."""
     kind = latents.uniform()
-    if kind > 0.3:
+    if kind > 0.16:
         return np.zeros(grid.x.size, np.float32)
-    x, y = rng.uniform(-0.8, 0.8, 2).tolist() if kind < 0.15 else (0.0, 0.0)
-    size, strength = latents.uniform(0.06, 0.25), latents.uniform(0.1, 0.45)
+    x, y = rng.uniform(-0.8, 0.8, 2).tolist() if kind < 0.08 else (0.0, 0.0)
+    size, strength = latents.uniform(0.06, 0.25), latents.uniform(0.1, 0.4)
     return strength * _blob(grid, rng, x=x, y=y, size=size, elongation=1.5)
 
 
@@ -305,7 +305,7 @@ def _background(grid: DieGrid, label: int, latents: Latents, rng: np.random.Gene
     shape = 1.0 + slope + bulge * (0.5 - grid.radius**2) + _wobble(grid, rng, 0.2)
     # At the edge, dies whose corner sticks out furthest suffer most; in the centre it is one or two dies.
     rim = edge * np.exp((grid.corner_radius - grid.corner_radius.max()) / (0.6 * grid.pitch))
-    hub = middle * np.exp(-((grid.radius / (0.9 * grid.pitch)) ** 2))
+    hub = middle * np.exp(-((grid.radius / (0.7 * grid.pitch)) ** 2))
     return np.clip(level * shape + 0.8 * rim + hub, 0.0, 0.95)
 
 
