@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import threading
 import time
 import warnings
@@ -649,6 +650,37 @@ class TimeBudget(pl.Callback):
         self.used_before = state["used"]
 
 
+class KeepInterrupt(pl.Callback):
+    """Sees to it that Ctrl-C stops the training even when it comes while a checkpoint is being written.
+
+    The file layer under Lightning swallows an exception that is raised during the last steps of a write; so the
+    signal is also noted, and raised again at the next batch.
+    """
+
+    def __init__(self) -> None:
+        self._noted = False
+        self._handler_before: Any = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes over the signal; only the main thread of a program may."""
+        if threading.current_thread() is threading.main_thread():
+            self._handler_before = signal.signal(signal.SIGINT, self._note_and_raise)
+
+    def _note_and_raise(self, *_: object) -> None:
+        self._noted = True
+        raise KeyboardInterrupt
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Raises what was swallowed."""
+        if self._noted:
+            raise KeyboardInterrupt
+
+    def give_back(self) -> None:
+        """Restores the signal's handler, which Lightning sets to be ignored after an interrupt."""
+        if self._handler_before is not None:
+            signal.signal(signal.SIGINT, self._handler_before)
+
+
 class History(pl.Callback):
     """Keeps the metrics of each epoch for the curves, and prints a line an epoch where there is no terminal."""
 
@@ -925,8 +957,10 @@ class IntegratedMLPipeline:
     ) -> History:
         config = self.config
         on_terminal = self.console.is_terminal and not config.quiet
+        interrupt = KeepInterrupt()
         history = History(say=None if on_terminal else self._say)
         callbacks: list[pl.Callback] = [
+            interrupt,
             history,
             EarlyStopping("val_macro_f1", mode="max", patience=config.early_stopping_patience),
             ModelCheckpoint(
@@ -950,6 +984,8 @@ class IntegratedMLPipeline:
             trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except SystemExit:  # Lightning turns Ctrl-C into an exit of status 1; whoever called decides what to do
             raise KeyboardInterrupt from None
+        finally:
+            interrupt.give_back()
         return history
 
     def _fingerprint(self, params: dict[str, Any] | None) -> str:

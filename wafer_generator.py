@@ -37,7 +37,7 @@ COARSE_SHARE = (0.45, 0.08, 0.30, 0.10, 0.25, 0.40, 0.25, 0.25, 0.70)
 BACKGROUND = (0.140, 0.105, 0.105, 0.055, 0.075, 0.150, 0.150, 0.055, 0.115)
 
 LATENTS = 24  # random numbers that describe one map, more than any class uses
-LOT_CORRELATION = 0.4  # of those numbers, between two wafers of the same class in one lot
+LOT_CORRELATION = 0.35  # of those numbers, between two wafers of the same class in one lot
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,9 @@ def _wobble(grid: DieGrid, rng: np.random.Generator, amplitude: float, frequency
 
 
 def _blob(
-    grid: DieGrid,
-    rng: np.random.Generator,
-    *,
-    x: float,
-    y: float,
-    size: float,
-    elongation: float = 1.0,
-    tilt: float = 0.0,
-    softness: float = 0.5,
-) -> np.ndarray:
+    grid: DieGrid, rng: np.random.Generator, *, x: float, y: float, size: float,
+    elongation: float = 1.0, tilt: float = 0.0, softness: float = 0.5,
+) -> np.ndarray:  # fmt: skip
     """An irregular ellipse of mean half-axis `size` around (x, y)."""
     cos, sin, stretch = math.cos(tilt), math.sin(tilt), math.sqrt(elongation)
     along = ((grid.x - x) * cos + (grid.y - y) * sin) / (size * stretch)
@@ -157,6 +150,7 @@ def _stripes(grid: DieGrid, rng: np.random.Generator) -> np.ndarray:
 
 
 def _center(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
+    """A spot in the middle, sharp or fading, from a few dies to most of the wafer."""
     x, y = latents.normal(0.0, 0.06), latents.normal(0.0, 0.06)
     size, strength = max(latents.log_uniform(0.10, 0.60), 1.6 * grid.pitch), latents.uniform(0.6, 1.0) ** 0.5
     softness, elongation, tilt = latents.log_uniform(0.1, 0.6), math.exp(latents.normal(0.0, 0.25)), latents.angle()
@@ -167,6 +161,7 @@ def _center(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.nda
 
 
 def _donut(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
+    """A ring around a clean middle, often open or swollen on one side."""
     x, y = latents.normal(0.0, 0.06), latents.normal(0.0, 0.06)
     hole, width = latents.uniform(0.15, 0.42), max(latents.log_uniform(0.07, 0.40), 1.2 * grid.pitch)
     strength, softness = latents.uniform(0.5, 1.0) ** 0.5, latents.log_uniform(0.02, 0.09)
@@ -181,8 +176,9 @@ def _donut(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndar
 
 
 def _edge_loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
+    """A patch along part of the edge; the longest come close to an Edge-Ring."""
     direction, strength = latents.angle(), latents.uniform(0.6, 1.0) ** 0.5
-    half_arc, depth = latents.log_uniform(0.22, 1.7), max(latents.log_uniform(0.08, 0.50), 1.5 * grid.pitch)
+    half_arc, depth = latents.log_uniform(0.25, 1.7), max(latents.log_uniform(0.09, 0.50), 1.6 * grid.pitch)
     softness, taper = latents.log_uniform(0.02, 0.12), latents.log_uniform(0.05, 0.3)
     if latents.uniform() < 0.25:  # a round patch that happens to lie on the edge
         x, y, size = 0.97 * math.cos(direction), 0.97 * math.sin(direction), max(0.8 * depth, 1.5 * grid.pitch)
@@ -195,6 +191,7 @@ def _edge_loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.n
 
 
 def _edge_ring(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
+    """A thin ring along the edge, at times uneven or with a gap."""
     depth = grid.pitch * latents.log_uniform(0.5, 1.3) + 0.05 * latents.uniform() ** 2
     strength, direction, unevenness = latents.uniform(0.7, 1.0) ** 0.5, latents.angle(), latents.uniform() ** 2
     side = 0.5 - 0.5 * np.cos(grid.angle - direction)  # 0 at the weakest direction, 1 opposite
@@ -206,8 +203,9 @@ def _edge_ring(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.
 
 
 def _loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
+    """One or two spots away from the middle, compact, drawn out or crescent-shaped."""
     direction, distance = latents.angle(), latents.uniform(0.15, 0.95)
-    size, strength = max(latents.log_uniform(0.10, 0.45), 1.5 * grid.pitch), latents.uniform(0.65, 1.0) ** 0.5
+    size, strength = max(latents.log_uniform(0.11, 0.45), 1.6 * grid.pitch), latents.uniform(0.7, 1.0) ** 0.5
     softness, elongation, tilt = latents.log_uniform(0.1, 0.5), latents.log_uniform(0.8, 3.5), latents.angle()
     x, y = distance * math.cos(direction), distance * math.sin(direction)
     spot = {"elongation": elongation, "tilt": tilt, "softness": softness}
@@ -225,6 +223,7 @@ def _loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarra
 
 
 def _near_full(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
+    """Almost every die, but for a patch or a weaker edge."""
     level = latents.uniform(0.74, 1.02)
     field = np.clip(level + _wobble(grid, rng, latents.uniform(0.0, 0.2)), 0.0, 1.0)
     direction, distance, size = latents.angle(), latents.uniform(0.5, 1.0), latents.uniform(0.05, 0.45)
@@ -235,6 +234,7 @@ def _near_full(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.
 
 
 def _random(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
+    """Failures all over, at a level that drifts across the wafer."""
     level, contrast = latents.uniform(0.2, 0.6), latents.uniform(0.0, 0.8)
     rings = np.cos(latents.uniform(2.0, 8.0) * grid.radius + latents.angle())
     field = level + contrast * (0.3 * rings + _wobble(grid, rng, 0.6))
@@ -244,8 +244,9 @@ def _random(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.nda
 
 
 def _scratch(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
+    """One line or a few, straight or curved, along the dies or across them."""
     field = np.zeros(grid.x.size, np.float32)
-    strength, length = latents.uniform(0.7, 1.0) ** 0.5, max(latents.log_uniform(0.4, 1.9), 6.0 * grid.pitch)
+    strength, length = latents.uniform(0.8, 1.0) ** 0.5, max(latents.log_uniform(0.5, 1.9), 7.0 * grid.pitch)
     heading, curvature = latents.angle(), latents.normal(0.0, 0.9)
     if latents.uniform() < 0.35:  # saws and handlers move along the die rows and columns
         heading, curvature = round(heading / (math.pi / 2)) * (math.pi / 2), 0.1 * curvature
@@ -282,9 +283,9 @@ def _line(
 def _none(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     """Nothing a reviewer would name: now and then a clump or a thickening in the middle that is too faint to count."""
     kind = latents.uniform()
-    if kind > 0.16:
+    if kind > 0.12:
         return np.zeros(grid.x.size, np.float32)
-    x, y = rng.uniform(-0.8, 0.8, 2).tolist() if kind < 0.08 else (0.0, 0.0)
+    x, y = rng.uniform(-0.8, 0.8, 2).tolist() if kind < 0.06 else (0.0, 0.0)
     size, strength = latents.uniform(0.06, 0.25), latents.uniform(0.1, 0.4)
     return strength * _blob(grid, rng, x=x, y=y, size=size, elongation=1.5)
 
@@ -299,10 +300,10 @@ def _background(grid: DieGrid, label: int, latents: Latents, rng: np.random.Gene
     deviation = latents.normal()
     # Clean lots are far cleaner than the median, poor lots only somewhat poorer.
     level = BACKGROUND[label] * math.exp(deviation * (0.9 if deviation < 0.0 else 0.4))
-    tilt, direction, bulge = latents.uniform(0.0, 0.5), latents.angle(), latents.normal(0.0, 0.25)
+    tilt, direction, bulge = latents.uniform(0.0, 0.4), latents.angle(), latents.normal(0.0, 0.25)
     edge, middle = latents.uniform() ** 1.3, latents.uniform() ** 2
     slope = tilt * (grid.x * math.cos(direction) + grid.y * math.sin(direction))
-    shape = 1.0 + slope + bulge * (0.5 - grid.radius**2) + _wobble(grid, rng, 0.2)
+    shape = 1.0 + slope + bulge * (0.5 - grid.radius**2) + _wobble(grid, rng, 0.15)
     # At the edge, dies whose corner sticks out furthest suffer most; in the centre it is one or two dies.
     rim = edge * np.exp((grid.corner_radius - grid.corner_radius.max()) / (0.6 * grid.pitch))
     hub = middle * np.exp(-((grid.radius / (0.7 * grid.pitch)) ** 2))
@@ -313,7 +314,7 @@ def _background(grid: DieGrid, label: int, latents: Latents, rng: np.random.Gene
 
 
 def _plan_lots(counts: Sequence[int], rng: np.random.Generator) -> list[tuple[bool, list[int]]]:
-    """Deals the maps into lots of one to three classes, mostly 8 to 14 maps.
+    """Deals the maps into lots of mostly 8 to 14 maps and one to three classes.
 
     Returns:
         For each lot, whether its grid is a coarse one, and its labels.
@@ -344,8 +345,7 @@ def _draw_grid(coarse: bool, rng: np.random.Generator) -> DieGrid:
 
 
 def _check_counts(samples_per_class: int | Sequence[int]) -> list[int]:
-    one_for_all = isinstance(samples_per_class, Integral)
-    counts = [samples_per_class] * len(CLASS_NAMES) if one_for_all else list(samples_per_class)
+    counts = [samples_per_class] * len(CLASS_NAMES) if np.ndim(samples_per_class) == 0 else list(samples_per_class)
     if len(counts) != len(CLASS_NAMES):
         raise ValueError(
             f"samples_per_class has {len(counts)} counts: "
@@ -371,15 +371,15 @@ def generate_wafer_maps(
     Returns:
         maps: list of N arrays, uint8 [h, w], 25 x 27 to 107 x 150; 0 no die, 1 pass, 2 fail.
         labels: int64 [N], index into `CLASS_NAMES`.
-        lots: int64 [N], number of the lot, from 0; a lot has one die grid and one to three classes.
+        lots: int64 [N], number of the lot, from 0; a lot has one die grid and a few classes, mostly one to three.
 
     Raises:
         ValueError: if a count is below 1 or not a whole number, if there are not nine counts, or if the seed is
-            negative.
+            negative or not a whole number.
     """
     counts = _check_counts(samples_per_class)
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: the random number generator takes 0 or more")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed is {seed!r}: the random number generator takes a whole number, 0 or more")
     rng = np.random.default_rng(seed)
     maps: list[np.ndarray] = []
     labels: list[int] = []
