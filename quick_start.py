@@ -31,7 +31,7 @@ def train_and_report(arguments: argparse.Namespace) -> None:
         enable_optuna=False,
         enable_mlflow=False,
         data=arguments.data,
-        max_samples_per_class=None if arguments.data == "synthetic" else 1000,
+        max_samples_per_class=None if arguments.data == "synthetic" else 250,
         seed=arguments.seed,
         output_dir=arguments.output_dir,
         resume=arguments.resume,
