@@ -37,7 +37,7 @@ COARSE_SHARE = (0.45, 0.08, 0.30, 0.10, 0.25, 0.40, 0.25, 0.25, 0.70)
 BACKGROUND = (0.140, 0.105, 0.105, 0.055, 0.075, 0.150, 0.150, 0.055, 0.115)
 
 LATENTS = 24  # random numbers that describe one map, more than any class uses
-LOT_CORRELATION = 0.35  # of those numbers, between two wafers of the same class in one lot
+LOT_CORRELATION = 0.4  # of those numbers, between two wafers of the same class in one lot
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _donut(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndar
 def _edge_loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     """A patch along part of the edge; the longest come close to an Edge-Ring."""
     direction, strength = latents.angle(), latents.uniform(0.6, 1.0) ** 0.5
-    half_arc, depth = latents.log_uniform(0.25, 1.7), max(latents.log_uniform(0.09, 0.50), 1.6 * grid.pitch)
+    half_arc, depth = latents.log_uniform(0.22, 1.7), max(latents.log_uniform(0.08, 0.50), 1.5 * grid.pitch)
     softness, taper = latents.log_uniform(0.02, 0.12), latents.log_uniform(0.05, 0.3)
     if latents.uniform() < 0.25:  # a round patch that happens to lie on the edge
         x, y, size = 0.97 * math.cos(direction), 0.97 * math.sin(direction), max(0.8 * depth, 1.5 * grid.pitch)
@@ -205,7 +205,7 @@ def _edge_ring(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.
 def _loc(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     """One or two spots away from the middle, compact, drawn out or crescent-shaped."""
     direction, distance = latents.angle(), latents.uniform(0.15, 0.95)
-    size, strength = max(latents.log_uniform(0.11, 0.45), 1.6 * grid.pitch), latents.uniform(0.7, 1.0) ** 0.5
+    size, strength = max(latents.log_uniform(0.10, 0.45), 1.5 * grid.pitch), latents.uniform(0.65, 1.0) ** 0.5
     softness, elongation, tilt = latents.log_uniform(0.1, 0.5), latents.log_uniform(0.8, 3.5), latents.angle()
     x, y = distance * math.cos(direction), distance * math.sin(direction)
     spot = {"elongation": elongation, "tilt": tilt, "softness": softness}
@@ -246,7 +246,7 @@ def _random(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.nda
 def _scratch(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     """One line or a few, straight or curved, along the dies or across them."""
     field = np.zeros(grid.x.size, np.float32)
-    strength, length = latents.uniform(0.8, 1.0) ** 0.5, max(latents.log_uniform(0.5, 1.9), 7.0 * grid.pitch)
+    strength, length = latents.uniform(0.7, 1.0) ** 0.5, max(latents.log_uniform(0.4, 1.9), 6.0 * grid.pitch)
     heading, curvature = latents.angle(), latents.normal(0.0, 0.9)
     if latents.uniform() < 0.35:  # saws and handlers move along the die rows and columns
         heading, curvature = round(heading / (math.pi / 2)) * (math.pi / 2), 0.1 * curvature
@@ -283,9 +283,9 @@ def _line(
 def _none(grid: DieGrid, latents: Latents, rng: np.random.Generator) -> np.ndarray:
     """Nothing a reviewer would name: now and then a clump or a thickening in the middle that is too faint to count."""
     kind = latents.uniform()
-    if kind > 0.12:
+    if kind > 0.16:
         return np.zeros(grid.x.size, np.float32)
-    x, y = rng.uniform(-0.8, 0.8, 2).tolist() if kind < 0.06 else (0.0, 0.0)
+    x, y = rng.uniform(-0.8, 0.8, 2).tolist() if kind < 0.08 else (0.0, 0.0)
     size, strength = latents.uniform(0.06, 0.25), latents.uniform(0.1, 0.4)
     return strength * _blob(grid, rng, x=x, y=y, size=size, elongation=1.5)
 
