@@ -9,7 +9,7 @@ import command_line
 
 EXAMPLES = """\
   python quick_start.py
-  python quick_start.py --data my_maps.npz --output-dir /tmp/first_look
+  python quick_start.py --data my_maps.npz --output-dir first_look
   python quick_start.py --seed 3 --quiet"""
 
 
