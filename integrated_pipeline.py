@@ -789,6 +789,7 @@ class IntegratedMLPipeline:
         self.seconds: dict[str, float] = {}
         self.maps: WaferMaps | None = None
         self.split: Split | None = None
+        self._data_modules: dict[int, WaferMapDataModule] = {}
 
     def run_complete_pipeline(self) -> dict[str, Any]:
         """Runs the chain and returns the summary that is also written to experiment_summary.json.
@@ -843,6 +844,7 @@ class IntegratedMLPipeline:
             seed=config.seed,
         )
         self.split = split_by_lot(self.maps, seed=config.seed)
+        self._data_modules.clear()
         self._say(f"Dataset ready: {len(self.maps)} samples, {NUM_CLASSES} classes")
         sizes = " / ".join(f"{len(part):,} {name}" for name, part in self.split.parts().items())
         lots = len(np.unique(self.maps.groups))
@@ -851,8 +853,11 @@ class IntegratedMLPipeline:
             self._say(f"  {note}")
 
     def _data_module(self, batch_size: int) -> WaferMapDataModule:
+        """The maps, resized once for all models and for the evaluation."""
         config = self.config
-        return WaferMapDataModule(
+        if batch_size in self._data_modules:
+            return self._data_modules[batch_size]
+        self._data_modules[batch_size] = WaferMapDataModule(
             self.maps,
             self.split,
             image_size=config.image_size,
@@ -861,6 +866,7 @@ class IntegratedMLPipeline:
             balancing=config.balance_by if config.class_balancing else "none",
             seed=config.seed,
         )
+        return self._data_modules[batch_size]
 
     # --- models
 
