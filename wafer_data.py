@@ -200,7 +200,7 @@ def _read_npz(path: Path) -> WaferMaps:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # zipfile, zlib and numpy each raise their own kinds on a damaged or pickled file
-        raise DataError(f"{path}: cannot be read as an .npz without pickles ({error}). Save it again.") from error
+        raise DataError(f"{path}: cannot be read as an .npz without pickles. Save it with numpy.savez.") from error
     if {"arr_0", "arr_1"} <= arrays.keys():
         return _from_mixedwm38(arrays["arr_0"], arrays["arr_1"], source=path.name)
     if "labels" not in arrays or not ({"maps", "maps_flat"} & arrays.keys()):
