@@ -45,7 +45,8 @@ def run(work: Callable[[], object]) -> int:
         return 130
     except (ValueError, RuntimeError) as error:
         # The scripts import these late; by the time one of them is raised, its module is loaded.
-        from integrated_pipeline import ConfigError, TrainingDivergedError
+        from integrated_pipeline import ConfigError
+        from training_callbacks import TrainingDivergedError
         from wafer_data import DataError
 
         if not isinstance(error, ConfigError | DataError | TrainingDivergedError):

@@ -4,7 +4,7 @@
 
 reads or generates wafer maps, splits them by lot, trains every chosen model with Lightning, opens the test part once,
 draws the pictures and writes the summary. Read it in this order: the configuration; the models adapted from
-torchvision and ultralytics; the registry that names them; the callbacks; the pipeline.
+torchvision and ultralytics; the registry that names them; the pipeline.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import json
 import logging
 import os
 import platform
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +29,9 @@ from rich.console import Console
 from torch import nn
 
 import evaluation
+from pretrained_weights import WeightsUnavailableError, fetch_weights, read_weights, sum_first_layer
 from simple_model import LightningCNN, WaferClassifier
+from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget
 from wafer_data import (
     CLASS_NAMES,
     IMAGE_LEVELS,
@@ -213,77 +213,6 @@ def native_precision(accelerator: str = "auto") -> str:
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return "bf16-mixed"
     return "32-true"
-
-
-# ---------------------------------------------------------------------------------------- pre-trained weights
-
-
-class WeightsUnavailableError(RuntimeError):
-    """Pre-trained weights are neither in the cache nor to be had from their host in time."""
-
-
-def within(seconds: float, function: Callable[[], Any], *, what: str) -> Any:
-    """Runs `function` and gives up after `seconds`.
-
-    A thread, because a name look-up or a firewall that swallows packets cannot be interrupted; it is a daemon, so it
-    never keeps the program from ending.
-
-    Raises:
-        WeightsUnavailableError: no answer in time, or the function raised.
-    """
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            outcome["value"] = function()
-        except Exception as error:  # whatever went wrong, the run goes on without these weights and says so
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if "value" in outcome:
-        return outcome["value"]
-    reason = f"{outcome['error']}" if "error" in outcome else f"no answer within {seconds:g} s"
-    raise WeightsUnavailableError(f"{what}: {reason}")
-
-
-def fetch_weights(url: str, file: Path, *, wait: float, hash_prefix: str | None = None) -> Path:
-    """Returns `file`, downloading it from `url` when it is not there.
-
-    Args:
-        url: where it comes from.
-        file: where it is kept.
-        wait: seconds for the host to answer; once it does, the download itself may take two minutes.
-        hash_prefix: beginning of the file's SHA-256, checked after the download.
-
-    Raises:
-        WeightsUnavailableError: not there and not to be had.
-    """
-    if file.exists():
-        return file
-    from urllib.request import Request, urlopen
-
-    def host_answers() -> bool:
-        with urlopen(Request(url, method="HEAD"), timeout=wait):
-            return True
-
-    def download() -> bool:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=hash_prefix, progress=False)
-        return True
-
-    within(wait, host_answers, what=f"{file.name} is not in the cache and its host does not answer")
-    within(120, download, what=f"{file.name} could not be downloaded")
-    return file
-
-
-def sum_first_layer(weight: torch.Tensor) -> torch.Tensor:
-    """A kernel [out, 3, k, k] for RGB to one [out, 1, k, k] for grey.
-
-    Summing over RGB answers a grey map exactly as the old kernel answers that map repeated in three channels.
-    """
-    return weight.sum(1, keepdim=True)
 
 
 # ------------------------------------------------------------------------------------------------------ models
@@ -501,22 +430,6 @@ def ultralytics_classes() -> list[type]:
     return [tasks.ClassificationModel, *torch_classes, *(getattr(m, n) for m, ns in names.items() for n in ns)]
 
 
-def read_weights(file: Path, *, allowed: Sequence[type] = ()) -> Any:
-    """Reads a weights file without running code from it: tensors, plain values and the `allowed` classes only.
-
-    Raises:
-        WeightsUnavailableError: the file is damaged or asks for anything else.
-    """
-    try:
-        with torch.serialization.safe_globals([*allowed, set, torch.Size]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds; each means that this file is of no use
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsUnavailableError(
-            f"{file} cannot be loaded safely ({reason}); delete it to fetch it anew"
-        ) from error
-
-
 # ---------------------------------------------------------------------------------------------------- registry
 
 
@@ -607,165 +520,6 @@ register_model(
     "vision_transformer",
     ModelSpec(_torchvision("vit_b_16"), search_space={"image_size": (48,)}, defaults={"learning_rate": 1e-3}),
 )
-
-
-# --------------------------------------------------------------------------------------------------- callbacks
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number."""
-
-
-class TimeBudget(pl.Callback):
-    """Ends training when its seconds are used up, with the learning rate annealed to zero by then.
-
-    The share of the time used is handed to the model, whose schedule follows whichever is further: steps or time.
-    What a cut-off run had used is in the resume checkpoint.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.used_before = seconds, 0.0
-        self._started = time.monotonic()
-
-    def used(self) -> float:
-        """Seconds of training so far, over all sittings."""
-        return self.used_before + time.monotonic() - self._started
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
-        self._started = time.monotonic()
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Tells the schedule how much of the time is gone; when all is, this batch is the last."""
-        pl_module.time_progress = min(1.0, self.used() / self.seconds)
-        if self.used() >= self.seconds:
-            trainer.should_stop = True
-
-    def state_dict(self) -> dict[str, float]:
-        """Seconds used, kept in checkpoints."""
-        return {"used": self.used()}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes up the clock of the run that is resumed."""
-        self.used_before = state["used"]
-
-
-class KeepInterrupt(pl.Callback):
-    """Sees to it that Ctrl-C stops the training even when it comes while a checkpoint is being written.
-
-    The file layer under Lightning swallows an exception that is raised during the last steps of a write; so the
-    signal is also noted, and raised again at the next batch.
-    """
-
-    def __init__(self) -> None:
-        self._noted = False
-        self._handler_before: Any = None
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signal; only the main thread of a program may."""
-        if threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGINT, self._note_and_raise)
-
-    def _note_and_raise(self, *_: object) -> None:
-        self._noted = True
-        raise KeyboardInterrupt
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Raises what was swallowed."""
-        if self._noted:
-            raise KeyboardInterrupt
-
-    def give_back(self) -> None:
-        """Restores the signal's handler, which Lightning sets to be ignored after an interrupt."""
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
-
-
-class History(pl.Callback):
-    """Keeps the metrics of each epoch for the curves, and prints a line an epoch where there is no terminal."""
-
-    KEYS = ("train_loss", "val_loss", "train_macro_f1", "val_macro_f1", "train_accuracy", "val_accuracy")
-
-    def __init__(self, say: Callable[[str], None] | None = None) -> None:
-        self.epochs: list[dict[str, float]] = []
-        self.seconds_before = 0.0
-        self._started, self._say = time.monotonic(), say
-
-    def seconds(self) -> float:
-        """Seconds of training, validation included, over all sittings."""
-        return self.seconds_before + time.monotonic() - self._started
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
-        self._started = time.monotonic()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Appends the epoch; runs before the checkpoints are written, so a resumed run has it too."""
-        values = {key: float(trainer.callback_metrics[key]) for key in self.KEYS if key in trainer.callback_metrics}
-        if not np.isfinite(values["train_loss"]):
-            raise TrainingDivergedError(
-                f"the training loss is {values['train_loss']} after epoch {trainer.current_epoch + 1}. "
-                f"Lower the learning rate (now {pl_module.learning_rate:g}) or set precision='32-true'."
-            )
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **values})
-        if self._say:
-            left = (trainer.max_epochs - trainer.current_epoch - 1) * self.seconds() / len(self.epochs)
-            limit = next((c for c in trainer.callbacks if isinstance(c, TimeBudget)), None)
-            left = min(left, limit.seconds - limit.used()) if limit else left
-            self._say(
-                f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-                f"val macro F1 {values.get('val_macro_f1', 0):.3f}  train loss {values.get('train_loss', 0):.3f}  "
-                f"at most {max(0.0, left):.0f} s left"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Epochs and seconds so far, kept in checkpoints."""
-        return {"epochs": self.epochs, "seconds": self.seconds()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the record of the run that is resumed."""
-        self.epochs, self.seconds_before = state["epochs"], state["seconds"]
-
-    def series(self) -> dict[str, list[float]]:
-        """{"epoch": [...], "train_loss": [...], ...} for the curves."""
-        return {
-            key: [e[key] for e in self.epochs] for key in ("epoch", *self.KEYS) if all(key in e for e in self.epochs)
-        }
-
-
-class ProgressBar(pl.Callback):
-    """One bar for a whole training, with the time left; drawn on a terminal only."""
-
-    def __init__(self, console: Console, title: str) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
-            TimeRemainingColumn(), console=console, transient=True,
-        )  # fmt: skip
-        self._title = title
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws the empty bar."""
-        self._task = self._progress.add_task(self._title, total=1.0)
-        self._progress.start()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Moves the bar to the share of the steps or of the time that is used, whichever is more."""
-        done = max(trainer.global_step / max(1, trainer.estimated_stepping_batches), pl_module.time_progress)
-        best = trainer.callback_metrics.get("val_macro_f1")
-        text = f"{self._title}  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        self._progress.update(
-            self._task, completed=done, description=text if best is None else f"{text}  val macro F1 {best:.3f}"
-        )
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the bar away."""
-        self._progress.stop()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Takes the bar away before an error is printed."""
-        self._progress.stop()
 
 
 # ---------------------------------------------------------------------------------------------------- pipeline

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline, TrainingDivergedError
+from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
+from training_callbacks import TrainingDivergedError
 from wafer_data import CLASS_NAMES, DataError
 
 ROOT = Path(__file__).resolve().parent.parent

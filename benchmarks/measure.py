@@ -1,0 +1,90 @@
+"""What the benchmarks share: ways that take turns, ratios with their spread, and the record that is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def take_turns(ways: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[Any]]:
+    """Calls each way in turn (A B A B ...), so that a machine that slows down slows all of them; what they returned."""
+    outcomes: dict[str, list[Any]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            outcomes[name].append(way())
+    return outcomes
+
+
+def paired_ratio(numerator: list[float], denominator: list[float]) -> dict[str, Any]:
+    """The ratio turn by turn: median, lowest, highest, number of turns."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return {
+        "median": round(statistics.median(ratios), 3),
+        "low": round(min(ratios), 3),
+        "high": round(max(ratios), 3),
+        "turns": len(ratios),
+    }
+
+
+def as_text(ratio: dict[str, Any]) -> str:
+    """For the terminal: median, range and number of turns."""
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['turns']} turns)"
+
+
+def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Writes a record with the environment it was measured in; prints it where no path is given."""
+    from integrated_pipeline import environment
+
+    text = json.dumps({**record, "environment": environment() | {"load_average": os.getloadavg()[0]}}, indent=1)
+    if path is None:
+        print(text)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+        print(f"written to {path}")
+
+
+def write_image_folder(data, folder: Path) -> None:
+    """Writes the training, validation and test maps of a `WaferMapDataModule` as `<part>/<class>/<n>.png`.
+
+    The images are the resized grey maps that our own training sees, so that all ways start from the same pixels.
+    """
+    from PIL import Image
+
+    from wafer_data import CLASS_NAMES
+
+    loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
+    for part, loader in loaders.items():
+        for name in CLASS_NAMES:
+            (folder / part / name).mkdir(parents=True)
+        for i, (image, label) in enumerate(zip(loader.dataset.images, loader.dataset.labels, strict=True)):
+            Image.fromarray(image[0].numpy()).save(folder / part / CLASS_NAMES[label] / f"{i}.png")
+
+
+class ClockedF1:
+    """Seconds since it was made, beside the macro F1 on validation, epoch by epoch."""
+
+    def __init__(self) -> None:
+        import time
+
+        self._clock, self.points = time.monotonic, []
+        self._started = self._clock()
+
+    def add(self, truth, predicted) -> None:
+        """Notes the score of an epoch, by the definition that we use everywhere."""
+        from sklearn.metrics import f1_score
+
+        score = f1_score(truth, predicted, average="macro", labels=range(9), zero_division=0)
+        self.points.append((round(self._clock() - self._started, 2), round(float(score), 4)))
+
+    def seconds_to(self, score: float) -> float | None:
+        """When `score` was first reached; None if it never was."""
+        return next((seconds for seconds, value in self.points if value >= score), None)

@@ -1,0 +1,195 @@
+r"""Seconds from the start of a process to a given test macro F1 on real wafer maps.
+
+Measured, for each model, training time and seed, in a process of its own: the macro F1 on test lots that nothing
+before has seen. The clock starts with the process and stops with the training: imports, reading and resizing the maps,
+validation after each epoch and checkpoints are in it; the final evaluation is not. Weights are random at the start. A
+seed changes the split, the weights and the batches. The learning rate is annealed to end with the time, so each time
+is a training of its own: a score is reached in the shortest time whose mean over the seeds is at least that score.
+
+    python benchmarks/time_to_f1.py --data wm811k.npz --models lightning_cnn --minutes 2 5 --seeds 0 1 2 \
+        --output benchmarks/results/time_to_f1.json
+    python benchmarks/time_to_f1.py --tables benchmarks/results/time_to_f1.json
+
+Runs that are in the output already are not done again. The same command uses a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from measure import ROOT
+
+LEVELS = (0.80, 0.85, 0.88, 0.90, 0.91)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="synthetic", help="labelled maps, anything that --data of the scripts takes")
+    parser.add_argument("--models", nargs="+", default=["all"], help="model types (default: the four families)")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[10], help="of training (default 10)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=48)
+    parser.add_argument("--eight-views", action="store_true", help="score the mean over the eight symmetries, too")
+    parser.add_argument("--work-dir", default=ROOT / "results/time_to_f1", help="for checkpoints and pictures")
+    parser.add_argument("--output", type=Path, help="JSON to which the runs are added")
+    parser.add_argument("--tables", type=Path, metavar="JSON", help="print the tables of finished runs and stop")
+    parser.add_argument("--one", nargs=4, metavar=("MODEL", "MINUTES", "SEED", "STARTED"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        model_type, minutes, seed, started = arguments.one
+        print(json.dumps(measure(arguments, model_type, float(minutes), int(seed), float(started))))
+    elif arguments.tables:
+        runs = json.loads(arguments.tables.read_text())
+        print("\n".join([*table_of_runs(runs), "", *table_of_levels(runs)]))
+    else:
+        run_all(arguments)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    runs = json.loads(arguments.output.read_text()) if arguments.output and arguments.output.exists() else []
+    models = arguments.models
+    if models == ["all"]:
+        from integrated_pipeline import DEFAULT_MODEL_TYPES
+
+        models = list(DEFAULT_MODEL_TYPES)
+    settings = {"image_size": arguments.image_size, "batch_size": arguments.batch_size}
+    for minutes in arguments.minutes:
+        for seed in arguments.seeds:
+            for model_type in models:
+                key = {"model_type": model_type, "minutes": minutes, "seed": seed, **settings}
+                if any(all(run[k] == v for k, v in key.items()) for run in runs):
+                    print(f"done before: {key}")
+                    continue
+                run = key | in_own_process(arguments, model_type, minutes, seed)
+                print(f"{key}: {run['seconds']:.0f} s, test macro F1 {run['test_macro_f1']:.3f}", flush=True)
+                runs.append(run)
+                if arguments.output:
+                    arguments.output.write_text(json.dumps(runs, indent=1) + "\n")
+    print("\n".join([*table_of_runs(runs), "", *table_of_levels(runs)]))
+
+
+def in_own_process(arguments: argparse.Namespace, model_type: str, minutes: float, seed: int) -> dict:
+    flags = [f"--data={arguments.data}", f"--batch-size={arguments.batch_size}", f"--work-dir={arguments.work_dir}"]
+    flags += [f"--image-size={arguments.image_size}", *(["--eight-views"] if arguments.eight_views else [])]
+    one = ["--one", model_type, str(minutes), str(seed), str(time.time())]
+    done = subprocess.run([sys.executable, __file__, *flags, *one], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed: int, started: float) -> dict:
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline, environment
+
+    config = ExperimentConfig(
+        experiment_name=f"{model_type}_{minutes:g}min_seed{seed}",
+        model_type=model_type,
+        data=arguments.data,
+        use_pretrained=False,
+        max_epochs=1000,
+        early_stopping_patience=1000,
+        time_limit=60 * minutes,
+        batch_size=arguments.batch_size,
+        image_size=arguments.image_size,
+        seed=seed,
+        enable_optuna=False,
+        enable_mlflow=False,
+        output_dir=arguments.work_dir,
+        quiet=True,
+    )
+    pipeline = IntegratedMLPipeline(config)
+    pipeline.prepare_data()
+    record = pipeline.train_final_model(model_type)
+    seconds = time.time() - started
+    (result,), _ = pipeline.evaluate([record])
+    scores = {"test_macro_f1_eight_views": None}
+    if arguments.eight_views:
+        config.eight_views = True
+        (views,), _ = pipeline.evaluate([record])
+        scores["test_macro_f1_eight_views"] = round(views["test"]["macro_f1"], 4)
+        scores["validation_macro_f1_eight_views"] = round(views["validation"]["macro_f1"], 4)
+    test = result["test"]
+    return {
+        "seconds": round(seconds, 1),
+        "train_seconds": round(record["train_seconds"], 1),
+        "test_macro_f1": round(test["macro_f1"], 4),
+        "test_macro_f1_interval": [round(v, 4) for v in test["intervals"]["macro_f1"]],
+        "test_accuracy": round(test["accuracy"], 4),
+        **scores,
+        "validation_macro_f1": round(result["validation"]["macro_f1"], 4),
+        "per_class_f1": {name: round(row["f1"], 3) for name, row in test["per_class"].items()},
+        "validation_history": [round(v, 4) for v in record["history"]["val_macro_f1"]],
+        "epochs": record["epochs"],
+        "best_epoch": record["best_epoch"],
+        "n_parameters": record["n_parameters"],
+        "latency_ms": round(result["latency_ms"], 2),
+        "weights": record["weights"],
+        "precision": record["precision"],
+        "maps": {part: len(indices) for part, indices in pipeline.split.parts().items()},
+        "split": pipeline.split.fingerprint,
+        "environment": environment(),
+    }
+
+
+def table_of_runs(runs: list[dict]) -> list[str]:
+    """Markdown: one line for each model and training time; the bar of one seed is its bootstrap interval over lots."""
+    lines = [
+        "| model | minutes | seeds | test macro F1 | eight views | accuracy | epochs | parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (model_type, minutes), some in grouped(runs).items():
+        views = [run["test_macro_f1_eight_views"] for run in some if run["test_macro_f1_eight_views"]]
+        cells = [
+            model_type, f"{minutes:g}", str(len(some)), score_text(some),
+            f"{statistics.mean(views):.3f}" if len(views) == len(some) else "-",
+            f"{statistics.mean(run['test_accuracy'] for run in some):.3f}",
+            "-".join(str(e) for e in sorted({min(r["epochs"] for r in some), max(r["epochs"] for r in some)})),
+            f"{some[0]['n_parameters']:,}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def score_text(runs: list[dict]) -> str:
+    scores = [run["test_macro_f1"] for run in runs]
+    if len(runs) == 1:
+        low, high = runs[0]["test_macro_f1_interval"]
+        return f"{scores[0]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{statistics.mean(scores):.3f} ± {statistics.stdev(scores):.3f}"
+
+
+def table_of_levels(runs: list[dict]) -> list[str]:
+    """Markdown: seconds from the start of the process to each score, where it was reached."""
+    models = list(dict.fromkeys(run["model_type"] for run in runs))
+    lines = [
+        "| model | " + " | ".join(f"{level:.2f}" for level in LEVELS) + " |",
+        "|---" * (len(LEVELS) + 1) + "|",
+    ]
+    for model_type in models:
+        some = {minutes: group for (name, minutes), group in grouped(runs).items() if name == model_type}
+        cells = [seconds_to(level, some) for level in LEVELS]
+        lines.append(f"| {model_type} | {' | '.join(cells)} |")
+    return lines
+
+
+def seconds_to(level: float, by_minutes: dict[float, list[dict]]) -> str:
+    for _, runs in sorted(by_minutes.items()):
+        if statistics.mean(run["test_macro_f1"] for run in runs) >= level:
+            return f"{statistics.mean(run['seconds'] for run in runs):.0f} s (n={len(runs)})"
+    return "not reached"
+
+
+def grouped(runs: list[dict]) -> dict[tuple[str, float], list[dict]]:
+    groups: dict[tuple[str, float], list[dict]] = {}
+    for run in sorted(runs, key=lambda run: run["minutes"]):
+        groups.setdefault((run["model_type"], run["minutes"]), []).append(run)
+    return groups
+
+
+if __name__ == "__main__":
+    main()
