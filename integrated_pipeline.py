@@ -76,7 +76,7 @@ class ExperimentConfig:
         enable_optuna: search before the final training.
         data_augmentation: the eight symmetries of the square and light die noise.
         class_balancing: weigh classes by the inverse square root of their frequency.
-        balance_by: "loss" (weights in the loss) or "sampler" (rare classes drawn more often).
+        balance_by: "sampler" (rare classes drawn more often) or "loss" (weights in the loss).
         data: "synthetic", or a path: LSWMD.pkl, .npz or a folder of class folders (see `load_wafer_maps`).
         samples_per_class: generated maps of each class.
         max_samples_per_class: keep at most so many of each class.
@@ -107,7 +107,7 @@ class ExperimentConfig:
     enable_optuna: bool = True
     data_augmentation: bool = True
     class_balancing: bool = True
-    balance_by: str = "loss"
+    balance_by: str = "sampler"
     data: str | Path = SYNTHETIC
     samples_per_class: int = 150
     max_samples_per_class: int | None = None
@@ -143,7 +143,7 @@ class ExperimentConfig:
             ("pretrained_wait", 0.1, 600),
         ):
             self._check_range(name, low, high)
-        self._check_choice("balance_by", ("loss", "sampler"))
+        self._check_choice("balance_by", ("sampler", "loss"))
         self._check_choice("image_levels", IMAGE_LEVELS)
         name = self.experiment_name
         if not name or any(c in '/\\:*?"<>|' or ord(c) < 32 for c in name) or name.strip(". ") != name:

@@ -539,8 +539,9 @@ class WaferMapDataModule(pl.LightningDataModule):
         image_size: side S of the square images.
         batch_size: maps a training batch.
         augmentation: the eight symmetries and light die noise.
-        balancing: "loss" (see `class_weights`), "sampler" (rare classes drawn more often) or "none"; both weigh by
-            the inverse square root of the class frequency. No map is ever thrown away.
+        balancing: "sampler" (rare classes drawn more often), "loss" (see `class_weights`) or "none"; both weigh by
+            the inverse square root of the class frequency. No map is ever thrown away. The sampler spends less time
+            on the many maps without a pattern: on real maps it scored higher at equal training time.
         seed: of the batch order.
     """
 
@@ -552,7 +553,7 @@ class WaferMapDataModule(pl.LightningDataModule):
         image_size: int = 48,
         batch_size: int = 32,
         augmentation: bool = True,
-        balancing: str = "loss",
+        balancing: str = "sampler",
         seed: int = 0,
     ) -> None:
         super().__init__()

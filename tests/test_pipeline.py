@@ -207,7 +207,7 @@ def test_a_diverged_training_says_what_to_lower(tiny_npz, tmp_path, monkeypatch)
         ({"model_type": "alexnet"}, "'alexnet' is unknown. Allowed: all, lightning_cnn"),
         ({"model_type": []}, "empty"),
         ({"experiment_name": "../up"}, "names a folder"),
-        ({"balance_by": "luck"}, "Allowed: loss, sampler"),
+        ({"balance_by": "luck"}, "Allowed: sampler, loss"),
         ({"time_limit": -5}, "time_limit=-5"),
     ],
 )

@@ -278,13 +278,13 @@ def test_balancing_weighs_by_inverse_square_root_and_drops_nothing(generated):
     keep = np.flatnonzero((generated.labels != scratch) | (np.arange(len(generated)) % 3 == 0))
     maps = generated.select(keep)
     split = split_by_lot(maps, seed=0)
-    data = WaferMapDataModule(maps, split, image_size=16)
+    data = WaferMapDataModule(maps, split, image_size=16, balancing="loss")
     counts = np.bincount(maps.labels[split.train], minlength=9)
     weights = np.array(data.class_weights)
     assert weights[scratch] / weights[none] == pytest.approx((counts[none] / counts[scratch]) ** 0.5, rel=1e-4)
     assert (weights * counts).sum() / counts.sum() == pytest.approx(1, rel=1e-4)
     assert len(data.train_dataloader().dataset) == len(split.train)
-    sampled = WaferMapDataModule(maps, split, image_size=16, balancing="sampler")
+    sampled = WaferMapDataModule(maps, split, image_size=16)
     assert sampled.class_weights is None
     loader = sampled.train_dataloader()
     drawn = []
