@@ -23,15 +23,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import optuna
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from optuna.trial import TrialState
 from rich.console import Console
 from torch import nn
 
 import evaluation
 from pretrained_weights import WeightsUnavailableError, fetch_weights, read_weights, sum_first_layer
 from simple_model import LightningCNN, WaferClassifier
-from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget
+from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
 from wafer_data import (
     CLASS_NAMES,
     IMAGE_LEVELS,
@@ -57,6 +59,11 @@ warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*
 # ------------------------------------------------------------------------------------------------ configuration
 
 
+SAMPLERS = ("auto", "tpe", "random")
+PRUNERS = ("auto", "median", "hyperband", "none")
+OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the value, the reason and the remedy."""
 
@@ -72,6 +79,15 @@ class ExperimentConfig:
         max_epochs: of the final training, with early stopping.
         batch_size: maps a training batch.
         num_optuna_trials: trials for each model type.
+        search_epochs: epochs of a trial.
+        search_share: share of the time limit that the search may use; the rest belongs to the final training.
+        sampler: who proposes parameters: "auto" (TPE), "tpe" or "random".
+        pruner: who stops unpromising trials: "auto" (median below 30 trials, then Hyperband), "median", "hyperband"
+            or "none".
+        objectives: what the search is for; "macro_f1" alone, or with "latency" and "parameters" to be small. With more
+            than one, nothing is pruned and the summary lists the Pareto front.
+        storage: where studies are kept: None for a journal file beside the results, or any Optuna storage URL, which
+            several processes and machines may share.
         enable_mlflow: track with MLflow.
         enable_optuna: search before the final training.
         data_augmentation: the eight symmetries of the square and light die noise.
@@ -103,6 +119,12 @@ class ExperimentConfig:
     max_epochs: int = 50
     batch_size: int = 32
     num_optuna_trials: int = 20
+    search_epochs: int = 8
+    search_share: float = 0.6
+    sampler: str = "auto"
+    pruner: str = "auto"
+    objectives: Sequence[str] = ("macro_f1",)
+    storage: str | None = None
     enable_mlflow: bool = True
     enable_optuna: bool = True
     data_augmentation: bool = True
@@ -132,6 +154,8 @@ class ExperimentConfig:
             ("max_epochs", 1, 100_000),
             ("batch_size", 2, 65_536),
             ("num_optuna_trials", 1, 1_000_000),
+            ("search_epochs", 1, 100_000),
+            ("search_share", 0.05, 0.95),
             ("samples_per_class", 1, 1_000_000),
             ("max_samples_per_class", 1, 100_000_000),
             ("image_size", 16, 512),
@@ -145,6 +169,14 @@ class ExperimentConfig:
             self._check_range(name, low, high)
         self._check_choice("balance_by", ("sampler", "loss"))
         self._check_choice("image_levels", IMAGE_LEVELS)
+        self._check_choice("sampler", SAMPLERS)
+        self._check_choice("pruner", PRUNERS)
+        objectives = list(self.objectives)
+        if not objectives or objectives[0] != "macro_f1" or not set(objectives) <= set(OBJECTIVES):
+            raise ConfigError(
+                f"objectives={self.objectives!r} cannot be searched. Name 'macro_f1' first, then any of 'latency' and "
+                "'parameters'."
+            )
         name = self.experiment_name
         if not name or any(c in '/\\:*?"<>|' or ord(c) < 32 for c in name) or name.strip(". ") != name:
             raise ConfigError(f"experiment_name={name!r} names a folder: use letters, digits, '_', '-' and inner dots.")
@@ -454,13 +486,20 @@ class ModelSpec:
 
 MODEL_REGISTRY: dict[str, ModelSpec] = {}
 
-# What every search chooses beside an architecture's own parameters: (low, high) is a range, a longer tuple a choice.
-SHARED_SEARCH_SPACE: dict[str, tuple] = {
-    "learning_rate": (1e-5, 1e-1),
-    "batch_size": (16, 32, 64),
-    "dropout": (0.1, 0.6),
-    "weight_decay": (1e-6, 1e-1),
-}
+# What every search chooses beside an architecture's own parameters.
+SHARED_SEARCH_SPACE = ("learning_rate", "batch_size", "dropout", "weight_decay")
+
+
+def suggest_parameters(trial: optuna.trial.BaseTrial, model_type: str, *, batch_size: int) -> dict[str, Any]:
+    """Asks a trial for the shared parameters and for the architecture's own; `batch_size` is one more to choose."""
+    shared = {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True),
+        "batch_size": trial.suggest_categorical("batch_size", tuple(sorted({16, 32, 64, batch_size}))),
+        "dropout": trial.suggest_float("dropout", 0.1, 0.6),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True),
+    }
+    own = MODEL_REGISTRY[model_type].search_space
+    return shared | {name: trial.suggest_categorical(name, values) for name, values in own.items()}
 
 
 def register_model(name: str, spec: ModelSpec) -> None:
@@ -484,19 +523,24 @@ register_model(
     ModelSpec(
         LightningCNN,
         search_space={"base_channels": (16, 32, 48, 64), "optimizer": ("adamw", "adam", "sgd")},
-        defaults={"learning_rate": 4e-3},
+        defaults={"learning_rate": 4e-3, "dropout": 0.1},
     ),
 )
 register_model(
     "torchvision_resnet",
-    ModelSpec(_torchvision("resnet18"), search_space=FREEZE, defaults={"learning_rate": 1e-3}, loads_pretrained=True),
+    ModelSpec(
+        _torchvision("resnet18"),
+        search_space=FREEZE,
+        defaults={"learning_rate": 1e-3, "dropout": 0.2},
+        loads_pretrained=True,
+    ),
 )
 register_model(
     "torchvision_efficientnet",
     ModelSpec(
         _torchvision("efficientnet_b0"),
         search_space=FREEZE,
-        defaults={"learning_rate": 3e-3},
+        defaults={"learning_rate": 3e-3, "dropout": 0.2},
         loads_pretrained=True,
         bf16_pays=False,
     ),
@@ -506,20 +550,113 @@ register_model(
     ModelSpec(
         YOLOLightningAdapter,
         search_space={"model_size": YOLOLightningAdapter.SIZES},
-        defaults={"learning_rate": 2e-3},
+        defaults={"learning_rate": 2e-3, "dropout": 0.2},
         loads_pretrained=True,
     ),
 )
 DEFAULT_MODEL_TYPES = tuple(MODEL_REGISTRY)  # "all": those registered below and by users are chosen by name
 register_model(
     "torchvision_resnet50",
-    ModelSpec(_torchvision("resnet50"), search_space=FREEZE, defaults={"learning_rate": 1e-3}, loads_pretrained=True),
+    ModelSpec(
+        _torchvision("resnet50"),
+        search_space=FREEZE,
+        defaults={"learning_rate": 1e-3, "dropout": 0.2},
+        loads_pretrained=True,
+    ),
 )
 # Adding an architecture is this one call. `image_size` is a parameter of the model, so the factory fills it in.
 register_model(
     "vision_transformer",
-    ModelSpec(_torchvision("vit_b_16"), search_space={"image_size": (48,)}, defaults={"learning_rate": 1e-3}),
+    ModelSpec(
+        _torchvision("vit_b_16"), search_space={"image_size": (48,)}, defaults={"learning_rate": 1e-3, "dropout": 0.2}
+    ),
 )
+
+
+# ------------------------------------------------------------------------------------------------------ search
+
+
+class TrialFailedError(RuntimeError):
+    """A trial that cannot give a value: its reason is kept, the study goes on."""
+
+
+class SearchFailedError(RuntimeError):
+    """A search without a single finished trial."""
+
+
+def _completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
+
+
+def _counted_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that came to an end of their own: those that were cut off run again and are not counted."""
+    trials = study.get_trials(deepcopy=False)
+    run_again = {t.user_attrs.get("again") for t in trials}
+    return [t for t in trials if t.state.is_finished() and t.number not in run_again]
+
+
+def _study_seconds(study: optuna.Study) -> float:
+    """Seconds that finished trials took, over all sittings and processes."""
+    done = [t.duration for t in _counted_trials(study) if t.duration is not None]
+    return sum(duration.total_seconds() for duration in done)
+
+
+def _this_process() -> str:
+    """Host, process number and start time: a number alone may belong to another process tomorrow."""
+    import psutil
+
+    return f"{platform.node()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def _still_runs(process: str | None) -> bool:
+    """Whether the process that ran a trial may still be at it; on other hosts one cannot know, so it may."""
+    import psutil
+
+    if process is None:
+        return False
+    host, number, started = process.rsplit(" ", 2)
+    if host != platform.node():
+        return True
+    try:
+        return f"{psutil.Process(int(number)).create_time():.0f}" == started
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _run_again(study: optuna.Study, trial: optuna.trial.BaseTrial) -> None:
+    """Puts the parameters of a trial that was cut off first in the queue."""
+    study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+
+
+def _trial_record(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """What the summary keeps of a trial; a pruned one has its last reported value."""
+    reported = trial.intermediate_values
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "values": trial.values if trial.state == TrialState.COMPLETE else None,
+        "last_macro_f1": reported[max(reported)] if reported else None,
+        "epochs": len(reported),
+        "parameters": trial.params,
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
+        **{key: trial.user_attrs[key] for key in ("reason", "again") if key in trial.user_attrs},
+    }
+
+
+def _trial_line(study: optuna.Study, trial: optuna.trial.FrozenTrial, *, wanted: int, deadline: float | None) -> str:
+    """One line for the terminal: number, state, value, best so far, parameters, time left."""
+    done = _counted_trials(study)
+    best = max((t.values[0] for t in _completed(study)), default=None)
+    last = trial.values[0] if trial.values else None
+    value = "  -  " if last is None else f"{last:.3f}"
+    left = max(0, wanted - len(done)) * _study_seconds(study) / max(1, len(done))
+    left = left if deadline is None else max(0.0, min(left, deadline - time.monotonic()))
+    shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
+    return (
+        f"  trial {len(done)}/{wanted}  {trial.state.name.lower():8}  {value}  "
+        f"best {'  -  ' if best is None else f'{best:.3f}'}  {shown}  about {left:.0f} s left"
+        + (f"  ({trial.user_attrs['reason']})" if "reason" in trial.user_attrs else "")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- pipeline
@@ -543,7 +680,8 @@ class IntegratedMLPipeline:
         self.seconds: dict[str, float] = {}
         self.maps: WaferMaps | None = None
         self.split: Split | None = None
-        self._data_modules: dict[int, WaferMapDataModule] = {}
+        self._search_deadline: float | None = None
+        self._data: WaferMapDataModule | None = None
 
     def run_complete_pipeline(self) -> dict[str, Any]:
         """Runs the chain and returns the summary that is also written to experiment_summary.json.
@@ -561,8 +699,7 @@ class IntegratedMLPipeline:
         trained = []
         for model_type in self.config.model_types():
             self._say(f"\n[bold]{model_type}[/bold]")
-            with self._timed("training"):
-                trained.append(self.train_final_model(model_type))
+            trained.append(self.search_and_train(model_type))
         with self._timed("evaluation"):
             results, predictions = self.evaluate(trained)
         best = max(range(len(results)), key=lambda i: results[i]["validation"]["macro_f1"])
@@ -576,9 +713,8 @@ class IntegratedMLPipeline:
     # --- before training
 
     def _check_this_can_run(self) -> None:
-        for switch, what in (("enable_optuna", "hyperparameter search"), ("enable_mlflow", "tracking")):
-            if getattr(self.config, switch):
-                raise ConfigError(f"{switch}=True: this version has no {what} yet. Set {switch}=False.")
+        if self.config.enable_mlflow:
+            raise ConfigError("enable_mlflow=True: this version has no tracking yet. Set enable_mlflow=False.")
         for folder in (self.config.results_dir, self.config.checkpoints_dir):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -598,7 +734,7 @@ class IntegratedMLPipeline:
             seed=config.seed,
         )
         self.split = split_by_lot(self.maps, seed=config.seed)
-        self._data_modules.clear()
+        self._data = None
         self._say(f"Dataset ready: {len(self.maps)} samples, {NUM_CLASSES} classes")
         sizes = " / ".join(f"{len(part):,} {name}" for name, part in self.split.parts().items())
         lots = len(np.unique(self.maps.groups))
@@ -606,21 +742,20 @@ class IntegratedMLPipeline:
         for note in self.maps.notes:
             self._say(f"  {note}")
 
-    def _data_module(self, batch_size: int) -> WaferMapDataModule:
-        """The maps, resized once for all models and for the evaluation."""
+    def data_module(self, batch_size: int | None = None) -> WaferMapDataModule:
+        """The maps, split and in batches; they are resized once for all trials, models and the evaluation."""
         config = self.config
-        if batch_size in self._data_modules:
-            return self._data_modules[batch_size]
-        self._data_modules[batch_size] = WaferMapDataModule(
-            self.maps,
-            self.split,
-            image_size=config.image_size,
-            batch_size=batch_size,
-            augmentation=config.data_augmentation,
-            balancing=config.balance_by if config.class_balancing else "none",
-            seed=config.seed,
-        )
-        return self._data_modules[batch_size]
+        if self._data is None:
+            self._data = WaferMapDataModule(
+                self.maps,
+                self.split,
+                image_size=config.image_size,
+                batch_size=config.batch_size,
+                augmentation=config.data_augmentation,
+                balancing=config.balance_by if config.class_balancing else "none",
+                seed=config.seed,
+            )
+        return self._data.with_batch_size(batch_size or config.batch_size)
 
     # --- models
 
@@ -652,7 +787,7 @@ class IntegratedMLPipeline:
         if model_type not in MODEL_REGISTRY:
             raise ConfigError(f"model_type={model_type!r} is unknown. Allowed: {', '.join(MODEL_REGISTRY)}.")
         spec = MODEL_REGISTRY[model_type]
-        allowed = {*SHARED_SEARCH_SPACE, *spec.search_space, *spec.defaults}
+        allowed = self._own_parameters(model_type)
         unknown = sorted(set(trial_params or {}) - allowed)
         if unknown:
             raise ConfigError(f"{model_type} has no parameter {unknown[0]!r}. Allowed: {', '.join(sorted(allowed))}.")
@@ -667,12 +802,15 @@ class IntegratedMLPipeline:
             parameters["pretrained_wait"] = self.config.pretrained_wait
         return spec.build(class_weights=class_weights, **parameters)
 
-    def train_final_model(self, model_type: str, params: dict[str, Any] | None = None) -> dict[str, Any]:
+    def train_final_model(
+        self, model_type: str, params: dict[str, Any] | None = None, *, seconds: float | None = None
+    ) -> dict[str, Any]:
         """Trains one model and keeps its best epoch by validation macro F1.
 
         Args:
             model_type: a name of `MODEL_REGISTRY`.
             params: parameters that replace the defaults, such as the best of a search.
+            seconds: time limit; None takes the model's share of the configuration's, if it has one.
 
         Returns:
             A plain record: model_type, parameters, weights, n_parameters, epochs, best_epoch, train_seconds, history,
@@ -688,13 +826,13 @@ class IntegratedMLPipeline:
             return record
         pl.seed_everything(self.config.seed, verbose=False)
         params = params or {}
-        data = self._data_module(params.get("batch_size", self.config.batch_size))
+        data = self.data_module(params.get("batch_size"))
         resume_from = self._resume_point(folder, fingerprint)
         model = self.create_model(
             model_type, params, class_weights=data.class_weights, pretrained=None if resume_from is None else False
         )
         weights = self._weights_source(model, folder, resumed=resume_from is not None)
-        history = self._fit(model_type, model, data, folder, resume_from)
+        history = self._fit_final(model_type, model, data, folder, resume_from, seconds)
         best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
         record = {
             "model_type": model_type,
@@ -712,33 +850,50 @@ class IntegratedMLPipeline:
         evaluation.write_summary(folder / "finished.json", record)
         return record
 
-    def _fit(
-        self, model_type: str, model: WaferClassifier, data: WaferMapDataModule, folder: Path, resume_from: Path | None
+    def _fit_final(
+        self,
+        model_type: str,
+        model: WaferClassifier,
+        data: WaferMapDataModule,
+        folder: Path,
+        resume_from: Path | None,
+        seconds: float | None,
     ) -> History:
-        config = self.config
-        on_terminal = self.console.is_terminal and not config.quiet
-        interrupt = KeepInterrupt()
+        on_terminal = self.console.is_terminal and not self.config.quiet
         history = History(say=None if on_terminal else self._say)
         callbacks: list[pl.Callback] = [
-            interrupt,
             history,
-            EarlyStopping("val_macro_f1", mode="max", patience=config.early_stopping_patience),
-            ModelCheckpoint(
-                folder, filename="best", monitor="val_macro_f1", mode="max", save_weights_only=True,
-                enable_version_counter=False,
-            ),
+            EarlyStopping("val_macro_f1", mode="max", patience=self.config.early_stopping_patience),
+            self._best_weights(folder, "best"),
             # A second one, unmonitored, because `save_last` follows the best epoch rather than the last.
             ModelCheckpoint(folder, filename="resume", enable_version_counter=False),
-        ]  # fmt: skip
-        if config.time_limit is not None:
-            callbacks.insert(0, TimeBudget(config.time_limit / len(config.model_types())))
+        ]
+        if seconds is None and self.config.time_limit is not None:
+            seconds = self.config.time_limit / len(self.config.model_types())
+        if seconds is not None:
+            callbacks.insert(0, TimeBudget(seconds))
         if on_terminal:
             callbacks.insert(0, ProgressBar(self.console, model_type))
+        self._fit(model_type, model, data, callbacks, max_epochs=self.config.max_epochs, resume_from=resume_from)
+        return history
+
+    def _fit(
+        self,
+        model_type: str,
+        model: WaferClassifier,
+        data: WaferMapDataModule,
+        callbacks: list[pl.Callback],
+        *,
+        max_epochs: int,
+        resume_from: Path | None = None,
+    ) -> None:
+        """What final trainings and trials have in common: Lightning's Trainer as the configuration wants it."""
+        config, interrupt = self.config, KeepInterrupt()
         trainer = pl.Trainer(
-            max_epochs=config.max_epochs, accelerator=config.accelerator, devices=config.devices,
+            max_epochs=max_epochs, accelerator=config.accelerator, devices=config.devices,
             precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
-            callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
-            num_sanity_val_steps=0, default_root_dir=folder,
+            callbacks=[interrupt, *callbacks], logger=False, enable_progress_bar=False, enable_model_summary=False,
+            num_sanity_val_steps=0, default_root_dir=config.checkpoints_dir,
         )  # fmt: skip
         try:
             trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
@@ -746,7 +901,13 @@ class IntegratedMLPipeline:
             raise KeyboardInterrupt from None
         finally:
             interrupt.give_back()
-        return history
+
+    @staticmethod
+    def _best_weights(folder: Path, filename: str) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            folder, filename=filename, monitor="val_macro_f1", mode="max", save_weights_only=True,
+            enable_version_counter=False,
+        )  # fmt: skip
 
     def _fingerprint(self, params: dict[str, Any] | None) -> str:
         text = f"{self.config.training_fingerprint()} {self.split.fingerprint} {sorted((params or {}).items())}"
@@ -793,6 +954,225 @@ class IntegratedMLPipeline:
             self._say(f"  no pre-trained weights: {source[len('random (') : -1]}; goes on without")
         return source
 
+    # --- search
+
+    def search_and_train(self, model_type: str) -> dict[str, Any]:
+        """Searches, trains with the best parameters, and keeps whichever is better on validation: that or a trial."""
+        limit = self.config.time_limit
+        share = None if limit is None else limit / len(self.config.model_types())
+        if not self.config.enable_optuna:
+            with self._timed("training"):
+                return self.train_final_model(model_type, seconds=share)
+        with self._timed("search"):
+            found = self.search(model_type, seconds=None if share is None else share * self.config.search_share)
+        left = None if share is None else max(1.0, share - found["seconds"])
+        with self._timed("training"):
+            record = self.train_final_model(model_type, found["best"]["parameters"], seconds=left)
+        return self._better_of(record, found)
+
+    def search(self, model_type: str, *, seconds: float | None = None) -> dict[str, Any]:
+        """Looks for good parameters with Optuna.
+
+        The first trial has the default parameters, so that a search never ends below them. An interrupted search goes
+        on with `resume=True`; the trial that was cut off runs again with its parameters.
+
+        Args:
+            model_type: a name of `MODEL_REGISTRY`.
+            seconds: time limit; a trial that is running then ends early, its learning rate annealed.
+
+        Returns:
+            A plain record: sampler, pruner, seconds, trials, pareto_front, best (number, macro_f1, parameters,
+            checkpoint).
+
+        Raises:
+            SearchFailedError: not one trial came to its end.
+        """
+        if self.split is None:
+            self.prepare_data()
+        study = self._open_study(model_type)
+        wanted = self.config.num_optuna_trials
+        started, before = time.monotonic(), _study_seconds(study)
+        self._search_deadline = None if seconds is None else started + max(0.0, seconds - before)
+
+        def report_and_stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            self._forget_beaten_trials(study, model_type)
+            self._say(_trial_line(study, trial, wanted=wanted, deadline=self._search_deadline))
+            done = _counted_trials(study)
+            too_short = self._search_time_left() < 0.5 * _study_seconds(study) / max(1, len(done))
+            if len(done) >= wanted or too_short:
+                study.stop()
+
+        if len(_counted_trials(study)) < wanted and self._search_time_left() > 0:
+            study.optimize(
+                lambda trial: self.optuna_objective(trial, model_type),
+                callbacks=[report_and_stop],
+                catch=(TrialFailedError,),
+                gc_after_trial=True,
+            )
+        return self._search_record(study, model_type)
+
+    def optuna_objective(self, trial: optuna.Trial, model_type: str) -> float | tuple[float, ...]:
+        """Trains one trial and returns its best validation macro F1, or a value for each of several objectives.
+
+        Raises:
+            optuna.TrialPruned: stopped as unpromising by the pruner, through Lightning's callback.
+            TrialFailedError: the loss was no number or the memory did not suffice; the study goes on.
+        """
+        params = suggest_parameters(trial, model_type, batch_size=self.config.batch_size)
+        trial.set_user_attr("process", _this_process())
+        try:
+            model, best = self._train_trial(trial, model_type, params)
+        except (TrainingDivergedError, MemoryError, RuntimeError) as error:
+            gone = isinstance(error, TrainingDivergedError | MemoryError | torch.OutOfMemoryError)
+            if not gone and "allocate memory" not in str(error) and "not enough memory" not in str(error):
+                raise
+            trial.set_user_attr("reason", str(error))
+            raise TrialFailedError(str(error)) from error
+        except KeyboardInterrupt:
+            _run_again(trial.study, trial)
+            raise
+        values = {
+            "macro_f1": best,
+            "latency": measure_latency(model.eval().float(), self.config.image_size),
+            "parameters": float(sum(p.numel() for p in model.network.parameters())),
+        }
+        chosen = tuple(values[name] for name in self.config.objectives)
+        return chosen if len(chosen) > 1 else chosen[0]
+
+    def _train_trial(
+        self, trial: optuna.Trial, model_type: str, params: dict[str, Any]
+    ) -> tuple[WaferClassifier, float]:
+        from optuna_integration import PyTorchLightningPruningCallback
+
+        pl.seed_everything(self.config.seed, verbose=False)
+        data = self.data_module(params["batch_size"])
+        model = self.create_model(model_type, params, class_weights=data.class_weights)
+        history, folder = History(), self._trials_folder(model_type)
+        callbacks = [history, self._best_weights(folder, str(trial.number))]
+        if len(self.config.objectives) == 1:  # several values cannot be pruned on
+            callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
+        if self._search_deadline is not None:
+            callbacks.insert(0, TimeBudget(max(1.0, self._search_time_left())))
+        self._fit(model_type, model, data, callbacks, max_epochs=self.config.search_epochs)
+        best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
+        trial.set_user_attr("best_epoch", best["epoch"])
+        return model, best["val_macro_f1"]
+
+    def _search_time_left(self) -> float:
+        return float("inf") if self._search_deadline is None else self._search_deadline - time.monotonic()
+
+    def _trials_folder(self, model_type: str) -> Path:
+        return self.config.checkpoints_dir / model_type / "trials"
+
+    def _open_study(self, model_type: str) -> optuna.Study:
+        """Creates the study, or takes it up again when resuming or when it is shared."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        config, name = self.config, f"{self.config.experiment_name}/{model_type}"
+        directions = [OBJECTIVES[objective] for objective in config.objectives]
+        storage = self._study_storage()
+        known = name in optuna.get_all_study_names(storage)
+        if known and not config.resume and config.storage is None:
+            optuna.delete_study(study_name=name, storage=storage)
+            known = False
+        study = optuna.create_study(
+            study_name=name, storage=storage, directions=directions, load_if_exists=True,
+            sampler=self._sampler(), pruner=self._pruner(),
+        )  # fmt: skip
+        fingerprint = self._fingerprint({"model_type": model_type})
+        if study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
+            raise ConfigError(
+                f"The study {name} was made with other settings or data. Repeat the settings of that run, leave out "
+                "--resume to search anew, or choose another experiment_name."
+            )
+        if "fingerprint" not in study.user_attrs:
+            study.set_user_attr("fingerprint", fingerprint)
+            study.enqueue_trial(self._default_trial(model_type))
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            if not _still_runs(trial.user_attrs.get("process")):
+                study.tell(trial.number, state=TrialState.FAIL)
+                _run_again(study, trial)
+        return study
+
+    def _study_storage(self) -> optuna.storages.BaseStorage | str:
+        if self.config.storage is not None:
+            return self.config.storage
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        return JournalStorage(JournalFileBackend(str(self.config.results_dir / "optuna_journal.log")))
+
+    def _sampler(self) -> optuna.samplers.BaseSampler:
+        if self.config.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=self.config.seed)
+        # A shared study must not draw the same proposals in each process.
+        return optuna.samplers.TPESampler(seed=self.config.seed if self.config.storage is None else None)
+
+    def _pruner(self) -> optuna.pruners.BasePruner:
+        name = self.config.pruner
+        if name == "auto":  # Hyperband spreads its trials over brackets, each of which TPE has to learn anew
+            name = "median" if self.config.num_optuna_trials < 30 else "hyperband"
+        match name:
+            case "median":
+                return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)
+            case "hyperband":
+                return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=self.config.search_epochs)
+        return optuna.pruners.NopPruner()
+
+    def _default_trial(self, model_type: str) -> dict[str, Any]:
+        """The parameters that would be used without a search, as far as the search space has them."""
+        spec = MODEL_REGISTRY[model_type]
+        defaults = {"batch_size": self.config.batch_size, "weight_decay": 0.05, **spec.defaults}
+        if self.config.learning_rate is not None:
+            defaults["learning_rate"] = self.config.learning_rate
+        own = {name: values[0] for name, values in spec.search_space.items()}
+        space = {*SHARED_SEARCH_SPACE, *spec.search_space}
+        return {name: value for name, value in (own | defaults).items() if name in space}
+
+    def _forget_beaten_trials(self, study: optuna.Study, model_type: str) -> None:
+        """Deletes the weights of trials that can no longer win."""
+        keep = {f"{trial.number}.ckpt" for trial in study.best_trials} if _completed(study) else set()
+        keep |= {f"{trial.number}.ckpt" for trial in study.get_trials(states=(TrialState.RUNNING,))}
+        for file in self._trials_folder(model_type).glob("*.ckpt"):
+            if file.name not in keep:
+                file.unlink(missing_ok=True)
+
+    def _search_record(self, study: optuna.Study, model_type: str) -> dict[str, Any]:
+        if not _completed(study):
+            reasons = {t.user_attrs["reason"] for t in study.get_trials() if "reason" in t.user_attrs}
+            raise SearchFailedError(
+                f"{model_type}: none of {len(study.trials)} trials came to its end"
+                f"{'. Reasons: ' + '; '.join(sorted(reasons)) if reasons else ''}. Give the search more time or epochs."
+            )
+        best = max(study.best_trials, key=lambda trial: trial.values[0])
+        checkpoint = self._trials_folder(model_type) / f"{best.number}.ckpt"
+        return {
+            "study": study.study_name,
+            "sampler": type(study.sampler).__name__,
+            "pruner": type(study.pruner).__name__ if len(self.config.objectives) == 1 else None,
+            "objectives": list(self.config.objectives),
+            "seconds": _study_seconds(study),
+            "best": {
+                "number": best.number,
+                "macro_f1": best.values[0],
+                "best_epoch": best.user_attrs.get("best_epoch"),
+                "parameters": best.params,
+                "checkpoint": f"trials/{checkpoint.name}" if checkpoint.exists() else None,
+            },
+            "pareto_front": [
+                {"number": t.number, "values": t.values, "parameters": t.params} for t in study.best_trials
+            ],
+            "trials": [_trial_record(trial) for trial in study.get_trials()],
+        }
+
+    def _better_of(self, record: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+        """The final training, unless the best trial's own weights are better on validation."""
+        best, final = found["best"], max(record["history"]["val_macro_f1"])
+        record = {**record, "weights_from": "final training", "search": found}
+        if best["checkpoint"] is None or best["macro_f1"] <= final:
+            return record
+        self._say(f"  trial {best['number']} stays: {best['macro_f1']:.3f} on validation, final training {final:.3f}")
+        return {**record, "weights_from": f"trial {best['number']}", "checkpoint": best["checkpoint"]}
+
     # --- after training
 
     def evaluate(self, trained: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[evaluation.Predictions]]:
@@ -802,7 +1182,7 @@ class IntegratedMLPipeline:
             The records with `validation`, `test` (see `evaluation.compute_metrics`) and `latency_ms` added, and the
             test predictions of each model.
         """
-        data = self._data_module(self.config.batch_size)
+        data = self.data_module()
         results, predictions = [], []
         for record in trained:
             model = self.load_model(record)

@@ -8,6 +8,7 @@ processes: with maps this small, starting them costs more than they give.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
@@ -566,6 +567,12 @@ class WaferMapDataModule(pl.LightningDataModule):
             name: BatchIndexedMaps(images[torch.from_numpy(part)], labels[torch.from_numpy(part)])
             for name, part in split.parts().items()
         }
+
+    def with_batch_size(self, batch_size: int) -> WaferMapDataModule:
+        """The same maps, held in memory once, in training batches of another size."""
+        other = copy.copy(self)
+        other.batch_size = batch_size
+        return other
 
     @property
     def class_weights(self) -> list[float] | None:

@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         pipeline = prepare(arguments)
-        write_image_folder(pipeline._data_module(arguments.batch_size), arguments.folder / "images")
+        write_image_folder(pipeline.data_module(arguments.batch_size), arguments.folder / "images")
         rows = [compare(arguments, name) for name in arguments.models]
     settings = {k: getattr(arguments, k) for k in ("data", "per_class", "epochs", "batch_size", "image_size", "seed")}
     maps = {part: len(indices) for part, indices in pipeline.split.parts().items()}

@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         pipeline = prepare(arguments)
-        write_image_folder(pipeline._data_module(arguments.batch_size), arguments.folder / "images")
+        write_image_folder(pipeline.data_module(arguments.batch_size), arguments.folder / "images")
         ways = {way: partial(in_own_process, way, arguments) for way in ("ultralytics", "ours")}
         turns = take_turns(ways, repeats=arguments.repeats)
     maps = {part: len(indices) for part, indices in pipeline.split.parts().items()}
@@ -125,7 +125,7 @@ def ours(arguments: argparse.Namespace) -> dict:
     started = time.monotonic()
     record = pipeline.train_final_model("yolo_inspired")
     seconds = time.monotonic() - started
-    assert isinstance(pipeline._data_module(arguments.batch_size), WaferMapDataModule)
+    assert isinstance(pipeline.data_module(arguments.batch_size), WaferMapDataModule)
     (result,), _ = pipeline.evaluate([record])
     return {"seconds": seconds, "curve": clock.points, "test_macro_f1": round(result["test"]["macro_f1"], 4)}
 
@@ -167,7 +167,7 @@ def test_score(model, pipeline, arguments: argparse.Namespace) -> float:
 
     from wafer_data import CLASS_NAMES
 
-    test = pipeline._data_module(arguments.batch_size).test_dataloader().dataset
+    test = pipeline.data_module(arguments.batch_size).test_dataloader().dataset
     network = model.model.eval()
     ours_of = torch.tensor([CLASS_NAMES.index(name) for name in model.names.values()])
     with torch.inference_mode():

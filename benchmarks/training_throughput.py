@@ -76,7 +76,7 @@ def ours(prepared, model_type: str) -> float:
     from integrated_pipeline import IntegratedMLPipeline
 
     pipeline = IntegratedMLPipeline(replace(prepared.config, model_type=model_type))
-    pipeline.maps, pipeline.split, pipeline._data_modules = prepared.maps, prepared.split, prepared._data_modules
+    pipeline.maps, pipeline.split, pipeline._data = prepared.maps, prepared.split, prepared._data
     return pipeline.train_final_model(model_type)["train_seconds"]
 
 
@@ -87,7 +87,7 @@ def bare_loop(prepared, model_type: str, folder: Path) -> float:
 
     from wafer_data import augment, encode
 
-    data = prepared._data_module(prepared.config.batch_size)
+    data = prepared.data_module(prepared.config.batch_size)
     torch.manual_seed(prepared.config.seed)
     model = prepared.create_model(model_type, class_weights=data.class_weights).to(memory_format=torch.channels_last)
     bf16 = "bf16" in str(prepared.precision(model_type))
