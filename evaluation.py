@@ -314,7 +314,26 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _format(value: float | None, form: str, *, factor: float = 1.0) -> str:
+def comparison_markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """The same table as `comparison_table` in Markdown, for pages that render it."""
+    headings = ("Model", "Accuracy", "Macro F1 [95% interval]", "Parameters", "Training (s)", "Latency (ms)")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for result in results:
+        interval = result.get("macro_f1_interval")
+        bounds = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+        cells = [
+            str(result["model_type"]),
+            _format(result.get("accuracy"), "{:.3f}"),
+            _format(result.get("macro_f1"), "{:.3f}") + bounds,
+            _format(result.get("n_parameters"), "{:,}"),
+            _format(result.get("train_seconds"), "{:,.0f}"),
+            _format(result.get("latency_ms"), "{:,.2f}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _format(value: float | None, form: str, *, factor: float = 1) -> str:
     return "-" if value is None else form.format(value * factor)
 
 

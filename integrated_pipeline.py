@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import nn
 import evaluation
 from pretrained_weights import WeightsUnavailableError, fetch_weights, read_weights, sum_first_layer
 from simple_model import LightningCNN, WaferClassifier
+from tracking import NoTracking, TrackedRun, Tracking, still_runs, this_process
 from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
 from wafer_data import (
     CLASS_NAMES,
@@ -89,6 +91,7 @@ class ExperimentConfig:
         storage: where studies are kept: None for a journal file beside the results, or any Optuna storage URL, which
             several processes and machines may share.
         enable_mlflow: track with MLflow.
+        tracking_uri: MLflow server or store; None for mlflow.db and mlruns/ in the output folder.
         enable_optuna: search before the final training.
         data_augmentation: the eight symmetries of the square and light die noise.
         class_balancing: weigh classes by the inverse square root of their frequency.
@@ -126,6 +129,7 @@ class ExperimentConfig:
     objectives: Sequence[str] = ("macro_f1",)
     storage: str | None = None
     enable_mlflow: bool = True
+    tracking_uri: str | None = None
     enable_optuna: bool = True
     data_augmentation: bool = True
     class_balancing: bool = True
@@ -229,6 +233,7 @@ class ExperimentConfig:
             "model_type",
             "pretrained_wait",
             "enable_mlflow",
+            "tracking_uri",
             "data",
             "eight_views",
         }
@@ -601,26 +606,10 @@ def _study_seconds(study: optuna.Study) -> float:
     return sum(duration.total_seconds() for duration in done)
 
 
-def _this_process() -> str:
-    """Host, process number and start time: a number alone may belong to another process tomorrow."""
-    import psutil
-
-    return f"{platform.node()} {os.getpid()} {psutil.Process().create_time():.0f}"
-
-
-def _still_runs(process: str | None) -> bool:
-    """Whether the process that ran a trial may still be at it; on other hosts one cannot know, so it may."""
-    import psutil
-
-    if process is None:
-        return False
-    host, number, started = process.rsplit(" ", 2)
-    if host != platform.node():
-        return True
-    try:
-        return f"{psutil.Process(int(number)).create_time():.0f}" == started
-    except psutil.NoSuchProcess:
-        return False
+def _out_of_memory(error: BaseException) -> bool:
+    """PyTorch has an error of its own on a GPU; on a CPU it raises a plain RuntimeError."""
+    words = ("not enough memory", "can't allocate memory", "alloc_cpu")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _run_again(study: optuna.Study, trial: optuna.trial.BaseTrial) -> None:
@@ -681,6 +670,9 @@ class IntegratedMLPipeline:
         self.maps: WaferMaps | None = None
         self.split: Split | None = None
         self._search_deadline: float | None = None
+        self.tracking: Tracking | NoTracking = NoTracking()
+        self._parent_run = TrackedRun("")
+        self._model_runs: dict[str, TrackedRun] = {}
         self._data: WaferMapDataModule | None = None
 
     def run_complete_pipeline(self) -> dict[str, Any]:
@@ -696,6 +688,19 @@ class IntegratedMLPipeline:
         self._print_configuration()
         with self._timed("data"):
             self.prepare_data()
+        self._open_tracking()
+        try:
+            summary = self._run()
+        except KeyboardInterrupt:
+            self.tracking.close("KILLED", reason="interrupted")
+            raise
+        except BaseException as error:
+            self.tracking.close("FAILED", reason=f"{type(error).__name__}: {error}")
+            raise
+        self.tracking.close()
+        return summary
+
+    def _run(self) -> dict[str, Any]:
         trained = []
         for model_type in self.config.model_types():
             self._say(f"\n[bold]{model_type}[/bold]")
@@ -707,14 +712,13 @@ class IntegratedMLPipeline:
             self._draw(results, predictions[best], best)
         summary = self._summarise(results, results[best]["model_type"])
         evaluation.write_summary(self.config.results_dir / "experiment_summary.json", summary)
+        self._track_outcome(summary)
         self._print_outcome(results, summary)
         return summary
 
     # --- before training
 
     def _check_this_can_run(self) -> None:
-        if self.config.enable_mlflow:
-            raise ConfigError("enable_mlflow=True: this version has no tracking yet. Set enable_mlflow=False.")
         for folder in (self.config.results_dir, self.config.checkpoints_dir):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -860,7 +864,8 @@ class IntegratedMLPipeline:
         seconds: float | None,
     ) -> History:
         on_terminal = self.console.is_terminal and not self.config.quiet
-        history = History(say=None if on_terminal else self._say)
+        run = self._model_runs.get(model_type, TrackedRun(""))
+        history = History(say=None if on_terminal else self._say, log=partial(self.tracking.metrics, run))
         callbacks: list[pl.Callback] = [
             history,
             EarlyStopping("val_macro_f1", mode="max", patience=self.config.early_stopping_patience),
@@ -909,7 +914,7 @@ class IntegratedMLPipeline:
             enable_version_counter=False,
         )  # fmt: skip
 
-    def _fingerprint(self, params: dict[str, Any] | None) -> str:
+    def _fingerprint(self, params: dict[str, Any] | None = None) -> str:
         text = f"{self.config.training_fingerprint()} {self.split.fingerprint} {sorted((params or {}).items())}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -954,12 +959,63 @@ class IntegratedMLPipeline:
             self._say(f"  no pre-trained weights: {source[len('random (') : -1]}; goes on without")
         return source
 
+    # --- tracking
+
+    def _open_tracking(self) -> None:
+        """Opens the pipeline's own run; MLflow is imported only here, and in a thread of its own."""
+        config = self.config
+        if not config.enable_mlflow:
+            return
+        self.tracking = Tracking(
+            config.experiment_name,
+            uri=config.tracking_uri,
+            folder=Path(config.output_dir),
+            warn=self.console.print,
+            resume=config.resume,
+        )
+        run = self._parent_run = self.tracking.start(config.experiment_name, key=self._fingerprint())
+        self.tracking.params(run, **asdict(config))
+        self.tracking.tags(run, **{f"environment.{k}": str(v) for k, v in environment().items()})
+        counts = dict(zip(CLASS_NAMES, self.maps.class_counts.tolist(), strict=True))
+        parts = {part: len(indices) for part, indices in self.split.parts().items()}
+        self.tracking.dataset(
+            run,
+            name=Path(self.maps.source).name,
+            digest=self.split.fingerprint,
+            source=str(self.maps.source),
+            profile=json.dumps({"maps": len(self.maps), "split": parts, "classes": counts}),
+        )
+        self.tracking.watch_system(run)
+
+    def _track_outcome(self, summary: dict[str, Any]) -> None:
+        """Final scores and pictures: those of each model to its run, the comparison to the pipeline's."""
+        folder = self.config.results_dir
+        for result in summary["models"]:
+            run, test = self._model_runs[result["model_type"]], result["test"]
+            scores = {f"test_{name}": test[name] for name in ("accuracy", "macro_f1", "balanced_accuracy")}
+            seconds = {"train_seconds": result["train_seconds"], "latency_ms": result["latency_ms"]}
+            self.tracking.params(run, **result["parameters"], seed=self.config.seed)
+            self.tracking.metrics(run, scores | seconds | {"n_parameters": result["n_parameters"]})
+            self.tracking.tags(run, weights=result["weights"], weights_from=result.get("weights_from", "training"))
+            self.tracking.files(run, [folder / f"per_class_{result['model_type']}.csv"])
+            self.tracking.end(run)
+        best = next(r for r in summary["models"] if r["model_type"] == summary["best_model"])
+        self.tracking.metrics(self._parent_run, {"best_test_macro_f1": best["test"]["macro_f1"]})
+        self.tracking.tags(self._parent_run, best_model=summary["best_model"], seed=str(self.config.seed))
+        self.tracking.files(self._parent_run, [*sorted(folder.glob("*.png")), folder / "experiment_summary.json"])
+        self.tracking.note(self._parent_run, evaluation.comparison_markdown(comparison_rows(summary["models"])))
+
     # --- search
 
     def search_and_train(self, model_type: str) -> dict[str, Any]:
         """Searches, trains with the best parameters, and keeps whichever is better on validation: that or a trial."""
         limit = self.config.time_limit
         share = None if limit is None else limit / len(self.config.model_types())
+        self._model_runs[model_type] = self.tracking.start(
+            f"{model_type}_optimized" if self.config.enable_optuna else model_type,
+            parent=self._parent_run,
+            key=f"{self._fingerprint()}/{model_type}",
+        )
         if not self.config.enable_optuna:
             with self._timed("training"):
                 return self.train_final_model(model_type, seconds=share)
@@ -1019,35 +1075,42 @@ class IntegratedMLPipeline:
             TrialFailedError: the loss was no number or the memory did not suffice; the study goes on.
         """
         params = suggest_parameters(trial, model_type, batch_size=self.config.batch_size)
-        trial.set_user_attr("process", _this_process())
+        trial.set_user_attr("process", this_process())
+        run = self.tracking.start(f"trial {trial.number}", parent=self._model_runs.get(model_type))
+        self.tracking.params(run, **params)
         try:
-            model, best = self._train_trial(trial, model_type, params)
-        except (TrainingDivergedError, MemoryError, RuntimeError) as error:
-            gone = isinstance(error, TrainingDivergedError | MemoryError | torch.OutOfMemoryError)
-            if not gone and "allocate memory" not in str(error) and "not enough memory" not in str(error):
-                raise
-            trial.set_user_attr("reason", str(error))
-            raise TrialFailedError(str(error)) from error
+            model, best = self._train_trial(trial, model_type, params, run)
+        except optuna.TrialPruned as pruned:
+            self.tracking.end(run, "KILLED", reason=f"pruned: {pruned}")  # not FAILED: it did what was asked of it
+            raise
         except KeyboardInterrupt:
             _run_again(trial.study, trial)
+            raise
+        except (TrainingDivergedError, MemoryError, RuntimeError) as error:
+            trial.set_user_attr("reason", str(error))
+            self.tracking.end(run, "FAILED", reason=str(error))
+            if isinstance(error, TrainingDivergedError | MemoryError) or _out_of_memory(error):
+                raise TrialFailedError(str(error)) from error
             raise
         values = {
             "macro_f1": best,
             "latency": measure_latency(model.eval().float(), self.config.image_size),
             "parameters": float(sum(p.numel() for p in model.network.parameters())),
         }
+        self.tracking.metrics(run, {"best_val_macro_f1": best, "latency_ms": values["latency"]})
+        self.tracking.end(run)
         chosen = tuple(values[name] for name in self.config.objectives)
         return chosen if len(chosen) > 1 else chosen[0]
 
     def _train_trial(
-        self, trial: optuna.Trial, model_type: str, params: dict[str, Any]
+        self, trial: optuna.Trial, model_type: str, params: dict[str, Any], run: TrackedRun
     ) -> tuple[WaferClassifier, float]:
         from optuna_integration import PyTorchLightningPruningCallback
 
         pl.seed_everything(self.config.seed, verbose=False)
         data = self.data_module(params["batch_size"])
         model = self.create_model(model_type, params, class_weights=data.class_weights)
-        history, folder = History(), self._trials_folder(model_type)
+        history, folder = History(log=partial(self.tracking.metrics, run)), self._trials_folder(model_type)
         callbacks = [history, self._best_weights(folder, str(trial.number))]
         if len(self.config.objectives) == 1:  # several values cannot be pruned on
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
@@ -1088,7 +1151,7 @@ class IntegratedMLPipeline:
             study.set_user_attr("fingerprint", fingerprint)
             study.enqueue_trial(self._default_trial(model_type))
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            if not _still_runs(trial.user_attrs.get("process")):
+            if not still_runs(trial.user_attrs.get("process", "? 0 0")):
                 study.tell(trial.number, state=TrialState.FAIL)
                 _run_again(study, trial)
         return study
