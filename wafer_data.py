@@ -18,7 +18,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wafer_generator import CLASS_NAMES, generate_wafer_maps
@@ -450,8 +449,23 @@ def resize_maps(maps: WaferMaps, image_size: int) -> torch.Tensor:
 
 
 def resize_levels(levels: torch.Tensor, image_size: int) -> torch.Tensor:
-    """Float [N, 1, h, w] to float [N, 1, image_size, image_size], values kept within their range."""
-    return F.interpolate(levels, size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False)
+    """Float [N, 1, h, w] to float [N, 1, image_size, image_size], values kept within their range.
+
+    What `torch.nn.functional.interpolate` does with mode="bilinear" and antialias=True, written as one matrix for the
+    rows and one for the columns: so it can be exported for maps of any size.
+    """
+    rows = _resize_matrix(levels.shape[-2], image_size, levels)
+    columns = _resize_matrix(levels.shape[-1], image_size, levels)
+    return rows @ levels @ columns.T
+
+
+def _resize_matrix(n_in: int, n_out: int, like: torch.Tensor) -> torch.Tensor:
+    """Float [n_out, n_in]: a triangle around each output pixel, as wide as the pixel and never narrower than a die."""
+    scale = torch.scalar_tensor(n_in, dtype=like.dtype, device=like.device) / n_out
+    centres = (torch.arange(n_out, dtype=like.dtype, device=like.device) + 0.5) * scale
+    dies = torch.arange(n_in, dtype=like.dtype, device=like.device) + 0.5
+    weights = (1 - (centres[:, None] - dies).abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def encode(images: torch.Tensor) -> torch.Tensor:

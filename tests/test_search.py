@@ -1,0 +1,257 @@
+"""Promises about the search: pruned, resumable, shared, never worse than its best trial."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+import integrated_pipeline
+from integrated_pipeline import (
+    MODEL_REGISTRY,
+    ConfigError,
+    ExperimentConfig,
+    IntegratedMLPipeline,
+    SearchFailedError,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(tiny_npz, tmp_path, **more):
+    return {
+        "experiment_name": "tiny",
+        "model_type": "lightning_cnn",
+        "use_pretrained": False,
+        "max_epochs": 2,
+        "search_epochs": 2,
+        "num_optuna_trials": 3,
+        "batch_size": 16,
+        "image_size": 16,
+        "data": str(tiny_npz),
+        "enable_mlflow": False,
+        "output_dir": str(tmp_path),
+        "precision": "32-true",
+        "quiet": True,
+    } | more
+
+
+def pipeline(tiny_npz, tmp_path, **more):
+    made = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, **more)))
+    made.config.results_dir.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def test_the_summary_tells_every_trial_and_the_weights_are_the_better_ones(tiny_npz, tmp_path):
+    summary = pipeline(tiny_npz, tmp_path).run_complete_pipeline()
+    (model,) = summary["models"]
+    trials = model["search"]["trials"]
+    assert [t["number"] for t in trials] == [0, 1, 2]
+    assert trials[0]["parameters"]["learning_rate"] == MODEL_REGISTRY["lightning_cnn"].defaults["learning_rate"]
+    complete = [t for t in trials if t["state"] == "complete"]
+    assert model["search"]["best"]["macro_f1"] == max(t["values"][0] for t in complete)
+    better = max(model["search"]["best"]["macro_f1"], *model["history"]["val_macro_f1"])
+    assert model["validation"]["macro_f1"] == pytest.approx(better, abs=1e-6)
+
+
+def test_the_best_trials_weights_stay_when_the_final_training_is_worse(tiny_npz, tmp_path, monkeypatch):
+    made = pipeline(tiny_npz, tmp_path, max_epochs=1, search_epochs=4, num_optuna_trials=2)
+    (model,) = made.run_complete_pipeline()["models"]
+    best = model["search"]["best"]
+    assert best["macro_f1"] > max(model["history"]["val_macro_f1"])  # four epochs against one
+    assert model["weights_from"] == f"trial {best['number']}"
+    assert model["validation"]["macro_f1"] == pytest.approx(best["macro_f1"], abs=1e-6)
+
+
+def test_only_weights_that_can_still_win_are_kept(tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, num_optuna_trials=4)
+    found = made.search("lightning_cnn")
+    kept = [file.name for file in (made.config.checkpoints_dir / "lightning_cnn/trials").iterdir()]
+    assert kept == [f"{found['best']['number']}.ckpt"]
+
+
+class AlwaysPrune(optuna.pruners.BasePruner):
+    """Stops each trial but the first at its first report."""
+
+    def prune(self, study, trial):
+        return trial.number > 0
+
+
+def test_pruned_trials_stop_early_and_are_recorded_as_pruned(tiny_npz, tmp_path, monkeypatch):
+    made = pipeline(tiny_npz, tmp_path)
+    monkeypatch.setattr(made, "_pruner", AlwaysPrune)
+    found = made.search("lightning_cnn")
+    assert [t["state"] for t in found["trials"]] == ["complete", "pruned", "pruned"]
+    assert [t["epochs"] for t in found["trials"]] == [2, 1, 1]
+    assert found["best"]["number"] == 0
+
+
+def test_a_trial_without_memory_or_with_nan_fails_with_its_reason_and_the_study_goes_on(
+    tiny_npz, tmp_path, monkeypatch
+):
+    made, calls = pipeline(tiny_npz, tmp_path), []
+    build = made.create_model
+
+    def broken(model_type, params, **more):
+        calls.append(params)
+        if len(calls) == 1:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory")
+        model = build(model_type, params, **more)
+        if len(calls) == 2:
+            model.loss = NanLoss()
+        return model
+
+    monkeypatch.setattr(made, "create_model", broken)
+    found = made.search("lightning_cnn")
+    assert [t["state"] for t in found["trials"]] == ["fail", "fail", "complete"]
+    assert "memory" in found["trials"][0]["reason"]
+    assert "training loss is nan" in found["trials"][1]["reason"]
+
+
+class NanLoss(torch.nn.Module):
+    weight = None
+
+    def forward(self, logits, labels):
+        return (logits * float("nan")).mean()
+
+
+def test_a_search_without_one_finished_trial_says_why(tiny_npz, tmp_path, monkeypatch):
+    made = pipeline(tiny_npz, tmp_path)
+
+    def no_memory(*args, **kwargs):
+        raise MemoryError("not enough memory")
+
+    monkeypatch.setattr(made, "create_model", no_memory)
+    with pytest.raises(SearchFailedError, match=r"none of 3 trials.*not enough memory"):
+        made.search("lightning_cnn")
+
+
+def test_two_objectives_give_a_pareto_front_and_no_pruning(tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, objectives=("macro_f1", "parameters"), num_optuna_trials=4)
+    found = made.search("lightning_cnn")
+    assert found["pruner"] is None
+    assert all(t["state"] == "complete" for t in found["trials"])
+    front = [tuple(t["values"]) for t in found["pareto_front"]]
+    everything = [tuple(t["values"]) for t in found["trials"]]
+    for f1, size in front:
+        assert not any(a >= f1 and b <= size and (a, b) != (f1, size) for a, b in everything)
+
+
+CHILD = """
+import json, sys
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+pipeline = IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1])))
+pipeline.config.results_dir.mkdir(parents=True, exist_ok=True)
+pipeline.search("lightning_cnn")
+"""
+
+
+def start_child(config):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def journal(tmp_path):
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "results/tiny/optuna_journal.log"))
+    return optuna.storages.JournalStorage(backend)
+
+
+def test_a_trial_cut_off_by_a_kill_runs_again_with_its_parameters(tiny_npz, tmp_path):
+    config = settings(tiny_npz, tmp_path, search_epochs=60, pruner="none")
+    child = start_child(config)
+    deadline = time.monotonic() + 120
+    running = []
+    while not running:
+        assert child.poll() is None, child.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        if (tmp_path / "results/tiny/optuna_journal.log").exists():
+            studies = optuna.get_all_study_names(journal(tmp_path))
+            if studies:
+                study = optuna.load_study(study_name=studies[0], storage=journal(tmp_path))
+                running = [t for t in study.trials if t.number == 1 and len(t.params) == 6]
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stderr.close()
+
+    resumed = pipeline(tiny_npz, tmp_path, search_epochs=60, pruner="none", resume=True)
+    found = resumed.search("lightning_cnn")
+    states = [t["state"] for t in found["trials"]]
+    assert states == ["complete", "fail", "complete", "complete"]
+    assert found["trials"][2]["parameters"] == running[0].params
+    assert found["trials"][2]["again"] == 1
+
+
+def test_resuming_a_finished_search_runs_no_trial_and_other_settings_are_refused(tiny_npz, tmp_path):
+    first = pipeline(tiny_npz, tmp_path).search("lightning_cnn")
+    again = pipeline(tiny_npz, tmp_path, resume=True).search("lightning_cnn")
+    assert again == first
+    with pytest.raises(ConfigError, match="other settings or data"):
+        pipeline(tiny_npz, tmp_path, resume=True, seed=1).search("lightning_cnn")
+    anew = pipeline(tiny_npz, tmp_path, seed=1).search("lightning_cnn")
+    assert len(anew["trials"]) == 3
+
+
+def share_a_study(tiny_npz, tmp_path, storage):
+    config = settings(tiny_npz, tmp_path, num_optuna_trials=6, storage=storage)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, json.dumps(config | {"output_dir": str(tmp_path / str(n))})],
+            cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    for worker in workers:
+        _, errors = worker.communicate(timeout=240)
+        assert worker.returncode == 0, errors.decode()
+    study = optuna.load_study(study_name="tiny/lightning_cnn", storage=storage)
+    done = [t for t in study.trials if t.state.is_finished()]
+    assert 6 <= len(done) <= 7  # both may start a last one
+    assert len({t.user_attrs["process"] for t in done}) == 2
+    assert sum(t.params["learning_rate"] == 4e-3 for t in done) == 1  # the default trial, once
+
+
+def test_two_processes_share_one_study(tiny_npz, tmp_path):
+    share_a_study(tiny_npz, tmp_path, f"sqlite:///{tmp_path / 'shared.db'}")
+
+
+def test_a_time_limit_leaves_the_final_training_its_share(tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, time_limit=10, num_optuna_trials=1000, max_epochs=10_000, search_epochs=3)
+    (model,) = made.run_complete_pipeline()["models"]
+    assert model["search"]["seconds"] < 9
+    assert len(model["search"]["trials"]) < 1000
+    assert model["epochs"] > 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sampler": "luck"}, "Allowed: auto, tpe, random"),
+        ({"pruner": "shears"}, "Allowed: auto, median, hyperband, none"),
+        ({"objectives": ("latency",)}, "Name 'macro_f1' first"),
+        ({"objectives": ("macro_f1", "beauty")}, "Name 'macro_f1' first"),
+        ({"search_share": 1.5}, "search_share=1.5"),
+    ],
+)
+def test_a_wrong_search_setting_is_named(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        ExperimentConfig(**wrong)
+
+
+def test_every_architectures_space_can_be_searched():
+    for model_type, spec in MODEL_REGISTRY.items():
+        trial = optuna.create_study().ask()
+        params = integrated_pipeline.suggest_parameters(trial, model_type, batch_size=128)
+        assert set(spec.search_space) < set(params)
+        config = ExperimentConfig(use_pretrained=False, enable_mlflow=False)
+        assert IntegratedMLPipeline(config).create_model(model_type, params) is not None
+        assert np.isfinite(params["learning_rate"])
