@@ -100,7 +100,8 @@ class ExperimentConfig:
         samples_per_class: generated maps of each class.
         max_samples_per_class: keep at most so many of each class.
         image_levels: how images of a folder are read: "auto", "three" or "binary".
-        image_size: side in pixels to which maps are resized.
+        image_size: side in pixels to which maps are resized; most die grids are 25 to 40 dies wide, and on real maps
+            40 scored higher than 48 at equal training time.
         seed: of data, split, initial weights and batches.
         learning_rate: peak; None takes each model's own default.
         early_stopping_patience: epochs without a better validation macro F1.
@@ -138,7 +139,7 @@ class ExperimentConfig:
     samples_per_class: int = 150
     max_samples_per_class: int | None = None
     image_levels: str = "auto"
-    image_size: int = 48
+    image_size: int = 40
     seed: int = 0
     learning_rate: float | None = None
     early_stopping_patience: int = 15
@@ -304,7 +305,7 @@ class TorchvisionLightningModel(AdaptedModel):
         freeze_backbone: bool = False,
         pretrained: bool = False,
         pretrained_wait: float = 5.0,
-        image_size: int = 48,
+        image_size: int = 40,
         num_classes: int = NUM_CLASSES,
         **training,
     ) -> None:

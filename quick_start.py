@@ -28,7 +28,6 @@ def train_and_report(arguments: argparse.Namespace) -> None:
         model_type="torchvision_resnet",
         max_epochs=5,
         batch_size=32,
-        image_size=40,  # die grids are mostly 25 to 40 dies wide, and 48 would cost a third more time
         enable_optuna=False,
         enable_mlflow=False,
         data=arguments.data,

@@ -565,7 +565,7 @@ class WaferMapDataModule(pl.LightningDataModule):
         maps: WaferMaps,
         split: Split,
         *,
-        image_size: int = 48,
+        image_size: int = 40,
         batch_size: int = 32,
         augmentation: bool = True,
         balancing: str = "sampler",

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["lightning_cnn", "torchvision_resnet"])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--image-size", type=int, default=48)
+    parser.add_argument("--image-size", type=int, default=40)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="worker processes of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)

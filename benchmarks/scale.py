@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", type=int, nargs="+", default=[1350, 13500, 54000, 172950])
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--image-size", type=int, default=48)
+    parser.add_argument("--image-size", type=int, default=40)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[10], help="of training (default 10)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--image-size", type=int, default=48)
+    parser.add_argument("--image-size", type=int, default=40)
     parser.add_argument("--eight-views", action="store_true", help="score the mean over the eight symmetries, too")
     parser.add_argument("--work-dir", default=ROOT / "results/time_to_f1", help="for checkpoints and pictures")
     parser.add_argument("--output", type=Path, help="JSON to which the runs are added")

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--samples-per-class", type=int, default=300, help="generated maps of each class")
     parser.add_argument("--models", nargs="+", default=["all"])
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--image-size", type=int, default=48)
+    parser.add_argument("--image-size", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
