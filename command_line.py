@@ -6,11 +6,16 @@ Imports nothing heavy, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from integrated_pipeline import ExperimentConfig
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -28,9 +33,42 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
     )
+    parser.add_argument("--no-mlflow", action="store_true", help="do not track the run with MLflow")
     parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
     parser.add_argument("--quiet", action="store_true", help="print the final table only")
     return parser
+
+
+def run_pipeline(config: ExperimentConfig, *, start_mlflow: bool = False) -> None:
+    """Runs the pipeline; with `start_mlflow`, the MLflow page is up before it starts and, in a terminal, stays after.
+
+    Raises:
+        ConfigError: the page is wanted without tracking.
+        ServerError: the server does not start.
+    """
+    from integrated_pipeline import ConfigError, IntegratedMLPipeline
+    from tracking import MlflowServer
+
+    pipeline = IntegratedMLPipeline(config)
+    if not start_mlflow:
+        pipeline.run_complete_pipeline()
+        return
+    if not config.enable_mlflow:
+        raise ConfigError("--start-mlflow shows what --no-mlflow switches off. Leave out one of the two.")
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    tracking = pipeline.open_tracking()
+    experiment_id = tracking.call(lambda client: tracking.experiment_id).result()
+    server = MlflowServer(tracking.uri)
+    try:
+        server.wait_until_up()
+        print(f"MLflow: {server.link(experiment_id)}", flush=True)
+        pipeline.run_complete_pipeline()
+        if sys.stdout.isatty():
+            print(f"\nMLflow stays at {server.link(experiment_id)}\nCtrl-C stops it.", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
+    finally:
+        server.stop()
 
 
 def run(work: Callable[[], object]) -> int:
@@ -45,12 +83,14 @@ def run(work: Callable[[], object]) -> int:
         return 130
     except (ValueError, RuntimeError) as error:
         # The scripts import these late; by the time one of them is raised, its module is loaded.
-        from integrated_pipeline import ConfigError
+        from integrated_pipeline import ConfigError, SearchFailedError
+        from tracking import ServerError
         from training_callbacks import TrainingDivergedError
         from wafer_data import DataError
 
-        if not isinstance(error, ConfigError | DataError | TrainingDivergedError):
+        failed = TrainingDivergedError | SearchFailedError | ServerError
+        if not isinstance(error, ConfigError | DataError | failed):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingDivergedError) else 2
+        return 1 if isinstance(error, failed) else 2
     return 0

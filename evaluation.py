@@ -192,6 +192,35 @@ def compute_metrics(predictions: Predictions, *, n_bootstrap: int = 1000, seed: 
     }
 
 
+def compare_macro_f1(new: Predictions, old: Predictions, *, n_bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Two models on the same maps: the difference in macro F1 with its 95% paired bootstrap interval over lots.
+
+    Both are scored on the same resamples of lots, so what makes a resample hard for both cancels out.
+
+    Returns:
+        new, old, difference (new - old), interval [low, high], share_of_resamples_better, n_bootstrap.
+
+    Raises:
+        ValueError: the two were not made on the same maps.
+    """
+    same = np.array_equal(new.labels, old.labels) and np.array_equal(new.groups, old.groups)
+    if not same or new.class_names != old.class_names:
+        raise ValueError("the two predictions are not of the same maps: labels, lots or class names differ")
+    scores = [float(_scores(p.confusion()[None].astype(float), np.zeros((1, 1)))["macro_f1"][0]) for p in (new, old)]
+    samples = [
+        _bootstrap_over_lots(*_lot_statistics(p), n_bootstrap=n_bootstrap, seed=seed)["macro_f1"] for p in (new, old)
+    ]
+    differences = samples[0] - samples[1]
+    return {
+        "new": scores[0],
+        "old": scores[1],
+        "difference": scores[0] - scores[1],
+        "interval": _percentile_interval(differences).tolist(),
+        "share_of_resamples_better": float((differences > 0).mean()),
+        "n_bootstrap": n_bootstrap,
+    }
+
+
 def _lot_statistics(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
     """Adds up, lot by lot, all that the metrics need: resampling lots is then adding rows of two small arrays.
 
@@ -631,6 +660,60 @@ def plot_training_history(
             axes.set(xticks=[], yticks=[])
     _history_legend(figure, list(histories))
     return _save(figure, path)
+
+
+def plot_study(
+    study: Any, *, folder: str | os.PathLike[str], name: str, objectives: Sequence[str] = ("macro_f1",)
+) -> list[Path]:
+    """Draws an Optuna study with Optuna's own plots, as `optuna_<name>_<what>.png`.
+
+    Args:
+        study: an `optuna.Study`.
+        folder: where the PNGs go.
+        name: of the model, for titles and file names.
+        objectives: what the study's values are; with several, the Pareto front is drawn.
+
+    Returns:
+        The pictures that the study has enough trials for: history, slices, importances, Pareto front.
+    """
+    from optuna.trial import TrialState
+    from optuna.visualization import matplotlib as optuna_plots
+
+    done = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
+    first = {"target": lambda trial: trial.values[0], "target_name": objectives[0]} if len(objectives) > 1 else {}
+    pictures = {}
+    if done:
+        pictures["history"] = lambda: optuna_plots.plot_optimization_history(study, **first)
+        pictures["slices"] = lambda: optuna_plots.plot_slice(study, **first)
+    if len({trial.values[0] for trial in done}) >= 4:  # fewer tell nothing of what mattered
+        pictures["importances"] = lambda: optuna_plots.plot_param_importances(study, **first)
+    if len(objectives) == 2 and done:
+        pictures["pareto_front"] = lambda: optuna_plots.plot_pareto_front(study, target_names=list(objectives))
+    return [
+        _save_optuna(draw, Path(folder) / f"optuna_{name}_{what}.png", title=f"{name}: {what.replace('_', ' ')}")
+        for what, draw in pictures.items()
+    ]
+
+
+def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
+    """Optuna draws with pyplot: its figure is fitted, saved and closed."""
+    import warnings
+
+    from matplotlib import pyplot
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its plots are marked experimental
+        axes = np.ravel(draw())
+    figure = axes[0].figure
+    figure.set_size_inches(max(8.0, 3.2 * len(axes)), 4.8)
+    for a in axes:
+        a.set_title("")
+    figure.suptitle(title)
+    figure.set_layout_engine("constrained")
+    try:
+        return _save(figure, path)
+    finally:
+        pyplot.close(figure)
 
 
 def _draw_series(axes: Axes, model: str, history: Mapping[str, Any], key: str, *, colour: str, line_style: Any) -> None:

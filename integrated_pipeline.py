@@ -17,7 +17,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class ExperimentConfig:
             several processes and machines may share.
         enable_mlflow: track with MLflow.
         tracking_uri: MLflow server or store; None for mlflow.db and mlruns/ in the output folder.
+        registry_name: registered model that the best model becomes a version of; None registers nothing.
         enable_optuna: search before the final training.
         data_augmentation: the eight symmetries of the square and light die noise.
         class_balancing: weigh classes by the inverse square root of their frequency.
@@ -131,6 +132,7 @@ class ExperimentConfig:
     storage: str | None = None
     enable_mlflow: bool = True
     tracking_uri: str | None = None
+    registry_name: str | None = "wafer_defect_classifier"
     enable_optuna: bool = True
     data_augmentation: bool = True
     class_balancing: bool = True
@@ -235,6 +237,7 @@ class ExperimentConfig:
             "pretrained_wait",
             "enable_mlflow",
             "tracking_uri",
+            "registry_name",
             "data",
             "eight_views",
         }
@@ -481,6 +484,7 @@ class ModelSpec:
         defaults: what to build without a search.
         loads_pretrained: whether `build` takes `pretrained` and `pretrained_wait`.
         bf16_pays: whether precision="auto" may take bfloat16; on CPU it slows depthwise convolutions down.
+        takes_image_size: whether `build` takes `image_size`, as networks for one size of images do.
     """
 
     build: Callable[..., WaferClassifier]
@@ -488,6 +492,7 @@ class ModelSpec:
     defaults: dict[str, Any] = field(default_factory=dict)
     loads_pretrained: bool = False
     bf16_pays: bool = True
+    takes_image_size: bool = False
 
 
 MODEL_REGISTRY: dict[str, ModelSpec] = {}
@@ -570,12 +575,10 @@ register_model(
         loads_pretrained=True,
     ),
 )
-# Adding an architecture is this one call. `image_size` is a parameter of the model, so the factory fills it in.
+# Adding an architecture is this one call.
 register_model(
     "vision_transformer",
-    ModelSpec(
-        _torchvision("vit_b_16"), search_space={"image_size": (48,)}, defaults={"learning_rate": 1e-3, "dropout": 0.2}
-    ),
+    ModelSpec(_torchvision("vit_b_16"), defaults={"learning_rate": 1e-3, "dropout": 0.2}, takes_image_size=True),
 )
 
 
@@ -671,6 +674,7 @@ class IntegratedMLPipeline:
         self.maps: WaferMaps | None = None
         self.split: Split | None = None
         self._search_deadline: float | None = None
+        self._studies: dict[str, optuna.Study] = {}
         self.tracking: Tracking | NoTracking = NoTracking()
         self._parent_run = TrackedRun("")
         self._model_runs: dict[str, TrackedRun] = {}
@@ -689,8 +693,9 @@ class IntegratedMLPipeline:
         self._print_configuration()
         with self._timed("data"):
             self.prepare_data()
-        self._open_tracking()
+        self.open_tracking()
         try:
+            self._start_parent_run()
             summary = self._run()
         except KeyboardInterrupt:
             self.tracking.close("KILLED", reason="interrupted")
@@ -712,6 +717,8 @@ class IntegratedMLPipeline:
         with self._timed("pictures"):
             self._draw(results, predictions[best], best)
         summary = self._summarise(results, results[best]["model_type"])
+        with self._timed("registration"):
+            summary["registered"] = self.register_best(results[best], predictions[best])
         evaluation.write_summary(self.config.results_dir / "experiment_summary.json", summary)
         self._track_outcome(summary)
         self._print_outcome(results, summary)
@@ -799,7 +806,7 @@ class IntegratedMLPipeline:
         parameters = dict(spec.defaults)
         if self.config.learning_rate is not None:
             parameters["learning_rate"] = self.config.learning_rate
-        if "image_size" in spec.search_space:
+        if spec.takes_image_size:
             parameters["image_size"] = self.config.image_size
         parameters |= {k: v for k, v in (trial_params or {}).items() if k != "batch_size"}
         if spec.loads_pretrained:
@@ -962,18 +969,23 @@ class IntegratedMLPipeline:
 
     # --- tracking
 
-    def _open_tracking(self) -> None:
-        """Opens the pipeline's own run; MLflow is imported only here, and in a thread of its own."""
+    def open_tracking(self) -> Tracking | NoTracking:
+        """Connects to MLflow, if it is wanted; it is imported only here, and in a thread of its own."""
+        config = self.config
+        if config.enable_mlflow and isinstance(self.tracking, NoTracking):
+            self.tracking = Tracking(
+                config.experiment_name,
+                uri=config.tracking_uri,
+                folder=Path(config.output_dir),
+                warn=self.console.print,
+                resume=config.resume,
+            )
+        return self.tracking
+
+    def _start_parent_run(self) -> None:
         config = self.config
         if not config.enable_mlflow:
             return
-        self.tracking = Tracking(
-            config.experiment_name,
-            uri=config.tracking_uri,
-            folder=Path(config.output_dir),
-            warn=self.console.print,
-            resume=config.resume,
-        )
         run = self._parent_run = self.tracking.start(config.experiment_name, key=self._fingerprint())
         self.tracking.params(run, **asdict(config))
         self.tracking.tags(run, **{f"environment.{k}": str(v) for k, v in environment().items()})
@@ -998,13 +1010,74 @@ class IntegratedMLPipeline:
             self.tracking.params(run, **result["parameters"], seed=self.config.seed)
             self.tracking.metrics(run, scores | seconds | {"n_parameters": result["n_parameters"]})
             self.tracking.tags(run, weights=result["weights"], weights_from=result.get("weights_from", "training"))
-            self.tracking.files(run, [folder / f"per_class_{result['model_type']}.csv"])
+            self.tracking.files(
+                run,
+                [
+                    folder / f"per_class_{result['model_type']}.csv",
+                    *folder.glob(f"optuna_{result['model_type']}_*.png"),
+                ],
+            )
             self.tracking.end(run)
         best = next(r for r in summary["models"] if r["model_type"] == summary["best_model"])
         self.tracking.metrics(self._parent_run, {"best_test_macro_f1": best["test"]["macro_f1"]})
         self.tracking.tags(self._parent_run, best_model=summary["best_model"], seed=str(self.config.seed))
         self.tracking.files(self._parent_run, [*sorted(folder.glob("*.png")), folder / "experiment_summary.json"])
         self.tracking.note(self._parent_run, evaluation.comparison_markdown(comparison_rows(summary["models"])))
+
+    def register_best(self, result: dict[str, Any], predictions: evaluation.Predictions) -> dict[str, Any] | None:
+        """Exports the best model and registers it: as champion if it beats the present one on the same test maps.
+
+        Args:
+            result: the model's record, as `evaluate` gives it.
+            predictions: of its checkpoint on the test part.
+
+        Returns:
+            name, version, alias, verdict, comparison and the largest difference of the file to the checkpoint; None
+            without tracking.
+        """
+        name = self.config.registry_name
+        if not self.config.enable_mlflow or name is None or self.config.eight_views:
+            return None
+        from deployment import OnnxClassifier, export_onnx
+
+        model_type, test_maps = result["model_type"], [self.maps[i] for i in self.split.test]
+        file = export_onnx(
+            self.load_model(result),
+            self.config.checkpoints_dir / model_type / "model.onnx",
+            image_size=self.config.image_size,
+            model_type=model_type,
+            split=self.split.fingerprint,
+        )
+        probabilities = OnnxClassifier(file).predict(test_maps)
+        apart = float(np.abs(probabilities - predictions.probabilities).max())
+        ours = replace(predictions, probabilities=probabilities)  # what will run is the file, so the file is scored
+        champion = self.tracking.champion(name).result()
+        comparison, alias = None, "champion"
+        if champion is not None:
+            theirs = replace(predictions, probabilities=OnnxClassifier(champion[1]).predict(test_maps))
+            comparison = evaluation.compare_macro_f1(ours, theirs, seed=self.config.seed)
+            alias = "champion" if comparison["difference"] > 0 else "challenger"
+        verdict = _verdict(model_type, alias, comparison, champion)
+        version = self.tracking.register(
+            self._model_runs[model_type],
+            file,
+            name=name,
+            alias=alias,
+            description=verdict,
+            example=test_maps[0][None],
+            output=probabilities[:1],
+        ).result()
+        if version is None:  # MLflow broke on the way; the warning has been printed
+            return None
+        self._say(f"Registered as models:/{name}@{alias}, version {version}. {verdict}")
+        return {
+            "name": name,
+            "version": version,
+            "alias": alias,
+            "verdict": verdict,
+            "comparison": comparison,
+            "largest_difference_to_checkpoint": apart,
+        }
 
     # --- search
 
@@ -1046,7 +1119,7 @@ class IntegratedMLPipeline:
         """
         if self.split is None:
             self.prepare_data()
-        study = self._open_study(model_type)
+        study = self._studies[model_type] = self._open_study(model_type)
         wanted = self.config.num_optuna_trials
         started, before = time.monotonic(), _study_seconds(study)
         self._search_deadline = None if seconds is None else started + max(0.0, seconds - before)
@@ -1296,6 +1369,8 @@ class IntegratedMLPipeline:
         evaluation.plot_training_history(
             {r["model_type"]: r["history"] for r in results}, path=folder / "training_history.png"
         )
+        for model_type, study in self._studies.items():
+            evaluation.plot_study(study, folder=folder, name=model_type, objectives=self.config.objectives)
         for result in results:
             evaluation.write_per_class_table(result["test"], path=folder / f"per_class_{result['model_type']}.csv")
 
@@ -1423,6 +1498,18 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _verdict(model_type: str, alias: str, comparison: dict[str, Any] | None, champion: tuple[str, Path] | None) -> str:
+    """Why a version is champion or challenger, for its description."""
+    if comparison is None or champion is None:
+        return f"{model_type}: the first version, so it is champion."
+    low, high = comparison["interval"]
+    return (
+        f"{model_type}: test macro F1 {comparison['new']:.4f} against {comparison['old']:.4f} of version "
+        f"{champion[0]}, the champion until now, on the same test maps: {comparison['difference']:+.4f} (95% interval "
+        f"{low:+.4f} to {high:+.4f}, paired over lots). So it is {alias}."
+    )
 
 
 def _plain(hparams: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,14 @@ the next start.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -168,6 +173,61 @@ class Tracking:
         """Runs `function(client)` after everything before it; the future holds its result, or None if MLflow broke."""
         return self._later(lambda: function(self._client))
 
+    def champion(self, name: str) -> Future:
+        """The version that `models:/name@champion` names and its ONNX file as (version, path), or None."""
+
+        def fetch() -> tuple[str, Path] | None:
+            from mlflow.artifacts import download_artifacts
+            from mlflow.exceptions import MlflowException
+
+            try:
+                version = self._client.get_model_version_by_alias(name, "champion")
+            except MlflowException:  # no such model, or none of its versions is champion yet
+                return None
+            folder = download_artifacts(f"models:/{name}/{version.version}", tracking_uri=self.uri)
+            return version.version, next(Path(folder).glob("*.onnx"))
+
+        return self._later(fetch)
+
+    def register(
+        self, run: TrackedRun, file: Path, *, name: str, alias: str, description: str, example: Any, output: Any
+    ) -> Future:
+        """Registers an ONNX file as the next version of a model, under an alias; the future holds the version.
+
+        Args:
+            run: that the file comes from.
+            file: to register.
+            name: of the registered model.
+            alias: "champion" or "challenger".
+            description: of the version, in Markdown.
+            example: input, uint8 [N, rows, columns].
+            output: what the model answers to it.
+        """
+
+        def log_and_register() -> str:
+            import mlflow
+            import onnx
+            from mlflow.models import infer_signature
+
+            mlflow.set_tracking_uri(self.uri)
+            with mlflow.start_run(run_id=run.id):
+                logged = mlflow.onnx.log_model(
+                    onnx.load(file),
+                    name="model",
+                    registered_model_name=name,
+                    signature=infer_signature({"maps": example}, {"probabilities": output}),
+                    input_example={"maps": example},
+                    pip_requirements=["mlflow", "onnx", "onnxruntime"],  # inferring them takes ten seconds
+                    onnx_execution_providers=["CPUExecutionProvider"],
+                    save_as_external_data=False,
+                )
+            version = str(logged.registered_model_version)
+            self._client.update_model_version(name, version, description=description)
+            self._client.set_registered_model_alias(name, alias, version)
+            return version
+
+        return self._later(log_and_register)
+
     def close(self, status: str = "FINISHED", *, reason: str | None = None) -> None:
         """Closes all open runs, innermost first, and waits until everything is written."""
         for run in reversed([run for run in self._open_runs if not run.closed]):
@@ -241,6 +301,77 @@ class Tracking:
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         )
         return {"mlflow.source.git.commit": done.stdout.strip()} if done.returncode == 0 else {}
+
+
+class MlflowServer:
+    """`mlflow ui` on 127.0.0.1 in a process group of its own, stopped as a whole.
+
+    Args:
+        uri: the store that it shows; it must exist, since several processes making a fresh database get in each
+            other's way.
+        port: tried first; the next free one is taken.
+
+    Raises:
+        ServerError: it did not come up within a minute.
+    """
+
+    def __init__(self, uri: str, *, port: int = 5000) -> None:
+        self.port = _free_port(port)
+        self.url = f"http://127.0.0.1:{self.port}"
+        # One worker and no job processes: half the start-up time, a tenth of the memory, and nothing left behind.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop`
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1",
+             "--port", str(self.port), "--workers", "1"],
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_until_up(self, seconds: float = 60.0) -> None:
+        """Returns as soon as the server answers."""
+        from urllib.error import URLError
+        from urllib.request import urlopen
+
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                with urlopen(f"{self.url}/health", timeout=2):
+                    return
+            except (URLError, OSError):
+                time.sleep(0.2)
+        self._log.seek(0)
+        last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
+        self.stop()
+        raise ServerError(f"The MLflow server did not start on {self.url}: {' '.join(last) or 'no answer'}")
+
+    def link(self, experiment_id: str) -> str:
+        """The page with the experiment's runs."""
+        return f"{self.url}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+
+    def stop(self) -> None:
+        """Ends the server and all processes that it started."""
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, kind)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+        self._log.close()
+
+
+class ServerError(RuntimeError):
+    """The MLflow server could not be started."""
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, first + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given back is free
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ServerError(f"No free port from {first} to {first + 99}. Stop a server that runs there.")
 
 
 def _quiet_store_messages() -> None:

@@ -1,0 +1,62 @@
+"""Promises about the exported file: it answers as the model does, whatever the maps' sizes, and says what it is."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from deployment import OnnxClassifier, RawMapClassifier, export_onnx
+from integrated_pipeline import DEFAULT_MODEL_TYPES, ExperimentConfig, IntegratedMLPipeline, predict_probabilities
+from wafer_data import CLASS_NAMES, load_wafer_maps, resize_maps
+
+
+def model_of(model_type):
+    torch.manual_seed(0)
+    config = ExperimentConfig(use_pretrained=False, image_size=32)
+    model = IntegratedMLPipeline(config).create_model(model_type).eval()
+    for module in model.modules():  # as after training: no statistic at its start value
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("model_type", [*DEFAULT_MODEL_TYPES, "vision_transformer"])
+def test_the_file_answers_as_the_model_does_for_maps_of_all_sizes(model_type, tiny_npz, tmp_path):
+    model, maps = model_of(model_type), load_wafer_maps(tiny_npz)
+    some = [maps[i] for i in range(0, len(maps), 9)]
+    assert len({one.shape for one in some}) > 3
+    expected = predict_probabilities(model, resize_maps(maps, 32)[::9])
+    file = export_onnx(model, tmp_path / "model.onnx", image_size=32)
+    answered = OnnxClassifier(file).predict(some, batch_size=3)
+    np.testing.assert_allclose(answered, expected, atol=2e-4)
+    assert (answered.argmax(1) == expected.argmax(1)).mean() > 0.98
+    np.testing.assert_allclose(answered.sum(1), 1, atol=1e-5)
+
+
+def test_one_map_large_or_small_goes_through(tmp_path):
+    model = model_of("lightning_cnn")
+    classifier = OnnxClassifier(export_onnx(model, tmp_path / "model.onnx", image_size=32))
+    for shape in ((1, 22, 15), (1, 212, 204), (5, 32, 32)):
+        maps = np.random.default_rng(0).integers(0, 3, shape, dtype=np.uint8)
+        expected = RawMapClassifier(model, 32)(torch.from_numpy(maps)).detach()
+        np.testing.assert_allclose(classifier.predict(list(maps)), expected, atol=2e-4)
+
+
+def test_the_file_says_what_it_is_and_holds_no_other_file(tmp_path):
+    file = export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32, split="abc")
+    assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
+    about = {p.key: p.value for p in onnx.load(file).metadata_props}
+    assert about["split"] == "abc"
+    assert "uint8 [N, rows, columns]" in about["contract"]
+    assert OnnxClassifier(file).class_names == tuple(CLASS_NAMES)
+
+
+def test_rubbish_is_named(tmp_path):
+    classifier = OnnxClassifier(export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32))
+    for wrong in (np.full((4, 4), 7, np.uint8), np.zeros((4, 4)), np.zeros(4, np.uint8)):
+        with pytest.raises(ValueError, match="Wanted: uint8"):
+            classifier.predict([np.ones((4, 4), np.uint8), wrong])
+    (tmp_path / "no.onnx").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="no exported classifier"):
+        OnnxClassifier(tmp_path / "no.onnx")

@@ -1,0 +1,230 @@
+"""Promises about tracking: the tree of runs, their statuses, and that nothing depends on it."""
+
+import http.server
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+from tracking import Tracking, still_runs, this_process
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(tiny_npz, tmp_path, **more):
+    return {
+        "experiment_name": "tiny",
+        "model_type": "lightning_cnn",
+        "use_pretrained": False,
+        "max_epochs": 2,
+        "search_epochs": 2,
+        "num_optuna_trials": 3,
+        "batch_size": 16,
+        "image_size": 16,
+        "data": str(tiny_npz),
+        "output_dir": str(tmp_path),
+        "precision": "32-true",
+        "quiet": True,
+    } | more
+
+
+def runs_of(tmp_path):
+    """{name: run} of all runs in the store that a bare `mlflow ui` opens."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id], max_results=100)}, client
+
+
+class PruneTheSecond(optuna.pruners.BasePruner):
+    """Stops trial 1 at its first report."""
+
+    def prune(self, study, trial):
+        return trial.number == 1
+
+
+@pytest.fixture(scope="module")
+def tracked(tiny_arrays, tmp_path_factory):
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("tracked")
+    np.savez(folder / "tiny.npz", **tiny_arrays)
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**settings(folder / "tiny.npz", folder)))
+    pipeline._pruner = PruneTheSecond
+    summary = pipeline.run_complete_pipeline()
+    runs, client = runs_of(folder)
+    return folder, summary, runs, client
+
+
+def test_runs_form_a_tree_of_pipeline_models_and_trials(tracked):
+    _, _, runs, _ = tracked
+    parent, child = runs["tiny"], runs["lightning_cnn_optimized"]
+    assert "mlflow.parentRunId" not in parent.data.tags
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    for number in range(3):
+        assert runs[f"trial {number}"].data.tags["mlflow.parentRunId"] == child.info.run_id
+    assert len(runs) == 5
+
+
+def test_every_run_ends_as_what_became_of_it(tracked):
+    _, _, runs, _ = tracked
+    assert runs["trial 1"].info.status == "KILLED"
+    assert runs["trial 1"].data.tags["reason"].startswith("pruned")
+    assert {run.info.status for name, run in runs.items() if name != "trial 1"} == {"FINISHED"}
+
+
+def test_runs_hold_what_the_summary_says(tracked):
+    _, summary, runs, client = tracked
+    (model,) = summary["models"]
+    child = runs["lightning_cnn_optimized"]
+    assert child.data.metrics["test_macro_f1"] == pytest.approx(model["test"]["macro_f1"])
+    history = client.get_metric_history(child.info.run_id, "val_macro_f1")
+    assert [point.value for point in history] == pytest.approx(model["history"]["val_macro_f1"])
+    assert child.data.tags["weights"] == model["weights"]
+    trial = model["search"]["trials"][0]
+    assert runs["trial 0"].data.params == {name: str(value) for name, value in trial["parameters"].items()}
+
+
+def test_the_pipelines_run_names_data_split_seed_environment_code_and_pictures(tracked):
+    folder, summary, runs, client = tracked
+    parent = runs["tiny"]
+    (data,) = parent.inputs.dataset_inputs
+    assert data.dataset.digest == summary["split"]["fingerprint"]
+    assert parent.data.params["seed"] == "0"
+    assert parent.data.tags["environment.torch"] == summary["environment"]["torch"]
+    assert "| lightning_cnn |" in parent.data.tags["mlflow.note.content"]
+    files = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id)}
+    assert {"confusion_matrix.png", "training_history.png", "experiment_summary.json"} <= files
+    assert (folder / "mlruns").is_dir()
+
+
+def test_without_tracking_mlflow_is_not_imported_and_leaves_nothing(tiny_npz, tmp_path):
+    code = """
+import json, sys
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
+assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
+"""
+    config = settings(tiny_npz, tmp_path, enable_mlflow=False, enable_optuna=False, max_epochs=1)
+    subprocess.run([sys.executable, "-c", code, json.dumps(config)], cwd=ROOT, check=True)
+    assert not (tmp_path / "mlflow.db").exists()
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    config = settings(tiny_npz, tmp_path, tracking_uri=f"http://127.0.0.1:{port}", enable_optuna=False, quiet=False)
+    summary = IntegratedMLPipeline(ExperimentConfig(**config)).run_complete_pipeline()
+    assert summary["models"][0]["test"]["macro_f1"] >= 0
+    printed = capsys.readouterr().out
+    assert printed.count("goes on without MLflow") == 1
+
+
+def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b'{"error_code": "INTERNAL_ERROR", "message": "the disk is full"}')
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        uri = f"http://127.0.0.1:{server.server_port}"
+        config = settings(tiny_npz, tmp_path, tracking_uri=uri, enable_optuna=False, quiet=False)
+        IntegratedMLPipeline(ExperimentConfig(**config)).run_complete_pipeline()
+    finally:
+        server.shutdown()
+        server.server_close()
+    printed = capsys.readouterr().out
+    assert printed.count("goes on without MLflow") == 1
+    assert "the disk is full" in printed
+
+
+CHILD = """
+import json, sys
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
+"""
+
+
+def start_and_wait_for_trial(config, tmp_path, number):
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while True:
+        assert child.poll() is None, child.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+        if (tmp_path / "mlruns").exists() or (tmp_path / "mlflow.db").exists():
+            try:
+                if f"trial {number}" in runs_of(tmp_path)[0]:
+                    return child
+            except Exception:  # the child is still making the database
+                continue
+
+
+def test_a_killed_pipelines_runs_are_closed_and_go_on_when_it_is_resumed(tiny_npz, tmp_path):
+    config = settings(tiny_npz, tmp_path, search_epochs=40, pruner="none")
+    child = start_and_wait_for_trial(config, tmp_path, 1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stderr.close()
+    before, _ = runs_of(tmp_path)
+    assert before["tiny"].info.status == "RUNNING"
+
+    IntegratedMLPipeline(ExperimentConfig(**config, resume=True)).run_complete_pipeline()
+    after, _ = runs_of(tmp_path)
+    assert after["trial 1"].info.status == "KILLED"
+    assert after["trial 1"].data.tags["reason"] == "its process was killed"
+    assert after["tiny"].info.run_id == before["tiny"].info.run_id  # the same run went on
+    assert {run.info.status for name, run in after.items() if name != "trial 1"} == {"FINISHED"}
+    assert after["trial 2"].data.params == before["trial 1"].data.params
+    assert len(after) == 6
+
+
+def test_ctrl_c_closes_the_runs_as_killed(tiny_npz, tmp_path):
+    config = settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
+    child = start_and_wait_for_trial(config, tmp_path, 0)
+    child.send_signal(signal.SIGINT)
+    child.wait(timeout=60)
+    child.stderr.close()
+    runs, _ = runs_of(tmp_path)
+    assert {run.info.status for run in runs.values()} == {"KILLED"}
+    assert runs["tiny"].data.tags["reason"] == "interrupted"
+
+
+def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path):
+    first = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    first.start("living")
+    first.call(lambda client: None).result()
+    second = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    second.close()
+    assert runs_of(tmp_path)[0]["living"].info.status == "RUNNING"
+    first.close()
+    assert runs_of(tmp_path)[0]["living"].info.status == "FINISHED"
+
+
+def test_a_process_is_known_by_more_than_its_number():
+    mine = this_process()
+    host, number, started = mine.rsplit(" ", 2)
+    assert still_runs(mine)
+    assert not still_runs(f"{host} {number} {int(started) - 1000}")
+    assert still_runs(f"another-host {number} {started}")  # cannot know: leaves it alone
