@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -222,6 +225,37 @@ def share_a_study(tiny_npz, tmp_path, storage):
 
 def test_two_processes_share_one_study(tiny_npz, tmp_path):
     share_a_study(tiny_npz, tmp_path, f"sqlite:///{tmp_path / 'shared.db'}")
+
+
+@pytest.fixture
+def postgres(tmp_path_factory):
+    """A real PostgreSQL server on 127.0.0.1, where one is installed; its Optuna storage URL."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("initdb") or "").parent]
+    if not (programs[-1] / "initdb").exists():
+        pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg")
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of a socket has a limit
+    user = []
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+        shutil.chown(folder, "nobody", "nogroup")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data, quiet = folder / "data", {"stdout": subprocess.DEVNULL, "cwd": folder, "check": True}
+    subprocess.run([*user, programs[-1] / "initdb", "-D", data, "-U", "optuna", "-A", "trust", "-N"], **quiet)
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+    control = [*user, programs[-1] / "pg_ctl", "-D", data, "-w"]
+    subprocess.run([*control, "-l", folder / "log", "-o", options, "start"], **quiet)
+    try:
+        yield f"postgresql+psycopg://optuna@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
+        shutil.rmtree(folder)
+
+
+def test_two_processes_share_one_study_on_a_database_server(tiny_npz, tmp_path, postgres):
+    share_a_study(tiny_npz, tmp_path, postgres)
 
 
 def test_a_time_limit_leaves_the_final_training_its_share(tiny_npz, tmp_path):

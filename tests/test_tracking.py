@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-from tracking import Tracking, still_runs, this_process
+from tracking import MlflowServer, Tracking, _free_port, still_runs, this_process
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -228,3 +228,91 @@ def test_a_process_is_known_by_more_than_its_number():
     assert still_runs(mine)
     assert not still_runs(f"{host} {number} {int(started) - 1000}")
     assert still_runs(f"another-host {number} {started}")  # cannot know: leaves it alone
+
+
+# --- registry
+
+
+@pytest.fixture(scope="module")
+def registered(tiny_arrays, tmp_path_factory):
+    """Three pipelines in one folder, without a search: a first one, a better one, a worse one."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("registered")
+    np.savez(folder / "tiny.npz", **tiny_arrays)
+    outcomes = []
+    for name, epochs in (("first", 4), ("better", 25), ("worse", 1)):
+        config = settings(folder / "tiny.npz", folder, enable_optuna=False, max_epochs=epochs, experiment_name=name)
+        pipeline = IntegratedMLPipeline(ExperimentConfig(**config))
+        outcomes.append((pipeline, pipeline.run_complete_pipeline()))
+    return folder, outcomes
+
+
+def test_only_a_better_model_becomes_champion_and_the_reason_is_written(registered):
+    from mlflow import MlflowClient
+
+    folder, outcomes = registered
+    first, better, worse = (summary["registered"] for _, summary in outcomes)
+    assert [r["alias"] for r in (first, better, worse)] == ["champion", "champion", "challenger"]
+    assert better["comparison"]["new"] > better["comparison"]["old"]
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    name = better["name"]
+    assert str(client.get_model_version_by_alias(name, "champion").version) == better["version"]
+    challenger = client.get_model_version_by_alias(name, "challenger")
+    assert "So it is challenger" in challenger.description
+    assert f"version {better['version']}" in challenger.description
+
+
+def test_checkpoint_file_and_registered_model_agree(registered):
+    import mlflow
+    import numpy as np
+
+    from integrated_pipeline import predict_probabilities
+    from wafer_data import resize_maps
+
+    folder, outcomes = registered
+    pipeline, summary = outcomes[1]
+    (record,) = summary["models"]
+    test_maps = pipeline.maps.select(pipeline.split.test)
+    expected = predict_probabilities(pipeline.load_model(record), resize_maps(test_maps, 16))
+    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+    champion = mlflow.pyfunc.load_model(f"models:/{summary['registered']['name']}@champion")
+    for i in range(len(test_maps)):
+        answer = champion.predict({"maps": test_maps[i][None]})["probabilities"]
+        np.testing.assert_allclose(answer[0], expected[i], atol=2e-4)
+    assert summary["registered"]["largest_difference_to_checkpoint"] < 2e-4
+
+
+# --- the server
+
+
+def test_the_page_is_up_on_this_machine_only_and_stops_without_leftovers(tmp_path):
+    from urllib.request import urlopen
+
+    import psutil
+
+    tracking = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    tracking.start("a run")
+    experiment_id = tracking.call(lambda client: tracking.experiment_id).result()
+    server = MlflowServer(tracking.uri, port=5123)
+    try:
+        server.wait_until_up()
+        assert server.link(experiment_id).startswith("http://127.0.0.1:")
+        with urlopen(server.url) as page:
+            assert b"MLflow" in page.read()
+        processes = [psutil.Process(server._process.pid)]
+        processes += processes[0].children(recursive=True)
+        listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+        assert listening == {"127.0.0.1"}
+    finally:
+        server.stop()
+        tracking.close()
+    assert not any(process.is_running() for process in processes)
+
+
+def test_a_taken_port_is_passed_over(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert _free_port(port) != port
