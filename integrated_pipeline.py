@@ -610,6 +610,21 @@ def _study_seconds(study: optuna.Study) -> float:
     return sum(duration.total_seconds() for duration in done)
 
 
+def _database(url: str) -> optuna.storages.BaseStorage:
+    """Connects to an Optuna storage; tries again when another process makes the tables of a fresh one just now."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for attempt in range(4):
+        try:
+            return optuna.storages.get_storage(url)
+        except SQLAlchemyError as error:
+            last = error
+            time.sleep(2**attempt / 4)
+        except (ImportError, ValueError) as error:  # no driver for it, or no database URL at all
+            raise ConfigError(f"storage={url!r} cannot be used ({error}).") from error
+    raise ConfigError(f"storage={url!r} cannot be used ({str(last).strip().splitlines()[0]}). Does the server run?")
+
+
 def _out_of_memory(error: BaseException) -> bool:
     """PyTorch has an error of its own on a GPU; on a CPU it raises a plain RuntimeError."""
     words = ("not enough memory", "can't allocate memory", "alloc_cpu")
@@ -1207,32 +1222,30 @@ class IntegratedMLPipeline:
         config, name = self.config, f"{self.config.experiment_name}/{model_type}"
         directions = [OBJECTIVES[objective] for objective in config.objectives]
         storage = self._study_storage()
-        known = name in optuna.get_all_study_names(storage)
-        if known and not config.resume and config.storage is None:
-            optuna.delete_study(study_name=name, storage=storage)
-            known = False
-        study = optuna.create_study(
-            study_name=name, storage=storage, directions=directions, load_if_exists=True,
-            sampler=self._sampler(), pruner=self._pruner(),
-        )  # fmt: skip
         fingerprint = self._fingerprint({"model_type": model_type})
+        if config.storage is None and not config.resume and name in optuna.get_all_study_names(storage):
+            optuna.delete_study(study_name=name, storage=storage)
+        parts = {"study_name": name, "storage": storage, "sampler": self._sampler(), "pruner": self._pruner()}
+        try:  # of several processes on one study, exactly one makes it
+            study = optuna.create_study(directions=directions, **parts)
+            study.set_user_attr("fingerprint", fingerprint)
+            study.enqueue_trial(self._default_trial(model_type))
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(**parts)
         if study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
             raise ConfigError(
                 f"The study {name} was made with other settings or data. Repeat the settings of that run, leave out "
                 "--resume to search anew, or choose another experiment_name."
             )
-        if "fingerprint" not in study.user_attrs:
-            study.set_user_attr("fingerprint", fingerprint)
-            study.enqueue_trial(self._default_trial(model_type))
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             if not still_runs(trial.user_attrs.get("process", "? 0 0")):
                 study.tell(trial.number, state=TrialState.FAIL)
                 _run_again(study, trial)
         return study
 
-    def _study_storage(self) -> optuna.storages.BaseStorage | str:
+    def _study_storage(self) -> optuna.storages.BaseStorage:
         if self.config.storage is not None:
-            return self.config.storage
+            return _database(self.config.storage)
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
