@@ -238,6 +238,7 @@ class ExperimentConfig:
             "enable_mlflow",
             "tracking_uri",
             "registry_name",
+            "storage",
             "data",
             "eight_views",
         }
@@ -1440,6 +1441,9 @@ class IntegratedMLPipeline:
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
         self._say(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
         self._say(f"Results and pictures: {self.config.results_dir}")
+        if self.config.enable_mlflow and not self.tracking.broken:
+            where = "" if self.config.tracking_uri else f" in {Path(self.config.output_dir).resolve()}"
+            self._say(f"MLflow: run `mlflow ui`{where} and open http://127.0.0.1:5000")
 
 
 class _Stopwatch:
