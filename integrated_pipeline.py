@@ -1081,7 +1081,7 @@ class IntegratedMLPipeline:
             alias=alias,
             description=verdict,
             example=test_maps[0][None],
-            output=probabilities[:1],
+            classes=NUM_CLASSES,
         ).result()
         if version is None:  # MLflow broke on the way; the warning has been printed
             return None
@@ -1250,6 +1250,7 @@ class IntegratedMLPipeline:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
+        self.config.results_dir.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(self.config.results_dir / "optuna_journal.log")))
 
     def _sampler(self) -> optuna.samplers.BaseSampler:

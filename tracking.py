@@ -40,6 +40,7 @@ class NoTracking:
 
     uri = None
     experiment_id = None
+    broken = False
 
     def __getattr__(self, name: str) -> Callable[..., TrackedRun]:
         """Any method of `Tracking`."""
@@ -190,7 +191,7 @@ class Tracking:
         return self._later(fetch)
 
     def register(
-        self, run: TrackedRun, file: Path, *, name: str, alias: str, description: str, example: Any, output: Any
+        self, run: TrackedRun, file: Path, *, name: str, alias: str, description: str, example: Any, classes: int
     ) -> Future:
         """Registers an ONNX file as the next version of a model, under an alias; the future holds the version.
 
@@ -201,13 +202,15 @@ class Tracking:
             alias: "champion" or "challenger".
             description: of the version, in Markdown.
             example: input, uint8 [N, rows, columns].
-            output: what the model answers to it.
+            classes: columns of the output.
         """
 
         def log_and_register() -> str:
             import mlflow
+            import numpy as np
             import onnx
-            from mlflow.models import infer_signature
+            from mlflow.models import ModelSignature
+            from mlflow.types import Schema, TensorSpec
 
             mlflow.set_tracking_uri(self.uri)
             with mlflow.start_run(run_id=run.id):
@@ -215,7 +218,10 @@ class Tracking:
                     onnx.load(file),
                     name="model",
                     registered_model_name=name,
-                    signature=infer_signature({"maps": example}, {"probabilities": output}),
+                    signature=ModelSignature(
+                        Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1), "maps")]),
+                        Schema([TensorSpec(np.dtype("float32"), (-1, classes), "probabilities")]),
+                    ),
                     input_example={"maps": example},
                     pip_requirements=["mlflow", "onnx", "onnxruntime"],  # inferring them takes ten seconds
                     onnx_execution_providers=["CPUExecutionProvider"],
