@@ -1,4 +1,4 @@
-"""Promises about the benchmarks: each runs on small data and writes its record; the README says what the records say."""
+"""Promises about the benchmarks: each runs on small data and writes its record; the README repeats the records."""
 
 import json
 import subprocess
