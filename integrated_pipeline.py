@@ -198,7 +198,7 @@ class ExperimentConfig:
         right_type = isinstance(value, int if integral else (int, float)) and not isinstance(value, bool)
         if not right_type or not low <= value <= high:
             kind = "a whole number" if integral else "a number"
-            raise ConfigError(f"{name}={value!r} is out of range. Allowed: {kind} from {low:g} to {high:g}.")
+            raise ConfigError(f"{name}={value!r} is out of range. Allowed: {kind} from {low:,} to {high:,}.")
 
     def _check_choice(self, name: str, allowed: Sequence[str]) -> None:
         if getattr(self, name) not in allowed:

@@ -1,0 +1,73 @@
+"""Promises about the benchmarks: each runs on small data and writes its record; the README repeats the records."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_tables_of_the_readme_say_what_the_records_say():
+    run("readme_tables.py", "--check")
+
+
+def test_time_to_f1_records_each_run_once(tiny_npz, tmp_path):
+    output = tmp_path / "time_to_f1.json"
+    flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--minutes", 0.03, "--image-size", 16)
+    flags += ("--batch-size", 32, "--work-dir", tmp_path, "--output", output)
+    run("time_to_f1.py", *flags, "--seeds", 0)
+    second = run("time_to_f1.py", *flags, "--seeds", 0, 1)
+    assert "done before" in second
+    runs = json.loads(output.read_text())
+    assert [r["seed"] for r in runs] == [0, 1]
+    assert runs[0]["split"] != runs[1]["split"]
+    assert all(r["seconds"] > r["train_seconds"] > 1 for r in runs)
+    assert "| lightning_cnn | 0.03 | 2 |" in run("time_to_f1.py", "--tables", output)
+
+
+def test_training_throughput_compares_with_a_loop_that_learns_the_same(tiny_npz, tmp_path):
+    output = tmp_path / "throughput.json"
+    run(
+        "training_throughput.py", "--data", tiny_npz, "--models", "lightning_cnn", "--image-size", 16,
+        "--epochs", 1, "--repeats", 1, "--output", output,
+    )  # fmt: skip
+    (model,) = json.loads(output.read_text())["models"]
+    assert model["speed_over_bare_loop"]["turns"] == 1
+    assert 0.05 < model["speed_over_bare_loop"]["median"] < 20
+
+
+@pytest.mark.parametrize("script", ["against_recipe.py", "against_ultralytics.py"])
+def test_the_alternatives_run_on_the_same_maps(script, tiny_npz, tmp_path):
+    output = tmp_path / "record.json"
+    more = ("--models", "lightning_cnn", "--workers", 0) if script == "against_recipe.py" else ()
+    run(
+        script, "--data", tiny_npz, "--epochs", 1, "--repeats", 1, "--batch-size", 32, "--image-size", 32, *more,
+        "--output", output,
+    )  # fmt: skip
+    record = json.loads(output.read_text())
+    runs = record["runs"] if "runs" in record else record["models"][0]["runs"]
+    assert len(runs) == 2
+    for turns in runs.values():
+        (turn,) = turns
+        ((seconds, score),) = turn["curve"]  # one epoch, one validation
+        assert 0 < seconds <= turn["seconds"] + 0.01
+        assert 0 <= score <= 1
+
+
+def test_scale_measures_each_size_in_its_own_process(tmp_path):
+    run("scale.py", "--maps", 450, 900, "--output", tmp_path / "scale.json", "--picture", tmp_path / "scale.png")
+    small, large = json.loads((tmp_path / "scale.json").read_text())["sizes"]
+    assert (small["maps"], large["maps"]) == (450, 900)
+    assert small["peak_memory_gb"] > 0.1
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
