@@ -993,7 +993,7 @@ class IntegratedMLPipeline:
                 config.experiment_name,
                 uri=config.tracking_uri,
                 folder=Path(config.output_dir),
-                warn=self.console.print,
+                warn=Console(stderr=True, highlight=False, soft_wrap=True).print,
                 resume=config.resume,
             )
         return self.tracking
@@ -1003,7 +1003,8 @@ class IntegratedMLPipeline:
         if not config.enable_mlflow:
             return
         run = self._parent_run = self.tracking.start(config.experiment_name, key=self._fingerprint())
-        self.tracking.params(run, **asdict(config))
+        how = ("resume", "quiet")  # not what, and MLflow refuses a parameter that changes when a run goes on
+        self.tracking.params(run, **{k: v for k, v in asdict(config).items() if k not in how})
         self.tracking.tags(run, **{f"environment.{k}": str(v) for k, v in environment().items()})
         counts = dict(zip(CLASS_NAMES, self.maps.class_counts.tolist(), strict=True))
         parts = {part: len(indices) for part, indices in self.split.parts().items()}
