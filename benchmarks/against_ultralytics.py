@@ -109,7 +109,6 @@ def prepare(arguments: argparse.Namespace):
 def ours(arguments: argparse.Namespace) -> dict:
     import integrated_pipeline
     from integrated_pipeline import import_ultralytics_tasks
-    from wafer_data import WaferMapDataModule
 
     import_ultralytics_tasks()
     pipeline = prepare(arguments)
@@ -125,7 +124,6 @@ def ours(arguments: argparse.Namespace) -> dict:
     started = time.monotonic()
     record = pipeline.train_final_model("yolo_inspired")
     seconds = time.monotonic() - started
-    assert isinstance(pipeline.data_module(arguments.batch_size), WaferMapDataModule)
     (result,), _ = pipeline.evaluate([record])
     return {"seconds": seconds, "curve": clock.points, "test_macro_f1": round(result["test"]["macro_f1"], 4)}
 
@@ -133,16 +131,18 @@ def ours(arguments: argparse.Namespace) -> dict:
 def ultralytics(arguments: argparse.Namespace) -> dict:
     from integrated_pipeline import import_ultralytics_tasks
 
+    os.environ["YOLO_CONFIG_DIR"] = str(arguments.folder)  # settings of its own, thrown away afterwards
     import_ultralytics_tasks()
     import torch
-    from ultralytics import YOLO
+    from ultralytics import YOLO, settings
 
+    settings.update({name: False for name in settings if settings[name] is True})  # its trackers are not timed
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pipeline = prepare(arguments)
     clock = ClockedF1()
 
     def note(trainer) -> None:
-        if trainer.validator.pred and len(clock.points) < trainer.epoch + 1:
+        if len(clock.points) < arguments.epochs:  # it is called once more for the best weights, after the last epoch
             predicted = torch.cat(trainer.validator.pred)[:, 0]
             clock.add(torch.cat(trainer.validator.targets), predicted)
 
