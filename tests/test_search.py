@@ -168,7 +168,7 @@ def journal(tmp_path):
 
 
 def test_a_trial_cut_off_by_a_kill_runs_again_with_its_parameters(tiny_npz, tmp_path):
-    config = settings(tiny_npz, tmp_path, search_epochs=15, pruner="none")
+    config = settings(tiny_npz, tmp_path, search_epochs=10, pruner="none")
     child = start_child(config)
     deadline = time.monotonic() + 120
     running = []
@@ -185,7 +185,7 @@ def test_a_trial_cut_off_by_a_kill_runs_again_with_its_parameters(tiny_npz, tmp_
     child.wait()
     child.stderr.close()
 
-    resumed = pipeline(tiny_npz, tmp_path, search_epochs=15, pruner="none", resume=True)
+    resumed = pipeline(tiny_npz, tmp_path, search_epochs=10, pruner="none", resume=True)
     found = resumed.search("lightning_cnn")
     states = [t["state"] for t in found["trials"]]
     assert states == ["complete", "fail", "complete", "complete"]

@@ -188,7 +188,7 @@ def names_of_runs(database):
 
 
 def test_a_killed_pipelines_runs_are_closed_and_go_on_when_it_is_resumed(tiny_npz, tmp_path):
-    config = settings(tiny_npz, tmp_path, search_epochs=12, pruner="none")
+    config = settings(tiny_npz, tmp_path, search_epochs=10, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 1)
     child.send_signal(signal.SIGKILL)
     child.wait()
