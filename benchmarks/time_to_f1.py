@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--work-dir", default=ROOT / "results/time_to_f1", help="for checkpoints and pictures")
     parser.add_argument("--output", type=Path, help="JSON to which the runs are added")
     parser.add_argument("--tables", type=Path, metavar="JSON", help="print the tables of finished runs and stop")
+    parser.add_argument("--picture", type=Path, help="with --tables: draw the longest runs of each model (PNG)")
     parser.add_argument("--one", nargs=4, metavar=("MODEL", "MINUTES", "SEED", "STARTED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -48,6 +49,8 @@ def main() -> None:
     elif arguments.tables:
         runs = json.loads(arguments.tables.read_text())
         print("\n".join([*table_of_runs(runs), "", *table_of_levels(runs)]))
+        if arguments.picture:
+            draw(runs, arguments.picture)
     else:
         run_all(arguments)
 
@@ -134,6 +137,28 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
         "split": pipeline.split.fingerprint,
         "environment": environment(),
     }
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """The models beside each other, each by the first seed of its longest training."""
+    from evaluation import plot_model_comparison
+
+    longest: dict[str, dict] = {}
+    for run in sorted(runs, key=lambda run: (run["minutes"], -run["seed"])):
+        longest[run["model_type"]] = run
+    rows = [
+        {
+            "model_type": run["model_type"],
+            "accuracy": run["test_accuracy"],
+            "macro_f1": run["test_macro_f1"],
+            "macro_f1_interval": run["test_macro_f1_interval"],
+            "n_parameters": run["n_parameters"],
+            "train_seconds": run["train_seconds"],
+            "latency_ms": run["latency_ms"],
+        }
+        for run in longest.values()
+    ]
+    plot_model_comparison(rows, path=path, title="Real wafer maps: the longest training of each model")
 
 
 def table_of_runs(runs: list[dict]) -> list[str]:
