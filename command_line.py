@@ -33,7 +33,7 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
     )
-    parser.add_argument("--no-mlflow", action="store_true", help="do not track the run with MLflow")
+    parser.add_argument("--no-mlflow", action="store_true", help="do not track with MLflow (quick_start never does)")
     parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
     parser.add_argument("--quiet", action="store_true", help="print the final table only")
     return parser
