@@ -17,27 +17,37 @@ import numpy as np
 import torch
 from torch import nn
 
-from wafer_data import CLASS_NAMES, LEVEL_SCALE, resize_levels
+from decision import Decision
+from wafer_data import CLASS_NAMES, LEVEL_SCALE, resize_levels, symmetries
 
 CONTRACT = "maps uint8 [N, rows, columns] (0 no die, 1 pass, 2 fail) -> probabilities float32 [N, classes]"
 
 
 class RawMapClassifier(nn.Module):
-    """A model with the preprocessing that it was trained with: resized as in training, then encoded."""
+    """A model with all that surrounds it: maps resized as in training and encoded; the decision made of its outputs."""
 
-    def __init__(self, model: nn.Module, image_size: int) -> None:
+    def __init__(self, model: nn.Module, image_size: int, decision: Decision | None = None) -> None:
         super().__init__()
-        self.model, self.image_size = model, image_size
+        self.model, self.image_size, self.decision = model, image_size, decision or Decision()
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """uint8 [N, rows, columns] to probabilities float32 [N, classes]."""
         levels = maps.unsqueeze(1).float() * LEVEL_SCALE
         images = resize_levels(levels, self.image_size).round()  # training holds them as whole numbers, too
-        return self.model(images / LEVEL_SCALE - 1.0).softmax(-1)
+        images = images / LEVEL_SCALE - 1.0
+        views = list(symmetries(images)) if self.decision.views == 8 else [images]
+        outputs = self.model(torch.cat(views)).softmax(-1)
+        return self.decision.apply(outputs.unflatten(0, (len(views), -1)).mean(0))
 
 
 def export_onnx(
-    model: nn.Module, path: Path, *, image_size: int, class_names: Sequence[str] = CLASS_NAMES, **metadata: str
+    model: nn.Module,
+    path: Path,
+    *,
+    image_size: int,
+    decision: Decision | None = None,
+    class_names: Sequence[str] = CLASS_NAMES,
+    **metadata: str,
 ) -> Path:
     """Writes a model with its preprocessing as one ONNX file for any number of maps of any size.
 
@@ -45,12 +55,13 @@ def export_onnx(
         model: float [N, 1, S, S] in -1..1 to logits [N, classes]; on the CPU, in evaluation mode.
         path: the file to write.
         image_size: the S that it was trained with.
+        decision: how the answer is made of its outputs.
         class_names: what the columns of the output mean; kept in the file.
         **metadata: more that the file shall say of itself.
     """
     from torch.export import Dim
 
-    whole = RawMapClassifier(model, image_size).eval()
+    whole = RawMapClassifier(model, image_size, decision).eval()
     example = torch.ones(2, 25, 27, dtype=torch.uint8)
     sizes = {0: Dim("maps"), 1: Dim("rows", min=2, max=4096), 2: Dim("columns", min=2, max=4096)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

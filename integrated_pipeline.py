@@ -17,7 +17,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from rich.console import Console
 from torch import nn
 
 import evaluation
+from decision import VIEWS, Decision, choose_decision
 from pretrained_weights import WeightsUnavailableError, fetch_weights, read_weights, sum_first_layer
 from simple_model import LightningCNN, WaferClassifier
 from tracking import NoTracking, TrackedRun, Tracking, still_runs, this_process
@@ -62,7 +63,7 @@ warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*
 
 
 SAMPLERS = ("auto", "tpe", "random")
-PRUNERS = ("auto", "median", "hyperband", "none")
+PRUNERS = ("auto", "median", "halving", "hyperband", "none")
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
@@ -84,8 +85,9 @@ class ExperimentConfig:
         search_epochs: epochs of a trial.
         search_share: share of the time limit that the search may use; the rest belongs to the final training.
         sampler: who proposes parameters: "auto" (TPE), "tpe" or "random".
-        pruner: who stops unpromising trials: "auto" (median below 30 trials, then Hyperband), "median", "hyperband"
-            or "none".
+        pruner: who stops unpromising trials: "auto" (median below 30 trials, then Hyperband), "median", "halving"
+            (successive halving, the strictest: only the best third goes on after 2, 4, 10, ... epochs), "hyperband" or
+            "none".
         objectives: what the search is for; "macro_f1" alone, or with "latency" and "parameters" to be small. With more
             than one, nothing is pruned and the summary lists the Pareto front.
         storage: where studies are kept: None for a journal file beside the results, or any Optuna storage URL, which
@@ -112,7 +114,8 @@ class ExperimentConfig:
         precision: passed to Lightning; "auto" takes bf16-mixed where the hardware computes in it, else 32-true.
         accumulate_grad_batches: passed to Lightning.
         pretrained_wait: seconds to wait for the host of pre-trained weights to answer.
-        eight_views: classify validation and test maps by the mean over the eight symmetries of the square.
+        tune_decision: choose on validation, after training, whether to average over eight views of each map, how far
+            to lean to frequent classes, and the temperature of the probabilities (see `decision.py`).
         output_dir: folder that holds results/ and checkpoints/.
         resume: go on where a run with the same settings was cut off.
         quiet: print only warnings and the final table.
@@ -151,7 +154,7 @@ class ExperimentConfig:
     precision: str | int = "auto"
     accumulate_grad_batches: int = 1
     pretrained_wait: float = 5.0
-    eight_views: bool = False
+    tune_decision: bool = False
     output_dir: str | Path = "."
     resume: bool = False
     quiet: bool = False
@@ -240,7 +243,7 @@ class ExperimentConfig:
             "registry_name",
             "storage",
             "data",
-            "eight_views",
+            "tune_decision",
         }
         settings = {k: v for k, v in asdict(self).items() if k not in free}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -1053,7 +1056,7 @@ class IntegratedMLPipeline:
             without tracking.
         """
         name = self.config.registry_name
-        if not self.config.enable_mlflow or name is None or self.config.eight_views:
+        if not self.config.enable_mlflow or name is None:
             return None
         from deployment import OnnxClassifier, export_onnx
 
@@ -1062,6 +1065,7 @@ class IntegratedMLPipeline:
             self.load_model(result),
             self.config.checkpoints_dir / model_type / "model.onnx",
             image_size=self.config.image_size,
+            decision=_decision_of(result),
             model_type=model_type,
             split=self.split.fingerprint,
         )
@@ -1267,6 +1271,8 @@ class IntegratedMLPipeline:
         match name:
             case "median":
                 return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)
+            case "halving":
+                return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
             case "hyperband":
                 return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=self.config.search_epochs)
         return optuna.pruners.NopPruner()
@@ -1335,26 +1341,45 @@ class IntegratedMLPipeline:
             The records with `validation`, `test` (see `evaluation.compute_metrics`) and `latency_ms` added, and the
             test predictions of each model.
         """
-        data = self.data_module()
         results, predictions = [], []
         for record in trained:
             model = self.load_model(record)
-            scores = {}
-            for part, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
-                indices = self.split.parts()[part]
-                predicted = evaluation.Predictions(
-                    probabilities=predict_probabilities(
-                        model, loader.dataset.images, eight_views=self.config.eight_views
-                    ),
-                    labels=self.maps.labels[indices],
-                    groups=self.maps.groups[indices],
-                    class_names=CLASS_NAMES,
-                )
-                scores[part] = evaluation.compute_metrics(predicted, seed=self.config.seed)
-            latency = measure_latency(model, self.config.image_size)
+            decision = self.decide(model) if self.config.tune_decision else Decision()
+            predicted = {part: self.predict(model, part, decision) for part in ("validation", "test")}
+            scores = {part: evaluation.compute_metrics(p, seed=self.config.seed) for part, p in predicted.items()}
+            latency = measure_latency(model, self.config.image_size, views=decision.views)
             results.append({**record, **scores, "latency_ms": latency})
-            predictions.append(predicted)
+            if self.config.tune_decision:
+                results[-1]["decision"] = self._decision_record(model, decision, scores)
+            predictions.append(predicted["test"])
         return results, predictions
+
+    def predict(self, model: WaferClassifier, part: str, decision: Decision | None = None) -> evaluation.Predictions:
+        """What a model answers on the "train", "validation" or "test" part, with the truth and the lots beside it."""
+        indices = self.split.parts()[part]
+        return evaluation.Predictions(
+            probabilities=predict_probabilities(model, self.data_module().images(part), decision or Decision()),
+            labels=self.maps.labels[indices],
+            groups=self.maps.groups[indices],
+            class_names=CLASS_NAMES,
+        )
+
+    def decide(self, model: WaferClassifier) -> Decision:
+        """Chooses views, prior correction and temperature on validation."""
+        by_views = {v: self.predict(model, "validation", Decision(views=v)).probabilities for v in VIEWS}
+        counts = np.bincount(self.maps.labels[self.split.train], minlength=NUM_CLASSES)
+        return choose_decision(by_views, self.maps.labels[self.split.validation], counts)
+
+    def _decision_record(self, model: WaferClassifier, decision: Decision, scores: dict[str, Any]) -> dict[str, Any]:
+        """The decision, and what the plain answers of the same weights would have scored."""
+        plain = {p: evaluation.compute_metrics(self.predict(model, p), n_bootstrap=1) for p in ("validation", "test")}
+        return asdict(decision) | {
+            "validation_macro_f1_before": plain["validation"]["macro_f1"],
+            "validation_macro_f1_after": scores["validation"]["macro_f1"],
+            "test_macro_f1_before": plain["test"]["macro_f1"],
+            "calibration_error_before": plain["test"]["expected_calibration_error"],
+            "calibration_error_after": scores["test"]["expected_calibration_error"],
+        }
 
     def load_model(self, record: dict[str, Any]) -> WaferClassifier:
         """The best epoch of a trained model, on the CPU, in evaluation mode."""
@@ -1463,25 +1488,23 @@ class _Stopwatch:
 
 @torch.inference_mode()
 def predict_probabilities(
-    model: WaferClassifier, images: torch.Tensor, *, eight_views: bool = False, batch_size: int = 256
+    model: WaferClassifier, images: torch.Tensor, decision: Decision | None = None, *, batch_size: int = 256
 ) -> np.ndarray:
-    """Class probabilities float32 [N, 9] for resized maps, uint8 [N, 1, S, S], computed in full precision.
-
-    With `eight_views`, the mean over the eight symmetries of each map: a wafer turned is the same wafer.
-    """
+    """Class probabilities float32 [N, 9] for resized maps, uint8 [N, 1, S, S], computed in full precision."""
+    decision = decision or Decision()
     model.eval()
 
     def classify(batch: torch.Tensor) -> torch.Tensor:
-        views = list(symmetries(batch)) if eight_views else [batch]
-        return torch.stack([model(encode(view)).softmax(-1) for view in views]).mean(0)
+        views = list(symmetries(batch)) if decision.views == 8 else [batch]
+        return decision.apply(torch.stack([model(encode(view)).softmax(-1) for view in views]).mean(0))
 
     return torch.cat([classify(batch.to(model.device)).cpu() for batch in images.split(batch_size)]).numpy()
 
 
 @torch.inference_mode()
-def measure_latency(model: WaferClassifier, image_size: int, *, repeats: int = 30) -> float:
+def measure_latency(model: WaferClassifier, image_size: int, *, views: int = 1, repeats: int = 30) -> float:
     """Median milliseconds to classify one map on the CPU in full precision, after five runs to warm up."""
-    image = torch.zeros(1, 1, image_size, image_size)
+    image = torch.zeros(views, 1, image_size, image_size)
     times = []
     for _ in range(repeats + 5):
         started = time.perf_counter()
@@ -1504,6 +1527,12 @@ def comparison_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for r in results
     ]
+
+
+def _decision_of(result: dict[str, Any]) -> Decision:
+    """The decision that `evaluate` chose for a model."""
+    chosen = result.get("decision", {})
+    return Decision(**{f.name: chosen[f.name] for f in fields(Decision) if f.name in chosen})
 
 
 def environment() -> dict[str, Any]:

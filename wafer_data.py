@@ -588,6 +588,10 @@ class WaferMapDataModule(pl.LightningDataModule):
         other.batch_size = batch_size
         return other
 
+    def images(self, part: str) -> torch.Tensor:
+        """The resized maps of a part, uint8 [N, 1, S, S], as `resize_maps` gives them."""
+        return self._parts[part].images
+
     @property
     def class_weights(self) -> list[float] | None:
         """Nine loss weights when balancing by loss: inverse square root frequency, 1 for the average training map."""

@@ -34,6 +34,22 @@ def paired_ratio(numerator: list[float], denominator: list[float]) -> dict[str, 
     }
 
 
+def paired_difference(values: list[float], others: list[float]) -> dict[str, Any]:
+    """The difference turn by turn: mean, 95% t interval of the mean (None for one turn), number of turns."""
+    from scipy import stats
+
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    mean, n = statistics.mean(differences), len(differences)
+    half = None
+    if n > 1:
+        half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
+    return {
+        "mean": round(mean, 4),
+        "interval": None if half is None else [round(mean - half, 4), round(mean + half, 4)],
+        "turns": n,
+    }
+
+
 def as_text(ratio: dict[str, Any]) -> str:
     """For the terminal: median, range and number of turns."""
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['turns']} turns)"

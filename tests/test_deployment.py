@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 
+from decision import Decision
 from deployment import OnnxClassifier, RawMapClassifier, export_onnx
 from integrated_pipeline import DEFAULT_MODEL_TYPES, ExperimentConfig, IntegratedMLPipeline, predict_probabilities
 from wafer_data import CLASS_NAMES, load_wafer_maps, resize_maps
@@ -32,6 +33,18 @@ def test_the_file_answers_as_the_model_does_for_maps_of_all_sizes(model_type, ti
     np.testing.assert_allclose(answered, expected, atol=2e-4)
     assert (answered.argmax(1) == expected.argmax(1)).mean() > 0.98
     np.testing.assert_allclose(answered.sum(1), 1, atol=1e-5)
+
+
+def test_the_decision_is_in_the_file(tiny_npz, tmp_path):
+    model, maps = model_of("lightning_cnn"), load_wafer_maps(tiny_npz)
+    offsets = tuple(np.linspace(-1, 1, 9).tolist())
+    decision = Decision(views=8, prior_strength=0.5, offsets=offsets, temperature=1.7)
+    expected = predict_probabilities(model, resize_maps(maps, 32)[::9], decision)
+    plain = predict_probabilities(model, resize_maps(maps, 32)[::9])
+    file = export_onnx(model, tmp_path / "model.onnx", image_size=32, decision=decision)
+    answered = OnnxClassifier(file).predict([maps[i] for i in range(0, len(maps), 9)], batch_size=3)
+    np.testing.assert_allclose(answered, expected, atol=2e-4)
+    assert np.abs(plain - expected).max() > 0.05
 
 
 def test_one_map_large_or_small_goes_through(tmp_path):
