@@ -10,12 +10,12 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from integrated_pipeline import ExperimentConfig
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -40,29 +40,38 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 def run_pipeline(config: ExperimentConfig, *, start_mlflow: bool = False) -> None:
-    """Runs the pipeline; with `start_mlflow`, the MLflow page is up before it starts and, in a terminal, stays after.
+    """Runs the pipeline; with `start_mlflow`, beside the MLflow page."""
+    from integrated_pipeline import IntegratedMLPipeline
+
+    pipeline = IntegratedMLPipeline(config)
+    with mlflow_page(pipeline, wanted=start_mlflow):
+        pipeline.run_complete_pipeline()
+
+
+@contextlib.contextmanager
+def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[None]:
+    """The MLflow page is up before the work starts and, in a terminal, stays after it until Ctrl-C.
 
     Raises:
         ConfigError: the page is wanted without tracking.
         ServerError: the server does not start.
     """
-    from integrated_pipeline import ConfigError, IntegratedMLPipeline
+    from integrated_pipeline import ConfigError
     from tracking import MlflowServer
 
-    pipeline = IntegratedMLPipeline(config)
-    if not start_mlflow:
-        pipeline.run_complete_pipeline()
+    if not wanted:
+        yield
         return
-    if not config.enable_mlflow:
-        raise ConfigError("--start-mlflow shows what --no-mlflow switches off. Leave out one of the two.")
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    if not pipeline.config.enable_mlflow:
+        raise ConfigError("The MLflow page shows what --no-mlflow switches off. Leave out one of the two.")
+    Path(pipeline.config.output_dir).mkdir(parents=True, exist_ok=True)
     tracking = pipeline.open_tracking()
     experiment_id = tracking.call(lambda client: tracking.experiment_id).result()
     server = MlflowServer(tracking.uri)
     try:
         server.wait_until_up()
         print(f"MLflow: {server.link(experiment_id)}", flush=True)
-        pipeline.run_complete_pipeline()
+        yield
         if sys.stdout.isatty():
             print(f"\nMLflow stays at {server.link(experiment_id)}\nCtrl-C stops it.", flush=True)
             with contextlib.suppress(KeyboardInterrupt):

@@ -693,6 +693,7 @@ class IntegratedMLPipeline:
         self.maps: WaferMaps | None = None
         self.split: Split | None = None
         self._search_deadline: float | None = None
+        self._trial_seconds = float("inf")
         self._studies: dict[str, optuna.Study] = {}
         self.tracking: Tracking | NoTracking = NoTracking()
         self._parent_run = TrackedRun("")
@@ -1144,6 +1145,8 @@ class IntegratedMLPipeline:
         wanted = self.config.num_optuna_trials
         started, before = time.monotonic(), _study_seconds(study)
         self._search_deadline = None if seconds is None else started + max(0.0, seconds - before)
+        # Pruned trials leave time to the others, so each may use twice its even share.
+        self._trial_seconds = float("inf") if seconds is None else 2 * seconds / wanted
 
         def report_and_stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             self._forget_beaten_trials(study, model_type)
@@ -1210,7 +1213,7 @@ class IntegratedMLPipeline:
         if len(self.config.objectives) == 1:  # several values cannot be pruned on
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
         if self._search_deadline is not None:
-            callbacks.insert(0, TimeBudget(max(1.0, self._search_time_left())))
+            callbacks.insert(0, TimeBudget(max(1.0, min(self._search_time_left(), self._trial_seconds))))
         self._fit(model_type, model, data, callbacks, max_epochs=self.config.search_epochs)
         best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
         trial.set_user_attr("best_epoch", best["epoch"])
