@@ -68,6 +68,9 @@ class TrainingSeries:
             `TRAINING_SHARE` of it, search included. Without one, all train for `max_epochs`.
         variants: what to compare.
         seeds: of data, split, weights and batches.
+
+    Raises:
+        ConfigError: the time limit leaves less than a second for each training.
     """
 
     def __init__(self, pipeline: IntegratedMLPipeline, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
@@ -76,6 +79,11 @@ class TrainingSeries:
         self._console, self._tracking = pipeline.console, pipeline.open_tracking()
         total = len(self.variants) * len(self.seeds)
         self.seconds_each = None if config.time_limit is None else TRAINING_SHARE * config.time_limit / total
+        if self.seconds_each is not None and self.seconds_each < 1:
+            raise ConfigError(
+                f"time_limit={config.time_limit:g} leaves {self.seconds_each:.2g} s for each of {total} trainings. Give "
+                f"{total / TRAINING_SHARE:.0f} s or more, or fewer seeds or models."
+            )
         self._maps_and_split: tuple[int, Any, Any] | None = None  # of the seed at work
 
     def budget(self) -> str:

@@ -1,0 +1,117 @@
+"""Promises about experiments: paired by seed, corrected for their number, resumed without repeating finished work."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import COMPONENTS, ablate, ablation_variants, compare_architectures, holm, mean_interval
+from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pipeline(data, folder, **settings):
+    common = {
+        "experiment_name": "series", "data": data, "image_size": 16, "max_epochs": 1, "use_pretrained": False,
+        "enable_optuna": False, "enable_mlflow": False, "output_dir": folder, "quiet": True,
+    }  # fmt: skip
+    return IntegratedMLPipeline(ExperimentConfig(**common | settings))
+
+
+def test_holm_corrects_as_in_a_worked_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([None, 0.5, 0.6]) == [None, 1.0, 1.0]
+
+
+def test_intervals_are_wider_than_for_independent_scores():
+    values = [0.70, 0.74, 0.71, 0.77, 0.73]
+    found = mean_interval(values, test_over_train=0.2)
+    naive = stats.t.interval(0.95, 4, statistics.mean(values), stats.sem(values))
+    corrected = (0.2 * 5 + 1) ** 0.5
+    assert found["interval"][1] - found["mean"] == pytest.approx(corrected * (naive[1] - found["mean"]))
+    assert mean_interval(values, test_over_train=0.0)["p"] == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert mean_interval([0.5], test_over_train=0.2) == {"mean": 0.5, "std": None, "interval": None, "p": None}
+
+
+def test_a_comparison_is_paired_by_seed_and_resumed_without_repeating(tiny_npz, tmp_path):
+    models = ["lightning_cnn", "vision_transformer"]
+    record = compare_architectures(pipeline(tiny_npz, tmp_path, model_type=models), seeds=(0, 1))
+    assert [(r["variant"], r["seed"]) for r in record["runs"]] == [(m, s) for s in (0, 1) for m in models]
+    splits = {seed: {r["split"] for r in record["runs"] if r["seed"] == seed} for seed in (0, 1)}
+    assert all(len(of_seed) == 1 for of_seed in splits.values()) and splits[0] != splits[1]
+    score = {(r["variant"], r["seed"]): r["macro_f1"] for r in record["runs"]}
+    by_hand = np.mean([score[models[0], s] - score[models[1], s] for s in (0, 1)])
+    assert record["differences"][0]["difference"] == pytest.approx(by_hand)
+
+    runs = tmp_path / "results/series/runs"
+    (runs / "lightning_cnn_seed1/record.json").unlink()
+    kept = (runs / "vision_transformer_seed1/record.json").stat().st_mtime_ns
+    again = compare_architectures(pipeline(tiny_npz, tmp_path, model_type=models, resume=True), seeds=(0, 1))
+    assert (runs / "vision_transformer_seed1/record.json").stat().st_mtime_ns == kept
+    assert (runs / "lightning_cnn_seed1/record.json").exists()
+    assert [r["macro_f1"] for r in again["runs"]] == [r["macro_f1"] for r in record["runs"]]
+    assert not list(runs.glob("*/checkpoints"))  # weights of dozens of trainings would fill the disk
+
+
+def test_an_ablation_switches_what_it_says(tiny_npz, tmp_path, monkeypatch):
+    seen = {}
+    train = IntegratedMLPipeline.search_and_train
+
+    def spy(self, model_type):
+        on = tuple(name for name, option in COMPONENTS.items() if getattr(self.config, option))
+        seen[Path(self.config.output_dir).name] = (on, self.config.time_limit)
+        return train(self, model_type)
+
+    monkeypatch.setattr(IntegratedMLPipeline, "search_and_train", spy)
+    settings = {"num_optuna_trials": 1, "search_epochs": 1, "time_limit": 13}
+    record = ablate(pipeline(tiny_npz, tmp_path, model_type="lightning_cnn", **settings), seeds=(0,))
+    expected = {f"{name.replace(' ', '_')}_seed0": on for name, on in ablation_variants().items()}
+    assert {name: on for name, (on, _) in seen.items()} == expected
+    assert {limit for _, limit in seen.values()} == {0.8 * 13 / 10}  # the same for each, searches included
+    means = {v["name"]: v["mean"] for v in record["variants"]}
+    effects = {(e["component"], e["context"]): e for e in record["effects"]}
+    for one in COMPONENTS:
+        alone, left_out = effects[one, "alone"], effects[one, "left out"]
+        assert alone["difference"] == pytest.approx(means[f"baseline + {one}"] - means["baseline"])
+        assert left_out["difference"] == pytest.approx(means["everything"] - means[f"everything but {one}"])
+        assert alone["verdict"] == "no effect shown"  # one seed shows nothing
+    assert "no pre-trained weights" in record["verdict"]
+
+
+def test_an_ablation_takes_one_model(tiny_npz, tmp_path):
+    with pytest.raises(ConfigError, match="takes one model"):
+        ablate(pipeline(tiny_npz, tmp_path), seeds=(0,))
+
+
+def test_a_time_limit_that_is_too_short_is_named_before_anything_runs(tiny_npz, tmp_path):
+    with pytest.raises(ConfigError, match="leaves 0.08 s for each of 10 trainings"):
+        ablate(pipeline(tiny_npz, tmp_path, model_type="lightning_cnn", time_limit=1), seeds=(0,))
+
+
+def test_ctrl_c_keeps_finished_trainings_and_resume_goes_on(tiny_npz, tmp_path):
+    command = [
+        sys.executable, ROOT / "run_experiment.py", "--mode", "comparison", "--models", "lightning_cnn", "--data",
+        tiny_npz, "--epochs", "3", "--seeds", "0", "1", "2", "--output-dir", tmp_path, "--no-mlflow",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "1/3" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    finished = json.loads((tmp_path / "results/comparison/runs/lightning_cnn_seed0/record.json").read_text())
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "seed 0: macro F1" in done.stdout and "finished before" in done.stdout
+    record = json.loads((tmp_path / "results/comparison/comparison.json").read_text())
+    assert record["runs"][0]["train_seconds"] == finished["train_seconds"]
+    assert len(record["runs"]) == 3
