@@ -81,8 +81,8 @@ class TrainingSeries:
         self.seconds_each = None if config.time_limit is None else TRAINING_SHARE * config.time_limit / total
         if self.seconds_each is not None and self.seconds_each < 1:
             raise ConfigError(
-                f"time_limit={config.time_limit:g} leaves {self.seconds_each:.2g} s for each of {total} trainings. Give "
-                f"{total / TRAINING_SHARE:.0f} s or more, or fewer seeds or models."
+                f"time_limit={config.time_limit:g} leaves {self.seconds_each:.2g} s for each of {total} trainings. "
+                f"Give {total / TRAINING_SHARE:.0f} s or more, or fewer seeds or models."
             )
         self._maps_and_split: tuple[int, Any, Any] | None = None  # of the seed at work
 

@@ -91,7 +91,7 @@ def test_an_ablation_takes_one_model(tiny_npz, tmp_path):
 
 
 def test_a_time_limit_that_is_too_short_is_named_before_anything_runs(tiny_npz, tmp_path):
-    with pytest.raises(ConfigError, match="leaves 0.08 s for each of 10 trainings"):
+    with pytest.raises(ConfigError, match=r"leaves 0\.08 s for each of 10 trainings"):
         ablate(pipeline(tiny_npz, tmp_path, model_type="lightning_cnn", time_limit=1), seeds=(0,))
 
 
