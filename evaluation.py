@@ -332,11 +332,11 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
         bounds = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         cells = [
             str(result["model_type"]),
-            _format(result.get("accuracy"), "{:.3f}"),
-            _format(macro_f1, "{:.3f}") + bounds,
-            _format(result.get("n_parameters"), "{:.3g}M", factor=1e-6),
-            _format(result.get("train_seconds"), "{:,.0f}"),
-            _format(result.get("latency_ms"), "{:,.2f}"),
+            format_number(result.get("accuracy"), "{:.3f}"),
+            format_number(macro_f1, "{:.3f}") + bounds,
+            format_number(result.get("n_parameters"), "{:.3g}M", factor=1e-6),
+            format_number(result.get("train_seconds"), "{:,.0f}"),
+            format_number(result.get("latency_ms"), "{:,.2f}"),
         ]
         # Text, because rich would read brackets in a plain string, as in "resnet[small]", as markup.
         table.add_row(*map(Text, cells), style="bold" if best is not None and macro_f1 == best else None)
@@ -352,17 +352,18 @@ def comparison_markdown(results: Sequence[Mapping[str, Any]]) -> str:
         bounds = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         cells = [
             str(result["model_type"]),
-            _format(result.get("accuracy"), "{:.3f}"),
-            _format(result.get("macro_f1"), "{:.3f}") + bounds,
-            _format(result.get("n_parameters"), "{:,}"),
-            _format(result.get("train_seconds"), "{:,.0f}"),
-            _format(result.get("latency_ms"), "{:,.2f}"),
+            format_number(result.get("accuracy"), "{:.3f}"),
+            format_number(result.get("macro_f1"), "{:.3f}") + bounds,
+            format_number(result.get("n_parameters"), "{:,}"),
+            format_number(result.get("train_seconds"), "{:,.0f}"),
+            format_number(result.get("latency_ms"), "{:,.2f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _format(value: float | None, form: str, *, factor: float = 1) -> str:
+def format_number(value: float | None, form: str, *, factor: float = 1) -> str:
+    """A number as text; a dash where it was not measured."""
     return "-" if value is None else form.format(value * factor)
 
 
@@ -576,9 +577,8 @@ def plot_model_comparison(
     _draw_costs(costs[0], results, "train_seconds", label="Training time (s)", form=" {:,.1f}")
     _draw_costs(costs[1], results, "n_parameters", label="Parameters (millions)", form=" {:,.2f}", factor=1e-6)
     _draw_costs(costs[2], results, "latency_ms", label="Latency (ms per map)", form=" {:,.2f}")
-    # A space after each underscore lets long names break there.
-    names = [textwrap.wrap(str(result["model_type"]).replace("_", "_ "), 30) for result in results]
-    score.set_yticks(range(len(results)), ["\n".join(lines).replace("_ ", "_") for lines in names], fontsize=11)
+    names = [wrap_name(str(result["model_type"]), 30) for result in results]
+    score.set_yticks(range(len(results)), names, fontsize=11)
     margin = 0.6 if len(results) > 1 else 0.9
     score.set_ylim(len(results) - 1 + margin, -margin)  # first model on top
     return save(figure, path)
@@ -747,14 +747,22 @@ def _history_legend(figure: Figure, models: Sequence[str]) -> None:
 
 
 def model_colours(number: int) -> list[str]:
+    """A colour for each of so many models, the same in every picture."""
     return [PALETTE[index % len(PALETTE)] for index in range(number)]
 
 
 def shorten(name: str, length: int) -> str:
+    """The name, cut with an ellipsis where it is longer."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
+def wrap_name(name: str, width: int) -> str:
+    """The name in lines of at most so many characters, broken after underscores where there are any."""
+    return "\n".join(textwrap.wrap(name.replace("_", "_ "), width)).replace("_ ", "_")
+
+
 def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of so many inches whose parts find their own places."""
     # A bare Figure draws with Agg and belongs to nobody: no pyplot, no window, nothing to close.
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12, wspace=0.03)
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
@@ -763,6 +771,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def style(axes: Axes, x_label: str, *, grid: str) -> None:
+    """What all axes have in common; `grid` is "x", "y" or "both"."""
     axes.set_xlabel(x_label, color=INK, fontsize=11)
     axes.set_axisbelow(True)
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
@@ -772,6 +781,7 @@ def style(axes: Axes, x_label: str, *, grid: str) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes the figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
     return write_atomically(path, buffer.getvalue())
