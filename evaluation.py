@@ -311,7 +311,7 @@ def write_per_class_table(metrics: Mapping[str, Any], *, path: str | os.PathLike
         numbers = [row["precision"], row["recall"], row["f1"], *(row["f1_interval"] or [])]
         cells = [f"{number:.4f}" for number in numbers]
         writer.writerow([name, row["support"], *cells, *[""] * (5 - len(cells))])
-    return _write_atomically(path, text.getvalue().encode())
+    return write_atomically(path, text.getvalue().encode())
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -332,11 +332,11 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
         bounds = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         cells = [
             str(result["model_type"]),
-            _format(result.get("accuracy"), "{:.3f}"),
-            _format(macro_f1, "{:.3f}") + bounds,
-            _format(result.get("n_parameters"), "{:.3g}M", factor=1e-6),
-            _format(result.get("train_seconds"), "{:,.0f}"),
-            _format(result.get("latency_ms"), "{:,.2f}"),
+            format_number(result.get("accuracy"), "{:.3f}"),
+            format_number(macro_f1, "{:.3f}") + bounds,
+            format_number(result.get("n_parameters"), "{:.3g}M", factor=1e-6),
+            format_number(result.get("train_seconds"), "{:,.0f}"),
+            format_number(result.get("latency_ms"), "{:,.2f}"),
         ]
         # Text, because rich would read brackets in a plain string, as in "resnet[small]", as markup.
         table.add_row(*map(Text, cells), style="bold" if best is not None and macro_f1 == best else None)
@@ -352,17 +352,18 @@ def comparison_markdown(results: Sequence[Mapping[str, Any]]) -> str:
         bounds = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         cells = [
             str(result["model_type"]),
-            _format(result.get("accuracy"), "{:.3f}"),
-            _format(result.get("macro_f1"), "{:.3f}") + bounds,
-            _format(result.get("n_parameters"), "{:,}"),
-            _format(result.get("train_seconds"), "{:,.0f}"),
-            _format(result.get("latency_ms"), "{:,.2f}"),
+            format_number(result.get("accuracy"), "{:.3f}"),
+            format_number(result.get("macro_f1"), "{:.3f}") + bounds,
+            format_number(result.get("n_parameters"), "{:,}"),
+            format_number(result.get("train_seconds"), "{:,.0f}"),
+            format_number(result.get("latency_ms"), "{:,.2f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _format(value: float | None, form: str, *, factor: float = 1) -> str:
+def format_number(value: float | None, form: str, *, factor: float = 1) -> str:
+    """A number as text; a dash where it was not measured."""
     return "-" if value is None else form.format(value * factor)
 
 
@@ -377,7 +378,7 @@ def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> P
     """
     plain = _to_json(summary, place="")
     document = {"schema_version": SUMMARY_SCHEMA_VERSION} | plain | {"schema_version": SUMMARY_SCHEMA_VERSION}
-    return _write_atomically(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    return write_atomically(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _to_json(value: Any, *, place: str) -> Any:
@@ -401,7 +402,7 @@ def _to_json(value: Any, *, place: str) -> Any:
     raise TypeError(f"{place} is a {type(value).__name__}, which has no form in JSON: convert it before writing")
 
 
-def _write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Replaces the file in one step, so that a crash leaves the old content, never half of the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -421,16 +422,16 @@ def plot_confusion_matrix(
     counts = predictions.confusion()
     shares = _divide(counts, np.broadcast_to(counts.sum(axis=1, keepdims=True), counts.shape))
     side = float(np.clip(0.6 * len(counts), 3.6, 14))  # inches
-    figure = _new_figure(2 * side + 2.4, side + 1.8, title)
+    figure = new_figure(2 * side + 2.4, side + 1.8, title)
     left, right = figure.subplots(1, 2)
-    names = [_shorten(name, 32) for name in predictions.class_names]
+    names = [shorten(name, 32) for name in predictions.class_names]
     # Shaded by logarithm, or the commonest class would hide all others; half a map keeps empty cells at the pale end.
     scale = LogNorm(vmin=0.5, vmax=max(2, counts.max()))
     _draw_matrix(left, counts, names, form="{:,.0f}", image=left.imshow(np.maximum(counts, 0.5), "Blues", norm=scale))
     _draw_matrix(right, shares, names, form="{:.2f}", image=right.imshow(shares, "Blues", vmin=0, vmax=1))
     left.set_title(f"Number of maps ({counts.sum():,} in all, shaded on a log scale)", fontsize=11.5, color=INK)
     right.set_title("Share of each true class (diagonal: recall)", fontsize=11.5, color=INK)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_matrix(axes: Axes, values: np.ndarray, names: Sequence[str], *, form: str, image: AxesImage) -> None:
@@ -499,7 +500,7 @@ def plot_sample_predictions(
             _draw_wafer(sheet, np.asarray(wafer_maps[index]), x=x, y=y, radius=0.83)
             _caption_wafer(sheet, predictions, index, x=x, y=y + 1.03, colour=colour)
         top += math.ceil(len(chosen) / n_columns) * tile_height
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _pick_samples(predictions: Predictions, *, limit: int, seed: int) -> tuple[list[int], list[int]]:
@@ -541,8 +542,8 @@ def _caption_wafer(sheet: Axes, predictions: Predictions, index: int, *, x: floa
     names, confidence = predictions.class_names, predictions.confidence[index]
     share = ">99%" if confidence > 0.995 else f"{confidence:.0%}"  # a rounded 100% would claim certainty
     lines = (
-        (f"true {_shorten(names[predictions.labels[index]], 18)}", INK),
-        (f"predicted {_shorten(names[predictions.predicted[index]], 18)}", colour),
+        (f"true {shorten(names[predictions.labels[index]], 18)}", INK),
+        (f"predicted {shorten(names[predictions.predicted[index]], 18)}", colour),
         (f"confidence {share}", MUTED),
     )
     for number, (line, shade) in enumerate(lines):
@@ -570,24 +571,23 @@ def plot_model_comparison(
     """
     if not results:
         raise ValueError("results are empty: pass a dict for at least one model")
-    figure = _new_figure(14.5, 2.2 + 0.66 * len(results), title)
+    figure = new_figure(14.5, 2.2 + 0.66 * len(results), title)
     score, *costs = figure.subplots(1, 4, sharey=True, width_ratios=[1.5, 1, 1, 1])
     _draw_scores(score, results, error_bars)
     _draw_costs(costs[0], results, "train_seconds", label="Training time (s)", form=" {:,.1f}")
     _draw_costs(costs[1], results, "n_parameters", label="Parameters (millions)", form=" {:,.2f}", factor=1e-6)
     _draw_costs(costs[2], results, "latency_ms", label="Latency (ms per map)", form=" {:,.2f}")
-    # A space after each underscore lets long names break there.
-    names = [textwrap.wrap(str(result["model_type"]).replace("_", "_ "), 30) for result in results]
-    score.set_yticks(range(len(results)), ["\n".join(lines).replace("_ ", "_") for lines in names], fontsize=11)
+    names = [wrap_name(str(result["model_type"]), 30) for result in results]
+    score.set_yticks(range(len(results)), names, fontsize=11)
     margin = 0.6 if len(results) > 1 else 0.9
     score.set_ylim(len(results) - 1 + margin, -margin)  # first model on top
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_scores(axes: Axes, results: Sequence[Mapping[str, Any]], error_bars: str) -> None:
     """Dots, not bars: a bar must start at zero, and there the differences that matter could not be seen."""
     ends, label = [], "Macro F1"
-    for row, (result, colour) in enumerate(zip(results, _colours(len(results)), strict=True)):
+    for row, (result, colour) in enumerate(zip(results, model_colours(len(results)), strict=True)):
         value, interval = result.get("macro_f1"), result.get("macro_f1_interval")
         if value is None:
             centre = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}
@@ -604,20 +604,21 @@ def _draw_scores(axes: Axes, results: Sequence[Mapping[str, Any]], error_bars: s
     if ends:
         margin = max(0.04, 0.12 * (max(ends) - min(ends)))
         axes.set_xlim(max(-0.02, min(ends) - margin), min(1.02, max(ends) + margin))
-    _style(axes, label, grid="x")
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))  # more labels than that touch each other
+    style(axes, label, grid="x")
 
 
 def _draw_costs(
     axes: Axes, results: Sequence[Mapping[str, Any]], key: str, *, label: str, form: str, factor: float = 1.0
 ) -> None:
     lengths = [(result.get(key) or 0.0) * factor for result in results]
-    axes.barh(range(len(results)), lengths, height=0.55, color=_colours(len(results)))
+    axes.barh(range(len(results)), lengths, height=0.55, color=model_colours(len(results)))
     for row, (result, length) in enumerate(zip(results, lengths, strict=True)):
         known = result.get(key) is not None
         text = form.format(length) if known else " not measured"
         axes.text(length, row, text, va="center", fontsize=10, color=INK if known else MUTED)
     axes.set_xlim(0, 1.35 * (max(lengths) or 1.0))  # leaves room for the longest bar's number
-    _style(axes, label, grid="x")
+    style(axes, label, grid="x")
     axes.tick_params(axis="y", length=0, labelleft=False)
 
 
@@ -644,12 +645,12 @@ def plot_training_history(
     panels += [("Macro F1", {"train_macro_f1": TRAIN_LINE, "val_macro_f1": "-"})]
     if any(history.get("learning_rate") is not None for history in histories.values()):
         panels += [("Learning rate (log scale)", {"learning_rate": "-"})]
-    figure = _new_figure(4.8 * len(panels), 5.0, title)
+    figure = new_figure(4.8 * len(panels), 5.0, title)
     for axes, (label, series) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for (model, history), colour in zip(histories.items(), _colours(len(histories)), strict=True):
+        for (model, history), colour in zip(histories.items(), model_colours(len(histories)), strict=True):
             for key, line_style in series.items():
                 _draw_series(axes, model, history, key, colour=colour, line_style=line_style)
-        _style(axes, "Epoch", grid="both")
+        style(axes, "Epoch", grid="both")
         axes.set_ylabel(label, color=INK, fontsize=11)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         if "learning_rate" in series:
@@ -659,7 +660,7 @@ def plot_training_history(
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
             axes.set(xticks=[], yticks=[])
     _history_legend(figure, list(histories))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_study(
@@ -711,7 +712,7 @@ def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
     figure.suptitle(title)
     figure.set_layout_engine("constrained")
     try:
-        return _save(figure, path)
+        return save(figure, path)
     finally:
         pyplot.close(figure)
 
@@ -732,7 +733,7 @@ def _draw_series(axes: Axes, model: str, history: Mapping[str, Any], key: str, *
 
 def _history_legend(figure: Figure, models: Sequence[str]) -> None:
     """Colours say which model, line styles which split: one legend below all panels instead of one in each."""
-    colours = _colours(len(models))
+    colours = model_colours(len(models))
     handles = [
         Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in zip(models, colours, strict=True)
     ]
@@ -745,15 +746,23 @@ def _history_legend(figure: Figure, models: Sequence[str]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
 
 
-def _colours(number: int) -> list[str]:
+def model_colours(number: int) -> list[str]:
+    """A colour for each of so many models, the same in every picture."""
     return [PALETTE[index % len(PALETTE)] for index in range(number)]
 
 
-def _shorten(name: str, length: int) -> str:
+def shorten(name: str, length: int) -> str:
+    """The name, cut with an ellipsis where it is longer."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _new_figure(width: float, height: float, title: str) -> Figure:
+def wrap_name(name: str, width: int) -> str:
+    """The name in lines of at most so many characters, broken after underscores where there are any."""
+    return "\n".join(textwrap.wrap(name.replace("_", "_ "), width)).replace("_ ", "_")
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of so many inches whose parts find their own places."""
     # A bare Figure draws with Agg and belongs to nobody: no pyplot, no window, nothing to close.
     layout = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.12, wspace=0.03)
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
@@ -761,7 +770,8 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def _style(axes: Axes, x_label: str, *, grid: str) -> None:
+def style(axes: Axes, x_label: str, *, grid: str) -> None:
+    """What all axes have in common; `grid` is "x", "y" or "both"."""
     axes.set_xlabel(x_label, color=INK, fontsize=11)
     axes.set_axisbelow(True)
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
@@ -770,7 +780,8 @@ def _style(axes: Axes, x_label: str, *, grid: str) -> None:
     axes.spines[["left", "bottom"]].set_color(WAFER_COLOUR)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes the figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
-    return _write_atomically(path, buffer.getvalue())
+    return write_atomically(path, buffer.getvalue())
