@@ -34,7 +34,7 @@ from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
@@ -709,6 +709,16 @@ def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
     figure.set_size_inches(max(8.0, 3.2 * len(axes)), 4.8)
     for a in axes:
         a.set_title("")
+        a.set_title("", loc="left")
+        if a.get_ylabel() == "Objective Value":
+            a.set_ylabel("validation macro F1")
+        if a.get_xscale() == "log":  # its labels of 2, 3, 4, ... times a power of ten would cover each other
+            low, high = a.get_xlim()
+            a.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high / low < 100 else (1.0,), numticks=4))
+            a.xaxis.set_major_formatter("{x:.0e}")
+            a.xaxis.set_minor_formatter(NullFormatter())
+        elif a.get_xlabel() == "Trial":
+            a.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     figure.set_layout_engine("constrained")
     try:

@@ -1197,6 +1197,8 @@ class IntegratedMLPipeline:
         }
         self.tracking.metrics(run, {"best_val_macro_f1": best, "latency_ms": values["latency"]})
         self.tracking.end(run)
+        for name, value in values.items():  # for objectives that are built on this one
+            trial.set_user_attr(name, value)
         chosen = tuple(values[name] for name in self.config.objectives)
         return chosen if len(chosen) > 1 else chosen[0]
 
@@ -1315,7 +1317,7 @@ class IntegratedMLPipeline:
             "seconds": _study_seconds(study),
             "best": {
                 "number": best.number,
-                "macro_f1": best.values[0],
+                "macro_f1": best.user_attrs["macro_f1"],
                 "best_epoch": best.user_attrs.get("best_epoch"),
                 "parameters": best.params,
                 "checkpoint": f"trials/{checkpoint.name}" if checkpoint.exists() else None,
