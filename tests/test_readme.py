@@ -1,0 +1,28 @@
+"""Promises about the README: its examples run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENDING = (ROOT / "README.md").read_text().partition("\n## Extending\n")[2].partition("\n## ")[0]
+EXAMPLES = dict(re.findall(r"\*\*(.+?)\.\*\*.*?```python\n(.*?)```", EXTENDING, re.S))
+
+
+def test_there_is_an_example_for_each_way_to_extend():
+    assert list(EXAMPLES) == ["Your own data", "Your own architecture", "Your own objective"]
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_the_examples_run_as_they_stand(title, tmp_path):
+    (tmp_path / "example.py").write_text(EXAMPLES[title])
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "results/wafer_defect_complete/experiment_summary.json").exists()
