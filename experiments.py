@@ -16,13 +16,14 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import evaluation
-from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline, environment
+import reporting
+from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline, command_line_used, environment
 from tracking import TrackedRun
 
 COMPONENTS = {
@@ -179,6 +180,7 @@ class TrainingSeries:
         record = _short_record(variant, seed, result) | {
             "split": pipeline.split.fingerprint,
             "maps": {part: len(indices) for part, indices in pipeline.split.parts().items()},
+            "data": {"maps": len(pipeline.maps), "lots": pipeline.maps.n_lots, "notes": pipeline.maps.notes},
             "fingerprint": self._fingerprint(config),
         }
         self._track(run, variant, record)
@@ -290,7 +292,7 @@ def paired_differences(records: Sequence[Mapping[str, Any]], pairs: Sequence[tup
 # -------------------------------------------------------------------------------------------------------- comparison
 
 
-def compare_architectures(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int], command: str = "") -> dict[str, Any]:
+def compare_architectures(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str, Any]:
     """Every architecture of the configuration with every seed; writes comparison.json and returns the record."""
     config = pipeline.config
     variants = [Variant(name, name) for name in config.model_types()]
@@ -300,7 +302,7 @@ def compare_architectures(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int
     models = [_model_row(records, name) for name in config.model_types()]
     differences = paired_differences(records, list(itertools.combinations(config.model_types(), 2)))
     record = {
-        **_head(config, "comparison", series, records, command),
+        **_head(config, "comparison", series, records),
         "verdict": _comparison_verdict(models, differences),
         "runs": records,
         "models": models,
@@ -309,21 +311,35 @@ def compare_architectures(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int
         "difference_method": DIFFERENCE_METHOD,
     }
     evaluation.write_summary(config.results_dir / "comparison.json", record)
+    draw = (reporting.plot_critical_difference, reporting.plot_seed_comparison, reporting.plot_trade_offs)
+    _publish(series, record, draw, table=reporting.comparison_markdown(record))
     return record
 
 
+def _publish(
+    series: TrainingSeries, record: dict[str, Any], draw: Sequence[Callable[..., Path]], *, table: str
+) -> None:
+    """Pictures, the page, and the run in MLflow; the terminal shows the table and the verdict."""
+    folder = series.config.results_dir
+    files = [plot(record, path=folder / f"{plot.__name__.removeprefix('plot_')}.png") for plot in draw]
+    page = reporting.write_report(
+        record, folder=folder, pictures=[file.name for file in files], path=folder / "report.html"
+    )
+    series.close(table, [*files, page, folder / f"{record['mode']}.json"])
+    series.say(f"\n{table}\n\n{record['verdict']}\n\nResults, pictures and report.html: {folder}")
+
+
 def _head(
-    config: ExperimentConfig, mode: str, series: TrainingSeries, records: Sequence[Mapping[str, Any]], command: str
+    config: ExperimentConfig, mode: str, series: TrainingSeries, records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    parts = records[0]["maps"]
     return {
         "mode": mode,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": command,
+        "command": command_line_used(),
         "budget": series.budget(),
         "config": asdict(config),
         "environment": environment(),
-        "data": {"source": Path(str(config.data)).name, "maps": sum(parts.values()), "parts": parts, "notes": []},
+        "data": {"source": Path(str(config.data)).name, **records[0]["data"]},
         "seeds": series.seeds,
     }
 
@@ -366,7 +382,7 @@ def _with_interval(row: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------- ablation
 
 
-def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int], command: str = "") -> dict[str, Any]:
+def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str, Any]:
     """Switches components on one by one and off one by one; writes ablation.json and returns the record.
 
     All variants get the same budget: one that searches has less of it for its final training.
@@ -382,7 +398,7 @@ def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int], command: str
     records = series.run()
     effects = _effects(records)
     record = {
-        **_head(config, "ablation", series, records, command),
+        **_head(config, "ablation", series, records),
         "model_type": model_type,
         "components": list(COMPONENTS),
         "verdict": _ablation_verdict(effects, records),
@@ -402,6 +418,7 @@ def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int], command: str
         "difference_method": DIFFERENCE_METHOD,
     }
     evaluation.write_summary(config.results_dir / "ablation.json", record)
+    _publish(series, record, (reporting.plot_ablation,), table=reporting.ablation_markdown(record))
     return record
 
 

@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import platform
+import shlex
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ from rich.console import Console
 from torch import nn
 
 import evaluation
+import reporting
 from decision import VIEWS, Decision, choose_decision
 from pretrained_weights import WeightsUnavailableError, fetch_weights, read_weights, sum_first_layer
 from simple_model import LightningCNN, WaferClassifier
@@ -740,6 +743,7 @@ class IntegratedMLPipeline:
         with self._timed("registration"):
             summary["registered"] = self.register_best(results[best], predictions[best])
         evaluation.write_summary(self.config.results_dir / "experiment_summary.json", summary)
+        self._report(summary)
         self._track_outcome(summary)
         self._print_outcome(results, summary)
         return summary
@@ -769,7 +773,7 @@ class IntegratedMLPipeline:
         self._data = None
         self._say(f"Dataset ready: {len(self.maps)} samples, {NUM_CLASSES} classes")
         sizes = " / ".join(f"{len(part):,} {name}" for name, part in self.split.parts().items())
-        lots = len(np.unique(self.maps.groups))
+        lots = self.maps.n_lots
         self._say(f"  {sizes}, no lot of {lots:,} in two parts, split {self.split.fingerprint}")
         for note in self.maps.notes:
             self._say(f"  {note}")
@@ -1042,7 +1046,8 @@ class IntegratedMLPipeline:
         best = next(r for r in summary["models"] if r["model_type"] == summary["best_model"])
         self.tracking.metrics(self._parent_run, {"best_test_macro_f1": best["test"]["macro_f1"]})
         self.tracking.tags(self._parent_run, best_model=summary["best_model"], seed=str(self.config.seed))
-        self.tracking.files(self._parent_run, [*sorted(folder.glob("*.png")), folder / "experiment_summary.json"])
+        written = ("experiment_summary.json", "report.html", "MODEL_CARD.md", "model_card.html")
+        self.tracking.files(self._parent_run, [*sorted(folder.glob("*.png")), *(folder / name for name in written)])
         self.tracking.note(self._parent_run, evaluation.comparison_markdown(comparison_rows(summary["models"])))
 
     def register_best(self, result: dict[str, Any], predictions: evaluation.Predictions) -> dict[str, Any] | None:
@@ -1420,6 +1425,14 @@ class IntegratedMLPipeline:
         for result in results:
             evaluation.write_per_class_table(result["test"], path=folder / f"per_class_{result['model_type']}.csv")
 
+    def _report(self, summary: dict[str, Any]) -> None:
+        """The same as one page to read, and a card of the best model."""
+        folder = self.config.results_dir
+        first = ("model_comparison.png", "confusion_matrix.png", "sample_predictions.png", "training_history.png")
+        searches = [file.name for r in summary["models"] for file in sorted(folder.glob(f"optuna_{r['model_type']}_*"))]
+        reporting.write_report(summary, folder=folder, pictures=[*first, *searches], path=folder / "report.html")
+        reporting.write_model_card(summary, folder=folder)
+
     def _summarise(self, results: list[dict[str, Any]], best: str) -> dict[str, Any]:
         counts = {
             part: dict(zip(CLASS_NAMES, np.bincount(self.maps.labels[i], minlength=NUM_CLASSES).tolist(), strict=True))
@@ -1427,14 +1440,17 @@ class IntegratedMLPipeline:
         }
         return {
             "experiment_name": self.config.experiment_name,
+            "mode": "pipeline",
+            "command": command_line_used(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "verdict": _pipeline_verdict(results, best),
             "config": asdict(self.config),
             "environment": environment(),
             "data": {
                 "source": self.maps.source,
                 "notes": self.maps.notes,
                 "maps": len(self.maps),
-                "lots": len(np.unique(self.maps.groups)),
+                "lots": self.maps.n_lots,
             },
             "split": {"fingerprint": self.split.fingerprint, "class_counts": counts},
             "models": results,
@@ -1538,6 +1554,28 @@ def _decision_of(result: dict[str, Any]) -> Decision:
     """The decision that `evaluate` chose for a model."""
     chosen = result.get("decision", {})
     return Decision(**{f.name: chosen[f.name] for f in fields(Decision) if f.name in chosen})
+
+
+def command_line_used() -> str:
+    """How this program was started, without the folder it lies in."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _pipeline_verdict(results: Sequence[dict[str, Any]], best: str) -> str:
+    """Two sentences: what was chosen and how good it is, and what the runner-up on validation reaches."""
+    by_name = {r["model_type"]: r for r in results}
+
+    def score(name: str) -> str:
+        test = by_name[name]["test"]
+        low, high = (test["intervals"] or {}).get("macro_f1") or (None, None)
+        return f"{test['macro_f1']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+    first = (
+        f"{best} is best on validation and reaches macro F1 {score(best)} on {by_name[best]['test']['n_samples']:,} "
+    )
+    first += "test maps of lots it has never seen."
+    others = sorted((n for n in by_name if n != best), key=lambda n: -by_name[n]["validation"]["macro_f1"])
+    return f"{first} {others[0]}, next on validation, reaches {score(others[0])}." if others else first
 
 
 def environment() -> dict[str, Any]:

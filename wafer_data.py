@@ -71,6 +71,11 @@ class WaferMaps:
         return self.maps_flat[self.offsets[index] : self.offsets[index + 1]].reshape(self.shapes[index])
 
     @property
+    def n_lots(self) -> int:
+        """Number of lots that the maps come from."""
+        return len(np.unique(self.groups))
+
+    @property
     def class_counts(self) -> np.ndarray:
         """int64 [9], maps of each class."""
         return np.bincount(self.labels, minlength=NUM_CLASSES)
