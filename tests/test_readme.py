@@ -26,3 +26,19 @@ def test_the_examples_run_as_they_stand(title, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "results/wafer_defect_complete/experiment_summary.json").exists()
+
+
+MEET = (ROOT / "README.md").read_text().partition("\n## How the tools meet\n")[2].partition("\n## ")[0]
+CODE = "\n".join(line.strip() for file in ROOT.glob("*.py") for line in file.read_text().splitlines())
+
+
+QUOTES = re.findall(r"```python\n(.*?)```", MEET, re.S)
+
+
+def test_each_integration_is_shown_by_a_quote():
+    assert len(QUOTES) == MEET.count("\n**")
+
+
+@pytest.mark.parametrize("block", QUOTES)
+def test_the_lines_that_it_quotes_are_in_the_code(block):
+    assert "\n".join(line.strip() for line in block.strip().splitlines()) in CODE
