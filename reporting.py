@@ -19,9 +19,7 @@ import base64
 import dataclasses
 import functools
 import html
-import itertools
 import json
-import math
 import os
 import re
 import textwrap
@@ -33,6 +31,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -166,7 +165,7 @@ def _not_told_apart(names: Sequence[str], differences: Sequence[Record]) -> list
 def plot_trade_offs(record: Record, *, path: str | os.PathLike[str]) -> Path:
     """Draws macro F1 against training time, parameters and latency; a line joins the models that none beats (PNG).
 
-    A model is beaten if another is cheaper and scores higher. What was not measured is left out of its panel.
+    A model is beaten if another scores higher and costs no more. What was not measured is left out of its panel.
 
     Args:
         record: of a comparison: `models`, `interval_method`.
@@ -202,9 +201,8 @@ def plot_trade_offs(record: Record, *, path: str | os.PathLike[str]) -> Path:
 
 
 def _draw_trade_off(axes: Axes, models: Sequence[Record], key: str, label: str, colours: Sequence[str]) -> None:
-    cheapest = sorted(models, key=lambda model: (model[key], -model["mean"]))
-    best_so_far = itertools.accumulate((model["mean"] for model in cheapest), max)
-    front = [m for m, best, before in zip(cheapest, *_with_previous(best_so_far), strict=True) if best > before]
+    beaten = [any(o[key] <= m[key] and o["mean"] > m["mean"] for o in models) for m in models]
+    front = sorted((m for m, is_beaten in zip(models, beaten, strict=True) if not is_beaten), key=lambda m: m[key])
     axes.plot([m[key] for m in front], [m["mean"] for m in front], "--", color=MUTED, linewidth=1.2, zorder=1)
     for model, colour in zip(models, colours, strict=True):
         x, mean, interval = model[key], model["mean"], model["interval"]
@@ -227,11 +225,6 @@ def _draw_trade_off(axes: Axes, models: Sequence[Record], key: str, label: str, 
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
     if values:
         axes.xaxis.set_major_formatter(lambda value, _: _short_number(value))
-
-
-def _with_previous(values: Iterator[float]) -> tuple[list[float], list[float]]:
-    series = list(values)
-    return series, [-math.inf, *series[:-1]]
 
 
 def _short_number(value: float) -> str:
@@ -312,7 +305,9 @@ def plot_ablation(record: Record, *, path: str | os.PathLike[str]) -> Path:
     for effect in record["effects"]:
         _draw_effect(effects, components.index(effect["component"]), effect)
     effects.axvline(0, color=INK, linewidth=1.2, zorder=1)
-    _around_zero(effects)
+    low, high = effects.dataLim.intervalx  # zero is in it, by its line
+    width = max(high - low, 0.02)
+    effects.set_xlim(low - 0.06 * width, high + 0.16 * width)  # room for the number beside the longest bar
     _finish_rows(effects, components, f"Difference in macro F1, with minus without\n{_wrap(_effect_bars(record), 65)}")
     for row, variant in enumerate(variants):
         _draw_row(scores, row, variant, variant["scores"], colour=_variant_colour(variant["name"]))
@@ -365,23 +360,6 @@ def _draw_effect(axes: Axes, row: int, effect: Record) -> None:
     axes.annotate(f"{effect['difference']:+.3f}".replace("-", "−"), (end, y), fontsize=10, color=INK, **beside)
 
 
-def _around_zero(axes: Axes) -> None:
-    """Limits that hold every interval, zero, and the number beside the longest bar."""
-    ends = [
-        0.0,
-        *(
-            float(x)
-            for line in axes.lines
-            if len(line.get_xdata()) and line.get_linestyle() != ":"
-            for x in line.get_xdata()
-        ),
-    ]
-    low, high = min(ends), max(ends)
-    width = max(high - low, 0.02)
-    axes.set_xlim(low - 0.06 * width, high + 0.16 * width)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-
-
 def _draw_row(axes: Axes, row: int, scored: Record, scores: Sequence[float], *, colour: str) -> None:
     """A row's seeds as pale dots, below them their mean as a diamond with its interval and its number."""
     axes.plot(scores, [row + 0.16] * len(scores), "o", color=colour, alpha=0.5, markersize=6, markeredgewidth=0)
@@ -416,7 +394,7 @@ def _colour_of(record: Record) -> dict[str, str]:
 
 def _write_below(figure: Figure, note: str) -> None:
     """What dots and bars are, under the whole picture."""
-    figure.supxlabel(_wrap(note, int(11 * figure.get_figwidth())), fontsize=10, color=MUTED)
+    figure.supxlabel(_wrap(note, int(12 * figure.get_figwidth())), fontsize=10, color=MUTED)
 
 
 def _wrap(text: str, width: int) -> str:
@@ -715,7 +693,7 @@ def _pipeline_table(record: Record) -> Table:
     rows = [
         [
             model["model_type"],
-            _with_interval(model["test"]["macro_f1"], (model["test"]["intervals"] or {}).get("macro_f1")),
+            _with_interval(model["test"]["macro_f1"], model["test"]["intervals"]["macro_f1"]),
             format_number(model["test"]["accuracy"], "{:.3f}"),
             format_number(model["validation"]["macro_f1"], "{:.3f}"),
             *_costs(model),
@@ -755,7 +733,7 @@ def _decision_table(models: Sequence[Record]) -> Table:
         numbers = [f"{rule['temperature']:.3f}", f"{rule['prior_strength']:.2f}"]
         rows.append([model["model_type"], str(rule["views"]), *numbers, *changes])
     headings = ("Model", "Views", "Temperature", "Prior strength", "Macro F1, validation", "Calibration error")
-    note = "Views: symmetries of each map that are averaged. The arrows go from the plain model to the model with the rule."
+    note = "Views: symmetries of each map that are averaged. Arrows lead from the plain model to that with the rule."
     return Table(headings, rows, note=note)
 
 
@@ -819,7 +797,7 @@ def write_report(
 
 def _comparison_page(record: Record, files: Sequence[Path]) -> Page:
     n_models, n_seeds = len(record["models"]), len(record["seeds"])
-    sections = [Section("Result", [_models_table(record)]), *_pictures(record, files)]
+    sections = [Section("Result", [_models_table(record)]), Section("Pictures", _pictures(record, files))]
     if record["differences"]:
         sections.append(Section("Differences", [_differences_table(record)]))
     sections += [_data_section(record), Section("Every run", [_runs_table(record)], folded=True)]
@@ -828,7 +806,7 @@ def _comparison_page(record: Record, files: Sequence[Path]) -> Page:
 
 
 def _ablation_page(record: Record, files: Sequence[Path]) -> Page:
-    sections = [Section("Result", [_variants_table(record)]), *_pictures(record, files)]
+    sections = [Section("Result", [_variants_table(record)]), Section("Pictures", _pictures(record, files))]
     if record["effects"]:
         sections.append(Section("Effects", [_effects_table(record)]))
     sections += [_data_section(record), Section("Every seed", [_scores_table(record)], folded=True)]
@@ -838,14 +816,15 @@ def _ablation_page(record: Record, files: Sequence[Path]) -> Page:
 
 def _pipeline_page(record: Record, files: Sequence[Path]) -> Page:
     models, best = record["models"], _best_model(record)
-    result = [_pipeline_table(record), *_registered(record)]
-    sections = [Section("Result", result), *_pictures(record, files)]
+    of_search = [file for file in files if file.stem.startswith("optuna_")]
+    sections = [Section("Result", [_pipeline_table(record), *_registered(record)])]
+    sections.append(Section("Pictures", _pictures(record, [file for file in files if file not in of_search])))
     sections.append(Section(f"{best['model_type']}, class by class", [_classes_table(best)]))
     decided, searched = ([model for model in models if model.get(key)] for key in ("decision", "search"))
     if decided:
         sections.append(Section("Decision rule", [_decision_table(decided), _offsets_table(decided)]))
     if searched:
-        sections.append(Section("Search", [_search_table(searched)]))
+        sections.append(Section("Search", [_search_table(searched), *_pictures(record, of_search)], folded=True))
     time_spent = Table(
         ("Phase", "Seconds"), [(phase, f"{seconds:.1f}") for phase, seconds in record["seconds"].items()]
     )
@@ -864,7 +843,10 @@ def _count(number: int, what: str) -> str:
 
 def _facts(record: Record) -> list[str]:
     data = record["data"]
-    facts = [record["created"], f"{_count(data['maps'], 'map')} in {_count(data['lots'], 'lot')} from {data['source']}"]
+    facts = [
+        record["created"].replace("T", " "),
+        f"{_count(data['maps'], 'map')} in {_count(data['lots'], 'lot')} from {data['source']}",
+    ]
     if "seeds" in record:
         facts.append(f"{'seed' if len(record['seeds']) == 1 else 'seeds'} {', '.join(map(str, record['seeds']))}")
     return facts + ([record["budget"]] if record.get("budget") else [])
@@ -878,8 +860,8 @@ def _registered(record: Record) -> list[str]:
     return [f"Registered as {name}, version {registered['version']}. {registered['verdict']}"]
 
 
-def _pictures(record: Record, files: Sequence[Path]) -> list[Section]:
-    return [Section("Pictures", [Picture(file, _caption(record, file.stem)) for file in files])] if files else []
+def _pictures(record: Record, files: Sequence[Path]) -> list[Picture]:
+    return [Picture(file, _caption(record, file.stem)) for file in files]
 
 
 def _caption(record: Record, stem: str) -> str:
@@ -894,9 +876,9 @@ def _caption(record: Record, stem: str) -> str:
         "ablation": "Left: what each component changes, alone and left out. Right: the score of each variant. "
         f"Bars on the left: {_effect_bars(record) if 'effects' in record else ''}; on the right: {bars}.",
         "model_comparison": f"Test macro F1 and what it costs. Error bars: {bars}.",
-        "confusion_matrix": "Test maps by true (row) and predicted class (column): counts, and shares of each true class.",
+        "confusion_matrix": "Test maps by true (row) and predicted class (column): counts and shares of the class.",
         "sample_predictions": "Test maps that the best model got right, and its most confident errors.",
-        "training_history": "Loss and macro F1 after each epoch of the final training; stars: the epochs that were kept.",
+        "training_history": "Loss and macro F1 after each epoch of the final training; stars: the best epochs.",
     }
     if stem.startswith("optuna_"):
         return f"The search: {stem.removeprefix('optuna_').replace('_', ' ')}."
@@ -948,8 +930,8 @@ def write_model_card(summary: Record, *, folder: str | os.PathLike[str]) -> tupl
         The Markdown and the HTML file.
     """
     folder, model = Path(folder), _best_model(summary)
-    names = ("confusion_matrix.png", "sample_predictions.png")
-    pictures = [Picture(folder / n, _caption(summary, Path(n).stem)) for n in names if (folder / n).is_file()]
+    files = [folder / "confusion_matrix.png", folder / "sample_predictions.png"]
+    pictures = _pictures(summary, [file for file in files if file.is_file()])
     sections = [
         Section("What it is for", [Items(_uses(model))]),
         Section("What it is not for", [Items(_misuses(summary))]),
@@ -982,7 +964,7 @@ def _card_facts(summary: Record) -> list[str]:
     where = (
         f"models:/{registered['name']}@{registered['alias']}, version {registered['version']}" if registered else None
     )
-    return [summary["created"], where or "not registered", f"experiment {summary['experiment_name']}"]
+    return [summary["created"].replace("T", " "), where or "not registered", f"experiment {summary['experiment_name']}"]
 
 
 def _uses(model: Record) -> list[str]:
@@ -995,10 +977,10 @@ def _uses(model: Record) -> list[str]:
 def _misuses(summary: Record) -> list[str]:
     return [
         "Scrapping or releasing wafers without a second check.",
-        f"Maps from elsewhere than {summary['data']['source']}, before it has been measured on labelled lots from there.",
+        f"Maps from elsewhere than {summary['data']['source']}, before it was measured on labelled lots from there.",
         "Maps with several patterns at once: it names one.",
         "Patterns that are not in the list: it has no answer for them and names the nearest, at times with confidence.",
-        "Reading its confidence as a probability, before the calibration error below has been judged good enough for that.",
+        "Reading its confidence as a probability, before the calibration error below was judged good enough.",
     ]
 
 
@@ -1014,7 +996,7 @@ def _scores_of(model: Record) -> Table:
     ]
     area = [format_number(model[part]["roc_auc_ovr"], "{:.3f}") for part in ("test", "validation")]
     rows.append(["Area under the ROC curve, one against the rest", *area])
-    note = f"In brackets, of the test part: {test['interval_method']}. Validation was used to choose: expect it to flatter."
+    note = f"In brackets, of the test part: {test['interval_method']}. Validation was used to choose."
     return Table(("Score", "Test", "Validation"), rows, note=note)
 
 
@@ -1035,7 +1017,7 @@ def _limits(summary: Record, model: Record) -> list[str]:
     if interval and not interval[0] <= test["macro_f1"] <= interval[1]:
         limits.append(
             "The macro F1 lies outside its own interval: with so few lots, resamples often miss a class, which then "
-            "counts as 0. Take the interval for what it says: the score is hardly known."
+            "counts as 0. The score is hardly known."
         )
     if "none" in classes and test["n_samples"]:
         share = classes["none"]["support"] / test["n_samples"]
@@ -1069,7 +1051,7 @@ def _decision(model: Record) -> list[str | Table]:
         return ["The class with the highest probability (softmax of the network's output)."]
     views = "one view of the map" if rule["views"] == 1 else f"the mean over {rule['views']} symmetries of the map"
     text = (
-        f"Probabilities are {views}, at temperature {rule['temperature']:.3f}, with class offsets for the prior of strength "
+        f"Probabilities are {views}, at temperature {rule['temperature']:.3f}, with class offsets for a prior of strength "
         f"{rule['prior_strength']:.2f}; the highest one names the class. The rule was fitted on validation."
     )
     return [text, _decision_table([model]), _offsets_table([model])]
@@ -1131,7 +1113,7 @@ def _training(summary: Record, model: Record) -> list[str | Items | Table]:
     ]
     if model.get("weights_from", "final training") != "final training":
         facts[2] = (
-            f"Weights kept: those of {model['weights_from']} of the search, which beat the final training on validation."
+            f"Weights kept: those of {model['weights_from']} of the search, better on validation than the final one."
         )
     if model.get("search"):
         facts.append(

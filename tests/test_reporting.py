@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import os
@@ -35,7 +36,7 @@ HEAD = {
     "environment": {"python": "3.11.7", "gpu": None, "cpu_cores": 4},
     "data": {"source": "my <b>maps</b>.npz", "maps": 1350, "lots": 117, "notes": ["3 maps | without a die left out"]},
     "interval_method": "95% t interval over 3 seeds (split, weights and batches change with the seed)",
-    "difference_method": "mean paired difference over seeds with its 95% t interval, p by paired t test, Holm-corrected",
+    "difference_method": "mean paired difference over seeds, 95% t interval, p by paired t test, Holm-corrected",
 }
 
 
@@ -116,3 +117,384 @@ def make_ablation(*, n_seeds: int = 3, components=("pretraining", "augmentation"
         "mode": "ablation", **HEAD, "model_type": "lightning_cnn", "components": list(components),
         "seeds": list(range(n_seeds)), "variants": variants, "effects": effects,
     }  # fmt: skip
+
+
+def make_summary(**changes) -> dict:
+    """What a pipeline's run leaves, with two models; the metrics are real ones of made-up predictions."""
+    models = []
+    for name, sharpness in (("lightning_cnn", 3.0), ("yolo_inspired", 2.0)):
+        predictions = make_predictions(sharpness=sharpness)
+        metrics = json.loads(json.dumps(evaluation.compute_metrics(predictions, n_bootstrap=50)))
+        models.append(
+            {
+                "model_type": name, "parameters": {"batch_size": 32, "learning_rate": 0.004, "class_weights": None},
+                "weights": f"random ({name} <none found>)", "precision": "bf16-mixed", "n_parameters": 309_561,
+                "epochs": 8, "best_epoch": 7, "train_seconds": 41.27, "checkpoint": "best.ckpt", "latency_ms": 2.735,
+                "weights_from": "final training", "validation": metrics, "test": metrics,
+                "search": {
+                    "sampler": "TPESampler", "seconds": 71.94,
+                    "best": {"macro_f1": 0.777, "parameters": {"dropout": 0.3}},
+                    "trials": [{"state": "complete"}, {"state": "pruned"}, {"state": "complete"}],
+                },
+                "decision": {
+                    "views": 8, "temperature": 1.314, "prior_strength": 0.55, "offsets": [0.0] * 8 + [-0.707],
+                    "validation_macro_f1_before": 0.811, "validation_macro_f1_after": 0.822,
+                    "calibration_error_before": 0.0931, "calibration_error_after": 0.0317,
+                },
+            }
+        )  # fmt: skip
+    counts = {part: dict.fromkeys(CLASSES, n) for part, n in (("train", 1501), ("validation", 33), ("test", 44))}
+    summary = {
+        "mode": "production", **HEAD, "experiment_name": "wafers", "models": models, "best_model": "lightning_cnn",
+        "best_model_rule": "highest macro F1 on the validation part", "seconds": {"training": 82.54, "search": 143.88},
+        "split": {"fingerprint": "ca70645745bfba0a", "class_counts": counts},
+        "config": HEAD["config"] | {"seed": 3, "data": "maps.npz", "tracking_uri": None},
+        "registered": {
+            "name": "wafer_classifier", "version": "4", "alias": "champion", "verdict": "Better than version 3.",
+            "comparison": None, "largest_difference_to_checkpoint": 5.4e-07,
+        },
+    }  # fmt: skip
+    del summary["interval_method"], summary["difference_method"], summary["budget"]
+    return summary | changes
+
+
+RECORDS = {
+    "comparison": lambda: make_comparison(6),
+    "comparison of one seed": lambda: make_comparison(2, n_seeds=1),
+    "ablation": make_ablation,
+    "ablation of one seed": lambda: make_ablation(n_seeds=1),
+    "production": make_summary,
+}
+
+
+class Parsed(HTMLParser):
+    """A page's tags with their attributes, its text, and the cells of its tables."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags, self.text, self.cells, self._open = [], "", [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._open = tag
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, _tag):
+        self._open = None
+
+    def handle_data(self, data):
+        if self._open not in ("style", "script"):
+            self.text += data
+        if self._open in ("td", "th"):
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a picture of each name that a test asks for."""
+    folder = tmp_path / "results"
+    for name in ("seed_comparison", "confusion_matrix", "sample_predictions", "ablation"):
+        reporting.plot_seed_comparison(make_comparison(1), path=folder / f"{name}.png")
+    return folder
+
+
+def write_page(record: dict, folder: Path, pictures=("seed_comparison.png",)) -> str:
+    return reporting.write_report(record, folder=folder, pictures=pictures, path=folder / "report.html").read_text()
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("n_seeds", [1, 3])
+@pytest.mark.parametrize("n_models", [1, 2, 6])
+@pytest.mark.parametrize("plot", ["seed_comparison", "critical_difference", "trade_offs"])
+def test_a_comparison_of_any_size_is_drawn_below_one_megabyte(tmp_path, plot, n_models, n_seeds):
+    record = make_comparison(n_models, n_seeds=n_seeds)
+    path = getattr(reporting, f"plot_{plot}")(record, path=tmp_path / "p.png")
+    assert_is_a_picture(path)
+    assert path.stat().st_size < 2**20
+
+
+@pytest.mark.parametrize("record", [make_ablation(), make_ablation(n_seeds=1), make_ablation(components=["balancing"])])
+def test_an_ablation_is_drawn_with_harm_and_with_one_seed(tmp_path, record):
+    assert_is_a_picture(reporting.plot_ablation(record, path=tmp_path / "a.png"))
+
+
+def test_what_was_not_measured_is_left_out_of_its_panel(tmp_path):
+    record = make_comparison(2)
+    for model in record["models"]:
+        model["latency_ms"] = None
+    assert_is_a_picture(reporting.plot_trade_offs(record, path=tmp_path / "t.png"))
+
+
+def test_records_without_a_model_or_variant_are_refused(tmp_path):
+    for plot in (reporting.plot_seed_comparison, reporting.plot_critical_difference, reporting.plot_trade_offs):
+        with pytest.raises(ValueError, match="no model"):
+            plot(make_comparison(0), path=tmp_path / "p.png")
+    with pytest.raises(ValueError, match="no variant"):
+        reporting.plot_ablation(make_ablation() | {"variants": []}, path=tmp_path / "p.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bar_joins_only_models_of_which_no_pair_differs():
+    def pair(a: str, b: str, *, significant: bool, p: float | None = 0.5) -> dict:
+        return {"a": a, "b": b, "significant": significant, "p": p}
+
+    alike, apart = [("a", "b"), ("b", "c"), ("a", "c"), ("c", "d")], [("a", "d"), ("b", "d")]
+    differences = [pair(*names, significant=False) for names in alike] + [pair(*n, significant=True) for n in apart]
+    assert sorted(map(sorted, reporting._not_told_apart("abcd", differences))) == [["a", "b", "c"], ["c", "d"]]
+    untested = [pair("a", "b", significant=False, p=None)]
+    assert reporting._not_told_apart("ab", untested) == []
+
+
+@pytest.mark.parametrize("n_models", [4, 6])
+def test_labels_of_the_trade_offs_cover_neither_each_other_nor_a_dot(tmp_path, monkeypatch, n_models):
+    drawn = []
+    monkeypatch.setattr(reporting, "save", lambda figure, path: drawn.append(figure))
+    record = make_comparison(n_models)
+    for model in record["models"]:
+        model["mean"], model["interval"] = 0.8 + model["mean"] / 100, None  # all but equal
+    reporting.plot_trade_offs(record, path=tmp_path / "t.png")
+    renderer = drawn[0].canvas.get_renderer()
+    for axes in drawn[0].axes:
+        boxes = [reporting._text_box(text, renderer) for text in axes.texts]
+        boxes += [line.get_window_extent(renderer) for line in axes.lines if line.get_marker() == "o"]
+        assert len(axes.texts) == n_models
+        for one, other in itertools.combinations(boxes, 2):
+            both_are_dots = one not in boxes[:n_models]
+            assert both_are_dots or not one.overlaps(other)
+
+
+# Tables
+
+
+def test_the_comparison_in_markdown_has_a_row_a_model_and_the_best_first():
+    record = make_comparison(4)
+    lines = reporting.comparison_markdown(record).splitlines()
+    best = max(record["models"], key=lambda model: model["mean"])
+    low, high = best["interval"]
+    assert lines[2].startswith(f"| **{best['model_type']}** | **{best['mean']:.3f} [{low:.3f}, {high:.3f}]**")
+    assert sum(line.count("|") == 10 for line in lines) == 6
+    assert "no difference shown" in lines[-3] or "is better" in lines[-3]
+
+
+def test_the_ablation_in_markdown_tells_gain_and_verdict():
+    table = reporting.ablation_markdown(make_ablation())
+    rows = {line.split(" | ")[0].strip("| *"): line for line in table.splitlines()}
+    assert "| 0.720 [0.708, 0.732] | - | - |" in rows["baseline"]
+    assert "+0.051 (+7.1%) | augmentation, alone: helps" in rows["baseline + augmentation"]
+    assert "balancing, left out: harms" in rows["everything but balancing"]
+    assert "optuna, left out: no effect shown" in rows["everything but optuna"]
+
+
+def test_markdown_shows_names_as_they_are():
+    record = make_comparison(2)
+    record["models"][0]["model_type"] = "a|b<script>![x](http://example.org/x.png)"
+    table = reporting.comparison_markdown(record | {"differences": []})
+    assert "a\\|b&lt;script>" in table.replace("&gt;", ">")
+    assert "](http" not in table
+
+
+# Reports
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_no_request_leaves_a_page(folder, kind):
+    page = write_page(RECORDS[kind](), folder)
+    parsed = Parsed(page)
+    assert not {"script", "iframe", "object", "embed", "video", "audio", "form", "base"} & {
+        tag for tag, _ in parsed.tags
+    }
+    for tag, attributes in parsed.tags:
+        for name in ("src", "href", "srcset", "action", "background"):
+            assert tag == "a" or attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"@import|url\(", page)
+    assert any("default-src 'none'" in attributes.get("content", "") for _, attributes in parsed.tags)
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_all_text_is_escaped(folder, kind):
+    page = write_page(RECORDS[kind](), folder)
+    assert "<b>" not in page
+    assert "my <b>maps</b>.npz" in Parsed(page).text
+
+
+def test_the_verdict_stands_first_and_the_command_last(folder):
+    text = Parsed(write_page(make_comparison(2), folder)).text
+    verdict, command = text.index(HEAD["verdict"]), text.index(HEAD["command"])
+    assert verdict < text.index("Result") < command
+    assert HEAD["budget"] in text
+    assert "3 maps | without a die left out" in text
+    assert "cpu_cores" in text
+
+
+def test_every_figure_of_a_comparison_is_on_its_page(folder):
+    record = make_comparison(6)
+    cells = " ".join(Parsed(write_page(record, folder)).cells)
+    for model in record["models"]:
+        low, high = model["interval"]
+        for figure in (
+            f"{model['mean']:.3f} [{low:.3f}, {high:.3f}]", f"{model['std']:.3f}", f"{model['accuracy_mean']:.3f}",
+            f"{model['n_parameters']:,}", f"{model['train_seconds']:.1f}", f"{model['latency_ms']:.2f}",
+        ):  # fmt: skip
+            assert figure in cells, figure
+    for difference in record["differences"]:
+        low, high = difference["interval"]
+        assert f"{difference['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" in cells
+        assert f"{difference['a']} against {difference['b']}" in cells
+    for run in record["runs"]:
+        low, high = run["macro_f1_interval"]
+        assert f"{run['macro_f1']:.3f} [{low:.3f}, {high:.3f}]" in cells
+        assert f"{run['validation_macro_f1']:.3f}" in cells
+
+
+def test_every_figure_of_an_ablation_is_on_its_page(folder):
+    record = make_ablation()
+    cells = " ".join(Parsed(write_page(record, folder, ["ablation.png"])).cells)
+    for variant in record["variants"]:
+        low, high = variant["interval"]
+        assert f"{variant['mean']:.3f} [{low:.3f}, {high:.3f}]" in cells
+        assert all(f"{score:.3f}" in cells for score in variant["scores"])
+    for effect in record["effects"]:
+        low, high = effect["interval"]
+        assert f"{effect['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" in cells
+        assert f"{effect['p_corrected']:.3f}" in cells
+
+
+def test_every_figure_of_a_run_is_on_its_page(folder):
+    record = make_summary()
+    text = Parsed(write_page(record, folder, ["confusion_matrix.png"])).text
+    for model in record["models"]:
+        low, high = model["test"]["intervals"]["macro_f1"]
+        assert f"{model['test']['macro_f1']:.3f} [{low:.3f}, {high:.3f}]" in text
+        assert model["weights"] in text
+    for row in record["models"][0]["test"]["per_class"].values():
+        assert all(f"{row[key]:.3f}" in text for key in ("f1", "precision", "recall"))
+    for figure in (
+        "1.314",
+        "0.55",
+        "0.811 → 0.822",
+        "0.093 → 0.032",
+        "-0.707",
+        "2 complete, 1 pruned",
+        "0.777",
+        "1,501",
+    ):
+        assert figure in text, figure
+    assert "models:/wafer_classifier@champion, version 4. Better than version 3." in text
+
+
+@pytest.mark.parametrize("kind", ["comparison of one seed", "ablation of one seed"])
+def test_one_seed_has_no_interval_and_the_page_says_so(folder, kind):
+    parsed = Parsed(write_page(RECORDS[kind](), folder))
+    assert "one seed" in parsed.text
+    assert "Bars: none, since it takes several seeds" in parsed.text
+    if kind.startswith("ablation"):
+        assert not any("[" in cell for cell in parsed.cells if cell != '["macro_f1"]')
+
+
+def test_a_picture_that_does_not_exist_is_refused_by_name(folder):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png does not exist"):
+        write_page(make_comparison(2), folder, ["gone.png"])
+    assert not (folder / "report.html").exists()
+
+
+def test_a_failed_write_leaves_the_old_page(folder, monkeypatch):
+    before = write_page(make_comparison(2), folder)
+
+    def disk_full(*_args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        write_page(make_comparison(4), folder)
+    assert (folder / "report.html").read_text() == before
+    assert not list(folder.glob(".*"))
+
+
+# Model card
+
+
+def test_the_model_card_names_weights_interval_and_limits(folder):
+    summary = make_summary()
+    markdown, page = reporting.write_model_card(summary, folder=folder)
+    test = summary["models"][0]["test"]
+    low, high = test["intervals"]["macro_f1"]
+    weakest = min(test["per_class"], key=lambda name: test["per_class"][name]["f1"])
+    share = test["per_class"]["none"]["support"] / test["n_samples"]
+    for text in (markdown.read_text().replace("&lt;", "<").replace("&gt;", ">"), Parsed(page.read_text()).text):
+        assert f"{test['macro_f1']:.3f} [{low:.3f}, {high:.3f}]" in text
+        assert "random (lightning_cnn <none found>)" in text
+        assert f"Weakest classes: {weakest} (F1 {test['per_class'][weakest]['f1']:.3f})" in text
+        assert f"{share:.1%} of the test maps are 'none'" in text
+        assert '"models:/wafer_classifier@champion"' in text
+        assert "at temperature 1.314" in text
+        assert "Seed 3" in text
+        assert "ca70645745bfba0a" in text
+        assert all(f"{row['f1']:.3f}" in text for row in test["per_class"].values())
+    assert "](confusion_matrix.png)" in markdown.read_text()
+    assert page.read_text().count("data:image/png;base64,") == 2
+
+
+def test_the_model_card_of_the_ultralytics_network_names_its_licence(folder):
+    for best, warned in (("yolo_inspired", True), ("lightning_cnn", False)):
+        markdown, _ = reporting.write_model_card(make_summary(best_model=best), folder=folder)
+        assert ("has to follow that licence" in markdown.read_text()) is warned
+
+
+def test_the_code_on_the_model_card_can_be_compiled(folder):
+    for registered in (make_summary()["registered"], None):
+        markdown, _ = reporting.write_model_card(make_summary(registered=registered), folder=folder)
+        usage = markdown.read_text().split("## How to use it")[1].split("## Data")[0]
+        code = "\n".join(line[4:] for line in usage.splitlines() if line.startswith("    "))
+        compile(code, "MODEL_CARD.md", "exec")
+        assert ("OnnxClassifier(" in code) is (registered is not None)
+    assert "not registered" in markdown.read_text()
+
+
+def test_a_score_outside_its_own_interval_is_explained(folder):
+    summary = make_summary()
+    assert "outside its own interval" not in reporting.write_model_card(summary, folder=folder)[0].read_text()
+    test = summary["models"][0]["test"]
+    test["intervals"]["macro_f1"] = [0.1, test["macro_f1"] - 0.01]
+    assert "outside its own interval" in reporting.write_model_card(summary, folder=folder)[0].read_text()
+
+
+# In a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MEASURE = """
+<body style="margin:0"><iframe id="phone" style="width:390px;height:800px;border:0" srcdoc="{page}"></iframe>
+<script>onload = () => {{
+  const page = document.getElementById("phone").contentDocument;
+  for (const folded of page.querySelectorAll("details")) folded.open = true;
+  const within = "div.scroll *, pre *";
+  const outside = e => !e.matches(within) && e.getBoundingClientRect().right > 390;
+  const wide = [...page.querySelectorAll("body *")].filter(outside);
+  document.title = JSON.stringify({{
+    width: page.documentElement.scrollWidth, images: [...page.images].filter(i => i.naturalWidth > 0).length,
+    wide: wide.map(e => e.tagName), style: page.defaultView.getComputedStyle(page.body).fontSize,
+  }});
+}}</script></body>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: pages are not measured at phone width")
+@pytest.mark.parametrize("kind", ["comparison", "ablation", "production", "card"])
+def test_nothing_overflows_a_phone(folder, tmp_path, kind):
+    if kind == "card":
+        page = reporting.write_model_card(make_summary(), folder=folder)[1].read_text()
+    else:
+        page = write_page(RECORDS[kind](), folder)
+    outer = tmp_path / "outer.html"  # a window cannot be as narrow as a phone, a frame in it can
+    outer.write_text(MEASURE.format(page=html.escape(page)))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", outer.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
+    assert seen["images"] == page.count("data:image/png;base64,")
+    assert seen == {"width": 390, "images": seen["images"], "wide": [], "style": "16px"}
