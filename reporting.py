@@ -1051,8 +1051,8 @@ def _decision(model: Record) -> list[str | Table]:
         return ["The class with the highest probability (softmax of the network's output)."]
     views = "one view of the map" if rule["views"] == 1 else f"the mean over {rule['views']} symmetries of the map"
     text = (
-        f"Probabilities are {views}, at temperature {rule['temperature']:.3f}, with class offsets for a prior of strength "
-        f"{rule['prior_strength']:.2f}; the highest one names the class. The rule was fitted on validation."
+        f"Probabilities are {views}, at temperature {rule['temperature']:.3f}, with class offsets for a prior of "
+        f"strength {rule['prior_strength']:.2f}; the highest one names the class. The rule was fitted on validation."
     )
     return [text, _decision_table([model]), _offsets_table([model])]
 

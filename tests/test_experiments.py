@@ -50,6 +50,10 @@ def test_a_comparison_is_paired_by_seed_and_resumed_without_repeating(tiny_npz, 
     by_hand = np.mean([score[models[0], s] - score[models[1], s] for s in (0, 1)])
     assert record["differences"][0]["difference"] == pytest.approx(by_hand)
 
+    written = {file.name for file in (tmp_path / "results/series").iterdir()}
+    pictures = {"critical_difference.png", "seed_comparison.png", "trade_offs.png"}
+    assert {"comparison.json", "report.html", *pictures} <= written
+
     runs = tmp_path / "results/series/runs"
     (runs / "lightning_cnn_seed1/record.json").unlink()
     kept = (runs / "vision_transformer_seed1/record.json").stat().st_mtime_ns

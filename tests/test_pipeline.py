@@ -63,6 +63,16 @@ def test_a_run_leaves_the_summary_the_four_pictures_and_the_checkpoints(finished
         assert (results / f"per_class_{model_type}.csv").exists()
 
 
+def test_a_run_leaves_a_report_and_a_card_of_its_best_model(finished):
+    pipeline, summary = finished
+    page = (pipeline.config.results_dir / "report.html").read_text()
+    card = (pipeline.config.results_dir / "MODEL_CARD.md").read_text()
+    best = next(m for m in summary["models"] if m["model_type"] == summary["best_model"])
+    for text in (page, card):
+        assert f"{best['test']['macro_f1']:.3f}" in text and summary["best_model"] in text
+    assert summary["verdict"] in page and summary["split"]["fingerprint"] in page
+
+
 def test_the_best_model_is_chosen_on_validation_not_on_test(finished):
     _, summary = finished
     best = max(summary["models"], key=lambda m: m["validation"]["macro_f1"])
