@@ -426,7 +426,7 @@ class Table:
     def is_number(self, column: int) -> bool:
         """Whether each cell of a column (but for dashes) begins with a number."""
         cells = [row[column] for row in self.rows if row[column] != "-"]
-        return bool(cells) and all(re.match(r"[<+-]?\d[\d,.%]*($|[ /±→])", cell) for cell in cells)
+        return all(re.match(r"[<+-]?\d[\d,.%]*($|[ /±→])", cell) for cell in cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -523,7 +523,7 @@ def _value(value: Any) -> str:
     """A value of the configuration or environment."""
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)  # a path is not in JSON's types
 
 
 def _values(mapping: Record, *, headings: tuple[str, str] = ("Name", "Value")) -> Table:
