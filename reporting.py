@@ -308,7 +308,9 @@ def plot_ablation(record: Record, *, path: str | os.PathLike[str]) -> Path:
     low, high = effects.dataLim.intervalx  # zero is in it, by its line
     width = max(high - low, 0.02)
     effects.set_xlim(low - 0.06 * width, high + 0.16 * width)  # room for the number beside the longest bar
-    _finish_rows(effects, components, f"Difference in macro F1, with minus without\n{_wrap(_effect_bars(record), 65)}")
+    _finish_rows(
+        effects, components, f"Difference in macro F1, with minus without\n{_wrap(f'bars: {_effect_bars(record)}', 65)}"
+    )
     for row, variant in enumerate(variants):
         _draw_row(scores, row, variant, variant["scores"], colour=_variant_colour(variant["name"]))
     baseline = next((v["mean"] for v in variants if v["name"] == "baseline"), None)
@@ -328,10 +330,10 @@ def plot_ablation(record: Record, *, path: str | os.PathLike[str]) -> Path:
 
 def _effect_bars(record: Record) -> str:
     if not record["effects"]:
-        return "no component was measured both with and without"
+        return "none, no component was measured both with and without"
     if not any(effect["interval"] for effect in record["effects"]):
-        return "no intervals: one seed"
-    return f"bars: {record['difference_method']}"
+        return "none, since it takes several seeds"
+    return record["difference_method"]
 
 
 def _score_bars(variants: Sequence[Record], record: Record) -> str:
@@ -357,6 +359,7 @@ def _draw_effect(axes: Axes, row: int, effect: Record) -> None:
     axes.plot(effect["difference"], y, marker, color=colour, markerfacecolor=face, markersize=8.5, markeredgewidth=1.8)
     end = max(effect["difference"], *(effect["interval"] or ()), effect["difference"])
     beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
+    beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the zero line may pass behind it
     axes.annotate(f"{effect['difference']:+.3f}".replace("-", "−"), (end, y), fontsize=10, color=INK, **beside)
 
 
@@ -423,7 +426,7 @@ class Table:
     def is_number(self, column: int) -> bool:
         """Whether each cell of a column (but for dashes) begins with a number."""
         cells = [row[column] for row in self.rows if row[column] != "-"]
-        return bool(cells) and all(re.match(r"[<+-]?\d[\d,.%]*($|[ /±→])", cell) for cell in cells)
+        return all(re.match(r"[<+-]?\d[\d,.%]*($|[ /±→])", cell) for cell in cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -520,7 +523,7 @@ def _value(value: Any) -> str:
     """A value of the configuration or environment."""
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)  # a path is not in JSON's types
 
 
 def _values(mapping: Record, *, headings: tuple[str, str] = ("Name", "Value")) -> Table:
@@ -643,7 +646,7 @@ def _variants_table(record: Record) -> Table:
         )
     best = _best(record["variants"], lambda variant: variant["mean"])
     bars = f"in brackets: {record['interval_method']}" if any(v["interval"] for v in record["variants"]) else "one seed"
-    note = f"Mean macro F1 of the test part over seeds, {bars}. Verdicts are on the component with minus without."
+    note = f"Mean macro F1 of the test part over seeds, {bars}. Verdicts: with the component minus without it."
     return Table(("Configuration", "Macro F1 (mean)", "Difference to baseline", "Verdict"), rows, best=best, note=note)
 
 
@@ -656,8 +659,9 @@ def _gain(variant: Record, baseline: Record | None) -> str:
 
 
 def _effect_in_words(effect: Record) -> str:
-    difference = _with_interval(effect["difference"], effect["interval"], "{:+.3f}")
-    return f"{effect['component']}, {effect['context']}: {effect['verdict']} ({difference})"
+    shown, name = effect["verdict"] != "no effect shown", effect["component"]
+    verdict = f"{name} {effect['verdict']}" if shown else f"no effect of {name} shown"
+    return f"{verdict}: {_with_interval(effect['difference'], effect['interval'], '{:+.3f}')}"
 
 
 def _effects_table(record: Record) -> Table:
@@ -698,16 +702,25 @@ def _pipeline_table(record: Record) -> Table:
             format_number(model["validation"]["macro_f1"], "{:.3f}"),
             *_costs(model),
             f"{model['best_epoch']} of {model['epochs']}",
-            model["weights"],
-            model.get("weights_from", "final training"),
         ]
         for model in models
     ]
     headings = ("Model", "Macro F1, test", "Accuracy, test", "Macro F1, validation", "Parameters", "Training (s)")
-    headings += ("Latency (ms)", "Best epoch", "Started from", "Weights of")
+    headings += ("Latency (ms)", "Best epoch")
     best = next(i for i, model in enumerate(models) if model["model_type"] == record["best_model"])
     note = f"Bold: {record['best_model_rule']}. In brackets: {models[best]['test']['interval_method']}."
     return Table(headings, rows, best=best if len(rows) > 1 else None, note=note)
+
+
+def _weights(models: Sequence[Record]) -> Items:
+    """What each training started from, and which of the weights that it came by were kept."""
+    return Items(
+        [
+            f"{model['model_type']} started from weights: {model['weights']}; its best are those of the "
+            f"{model.get('weights_from', 'final training')}."
+            for model in models
+        ]
+    )
 
 
 def _classes_table(model: Record) -> Table:
@@ -817,7 +830,7 @@ def _ablation_page(record: Record, files: Sequence[Path]) -> Page:
 def _pipeline_page(record: Record, files: Sequence[Path]) -> Page:
     models, best = record["models"], _best_model(record)
     of_search = [file for file in files if file.stem.startswith("optuna_")]
-    sections = [Section("Result", [_pipeline_table(record), *_registered(record)])]
+    sections = [Section("Result", [_pipeline_table(record), _weights(models), *_registered(record)])]
     sections.append(Section("Pictures", _pictures(record, [file for file in files if file not in of_search])))
     sections.append(Section(f"{best['model_type']}, class by class", [_classes_table(best)]))
     decided, searched = ([model for model in models if model.get(key)] for key in ("decision", "search"))
