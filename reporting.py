@@ -19,6 +19,7 @@ import base64
 import dataclasses
 import functools
 import html
+import itertools
 import json
 import os
 import re
@@ -236,10 +237,13 @@ def _short_number(value: float) -> str:
 
 
 def _label_points(axes: Axes, renderer: RendererAgg) -> None:
-    """Writes each dot's label where it overlaps no dot, interval or other label, as near to its dot as possible."""
+    """Writes each dot's label where it overlaps no dot, line or other label, as near to its dot as possible."""
     dots = [line for line in axes.lines if not line.get_label().startswith("_")]
-    taken = [line.get_window_extent(renderer).padded(2) for line in axes.lines if line.get_linestyle() != "--"]
-    panel = axes.get_window_extent(renderer)
+    taken = [line.get_window_extent(renderer).padded(2).extents for line in axes.lines if line.get_linestyle() != "--"]
+    front = next(line for line in axes.lines if line.get_linestyle() == "--").get_xydata()
+    for start, end in itertools.pairwise(axes.transData.transform(front)):  # a slanting line is a row of small boxes
+        taken += [np.concatenate([point - 2, point + 2]) for point in np.linspace(start, end, 60)]
+    panel = axes.get_window_extent(renderer).extents
     for dot in dots:
         x, y = dot.get_xdata()[0], dot.get_ydata()[0]
         text = axes.annotate(
@@ -247,9 +251,9 @@ def _label_points(axes: Axes, renderer: RendererAgg) -> None:
             annotation_clip=False, arrowprops={"arrowstyle": "-", "color": GRID, "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
         text.set_in_layout(False)
-        hidden = functools.partial(_overlap, text, taken=taken, panel=panel, renderer=renderer)
+        hidden = functools.partial(_overlap, text, taken=np.array(taken), panel=panel, renderer=renderer)
         _place(text, min(_places_around(), key=hidden))
-        taken.append(_text_box(text, renderer))
+        taken.append(_text_box(text, renderer).extents)
 
 
 def _places_around() -> Iterator[tuple[float, float, str, str]]:
@@ -274,15 +278,20 @@ def _text_box(text: Annotation, renderer: RendererAgg) -> Bbox:
 
 
 def _overlap(
-    text: Annotation, place: tuple[float, float, str, str], *, taken: Sequence[Bbox], panel: Bbox, renderer: RendererAgg
+    text: Annotation,
+    place: tuple[float, float, str, str],
+    *,
+    taken: np.ndarray,
+    panel: np.ndarray,
+    renderer: RendererAgg,
 ) -> float:
-    """Square pixels that the text would cover at this place, and those it would have outside its panel."""
+    """Square pixels that the text would cover at this place of boxes [N, 4], and those it would have off its panel."""
     _place(text, place)
-    box = _text_box(text, renderer)
-    inside = Bbox.intersection(box, panel)
-    outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
-    shared = [Bbox.intersection(box, other) for other in taken]
-    return outside + sum(both.width * both.height for both in shared if both)
+    box = _text_box(text, renderer).extents
+    others = np.vstack([panel, taken])
+    shared = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    inside, *covered = shared.clip(min=0).prod(axis=1)
+    return float(np.prod(box[2:] - box[:2]) - inside + sum(covered))
 
 
 def plot_ablation(record: Record, *, path: str | os.PathLike[str]) -> Path:
@@ -791,7 +800,7 @@ def write_report(
     """Writes the page of a comparison, an ablation, or a pipeline's run (any other mode) as one HTML file.
 
     Args:
-        record: with its `mode`.
+        record: with its `mode`; a summary without one is a pipeline's run.
         folder: where the pictures are.
         pictures: names of PNG files in the folder, in the order in which they are shown.
         path: the HTML file to write, whole or not at all.
@@ -804,7 +813,7 @@ def write_report(
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist. Draw it before the report, or leave it out of `pictures`.")
     pages = {"comparison": _comparison_page, "ablation": _ablation_page}
-    page = pages.get(record["mode"], _pipeline_page)(record, files)
+    page = pages.get(record.get("mode"), _pipeline_page)(record, files)
     return write_atomically(path, page.to_html().encode())
 
 
