@@ -33,7 +33,7 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
     )
-    parser.add_argument("--no-mlflow", action="store_true", help="do not track with MLflow (quick_start never does)")
+    parser.add_argument("--no-mlflow", action="store_true", help="do not track with MLflow")
     parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
     parser.add_argument("--quiet", action="store_true", help="print the final table only")
     return parser
@@ -66,7 +66,7 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         raise ConfigError("The MLflow page shows what --no-mlflow switches off. Leave out one of the two.")
     Path(pipeline.config.output_dir).mkdir(parents=True, exist_ok=True)
     tracking = pipeline.open_tracking()
-    experiment_id = tracking.call(lambda client: tracking.experiment_id).result()
+    experiment_id = tracking.experiment_id
     server = MlflowServer(tracking.uri)
     try:
         server.wait_until_up()
@@ -80,10 +80,17 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         server.stop()
 
 
-def run(work: Callable[[], object]) -> int:
-    """Calls `work`; turns a user's mistake into one message and status 2, Ctrl-C into a hint and status 130."""
+def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = None) -> int:
+    """Calls `work`; turns a user's mistake into one message and status 2, Ctrl-C into a hint and status 130.
+
+    With the `arguments` of a script that tracks, MLflow starts at once, beside the imports of `work`.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
     try:
+        if arguments is not None and not arguments.no_mlflow:
+            from tracking import start_early
+
+            start_early(Path(arguments.output_dir))
         work()
     except KeyboardInterrupt:
         again = [Path(sys.argv[0]).name, *sys.argv[1:]]

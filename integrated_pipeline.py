@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*
 
 SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")
+TRACKERS = ("mlflow", "wandb")
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
@@ -95,7 +97,8 @@ class ExperimentConfig:
             than one, nothing is pruned and the summary lists the Pareto front.
         storage: where studies are kept: None for a journal file beside the results, or any Optuna storage URL, which
             several processes and machines may share.
-        enable_mlflow: track with MLflow.
+        enable_mlflow: track the runs, with MLflow unless `tracker` says otherwise.
+        tracker: "mlflow", or "wandb" for offline runs of Weights & Biases in wandb/ in the output folder.
         tracking_uri: MLflow server or store; None for mlflow.db and mlruns/ in the output folder.
         registry_name: registered model that the best model becomes a version of; None registers nothing.
         enable_optuna: search before the final training.
@@ -137,6 +140,7 @@ class ExperimentConfig:
     objectives: Sequence[str] = ("macro_f1",)
     storage: str | None = None
     enable_mlflow: bool = True
+    tracker: str = "mlflow"
     tracking_uri: str | None = None
     registry_name: str | None = "wafer_defect_classifier"
     enable_optuna: bool = True
@@ -184,6 +188,9 @@ class ExperimentConfig:
         self._check_choice("image_levels", IMAGE_LEVELS)
         self._check_choice("sampler", SAMPLERS)
         self._check_choice("pruner", PRUNERS)
+        self._check_choice("tracker", TRACKERS)
+        if self.tracker == "wandb" and self.enable_mlflow and find_spec("wandb") is None:
+            raise ConfigError("tracker='wandb' needs Weights & Biases, which is not installed: pip install wandb.")
         objectives = list(self.objectives)
         if not objectives or objectives[0] != "macro_f1" or not set(objectives) <= set(OBJECTIVES):
             raise ConfigError(
@@ -242,6 +249,7 @@ class ExperimentConfig:
             "model_type",
             "pretrained_wait",
             "enable_mlflow",
+            "tracker",
             "tracking_uri",
             "registry_name",
             "storage",
@@ -742,6 +750,8 @@ class IntegratedMLPipeline:
         summary = self._summarise(results, results[best]["model_type"])
         with self._timed("registration"):
             summary["registered"] = self.register_best(results[best], predictions[best])
+        if summary["registered"] is None:
+            summary["not_registered_because"] = self._why_not_registered()
         evaluation.write_summary(self.config.results_dir / "experiment_summary.json", summary)
         self._report(summary)
         self._track_outcome(summary)
@@ -994,7 +1004,7 @@ class IntegratedMLPipeline:
     # --- tracking
 
     def open_tracking(self) -> Tracking | NoTracking:
-        """Connects to MLflow, if it is wanted; it is imported only here, and in a thread of its own."""
+        """Connects to the tracker, if it is wanted; it runs in a process of its own."""
         config = self.config
         if config.enable_mlflow and isinstance(self.tracking, NoTracking):
             self.tracking = Tracking(
@@ -1003,6 +1013,7 @@ class IntegratedMLPipeline:
                 folder=Path(config.output_dir),
                 warn=Console(stderr=True, highlight=False, soft_wrap=True).print,
                 resume=config.resume,
+                tracker=config.tracker,
             )
         return self.tracking
 
@@ -1059,10 +1070,10 @@ class IntegratedMLPipeline:
 
         Returns:
             name, version, alias, verdict, comparison and the largest difference of the file to the checkpoint; None
-            without tracking.
+            without a registry.
         """
         name = self.config.registry_name
-        if not self.config.enable_mlflow or name is None:
+        if self._why_not_registered() is not None:
             return None
         from deployment import OnnxClassifier, export_onnx
 
@@ -1078,7 +1089,7 @@ class IntegratedMLPipeline:
         probabilities = OnnxClassifier(file).predict(test_maps)
         apart = float(np.abs(probabilities - predictions.probabilities).max())
         ours = replace(predictions, probabilities=probabilities)  # what will run is the file, so the file is scored
-        champion = self.tracking.champion(name).result()
+        champion = self.tracking.champion(name)
         comparison, alias = None, "champion"
         if champion is not None:
             theirs = replace(predictions, probabilities=OnnxClassifier(champion[1]).predict(test_maps))
@@ -1093,7 +1104,7 @@ class IntegratedMLPipeline:
             description=verdict,
             example=test_maps[0][None],
             classes=NUM_CLASSES,
-        ).result()
+        )
         if version is None:  # MLflow broke on the way; the warning has been printed
             return None
         self._say(f"Registered as models:/{name}@{alias}, version {version}. {verdict}")
@@ -1105,6 +1116,16 @@ class IntegratedMLPipeline:
             "comparison": comparison,
             "largest_difference_to_checkpoint": apart,
         }
+
+    def _why_not_registered(self) -> str | None:
+        config = self.config
+        if not config.enable_mlflow:
+            return "nothing is tracked (enable_mlflow=False)"
+        if config.tracker == "wandb":
+            return "offline runs of Weights & Biases have no registry (tracker='wandb')"
+        if config.registry_name is None:
+            return "no registry is named (registry_name=None)"
+        return "MLflow could not be used; a warning said why" if self.tracking.broken else None
 
     # --- search
 
@@ -1489,7 +1510,9 @@ class IntegratedMLPipeline:
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
         self._say(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
         self._say(f"Results and pictures: {self.config.results_dir}")
-        if self.config.enable_mlflow and not self.tracking.broken:
+        if self.config.enable_mlflow and self.config.tracker == "wandb" and not self.tracking.broken:
+            self._say(f"Weights & Biases: `wandb sync {self.tracking.uri}/offline-run-*` sends the runs, if you want it")
+        elif self.config.enable_mlflow and not self.tracking.broken:
             where = "" if self.config.tracking_uri else f" in {Path(self.config.output_dir).resolve()}"
             self._say(f"MLflow: run `mlflow ui`{where} and open http://127.0.0.1:5000")
 

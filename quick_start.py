@@ -16,7 +16,7 @@ EXAMPLES = """\
 def main() -> int:
     """Runs quick_start with the command line's arguments and returns the exit status."""
     arguments = command_line.make_parser(__doc__, EXAMPLES).parse_args()
-    return command_line.run(lambda: train_and_report(arguments))
+    return command_line.run(lambda: train_and_report(arguments), arguments=arguments)
 
 
 def train_and_report(arguments: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def train_and_report(arguments: argparse.Namespace) -> None:
         learning_rate=2e-3,
         balance_by="loss",  # generated classes are equally frequent: drawing with replacement would only miss some maps
         enable_optuna=False,
-        enable_mlflow=False,  # a fresh database would take it from 30 seconds to 40; demo.py shows the tracking
+        enable_mlflow=not arguments.no_mlflow,
         data=arguments.data,
         max_samples_per_class=None if arguments.data == "synthetic" else 250,
         seed=arguments.seed,

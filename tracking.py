@@ -1,14 +1,17 @@
-"""MLflow runs that can be trusted: a parent for the pipeline, a child for each model, a grandchild for each trial.
+"""Runs that can be trusted: a parent for the pipeline, a child for each model, a grandchild for each trial.
 
-All of MLflow happens in one worker thread, in order. So importing it and making a fresh database overlap with training,
-and a server that is down costs a warning, not the training. A run is closed with what became of it: FINISHED, FAILED
-or KILLED (pruned and interrupted ones, tagged with the reason). Runs of a process that was killed are closed at
-the next start.
+MLflow lives in a process of its own (`tracking_worker.py`), told what to do over a pipe, in order. So importing it and
+making a fresh database take no time from training, and a server that is down costs a warning, not the training. A run
+is closed with what became of it: FINISHED, FAILED or KILLED (pruned and interrupted ones, tagged with the reason). If
+this program is killed, that process closes its runs; if the machine goes down, the next start does.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import itertools
+import json
 import os
 import platform
 import signal
@@ -23,15 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STORE_WAIT = 60.0  # seconds that the end of a program waits for what is still to be written
+STORE_WAIT = 60.0  # seconds that the end of a program, or one who needs an answer, waits for what is to be written
+WORKER = Path(__file__).with_name("tracking_worker.py")
 
 
 @dataclass
 class TrackedRun:
-    """A run that exists in MLflow, or soon will: its id is set by the worker thread."""
+    """A run that the tracker has, or soon will have, under a number of ours."""
 
     name: str
-    id: str | None = None
+    number: int = 0
     closed: bool = False
 
 
@@ -55,8 +59,9 @@ class Tracking:
         uri: tracking URI; None for `sqlite:///mlflow.db` in `folder`, with files in `mlruns/` beside it, so that a bare
             `mlflow ui` in that folder shows everything.
         folder: where the database and the files go.
-        warn: called once, with one line, if MLflow cannot be used; the work goes on without it.
+        warn: called once, with one line, if the tracker cannot be used; the work goes on without it.
         resume: let runs go on that were opened with the same key.
+        tracker: "mlflow", or "wandb" for offline runs of Weights & Biases in `folder`/wandb, without a registry.
     """
 
     def __init__(
@@ -67,16 +72,28 @@ class Tracking:
         folder: Path,
         warn: Callable[[str], None],
         resume: bool = False,
+        tracker: str = "mlflow",
     ) -> None:
-        self.experiment_name, self.folder = experiment_name, folder.resolve()
-        self.uri = uri or f"sqlite:///{self.folder / 'mlflow.db'}"
-        self.experiment_id: str | None = None
+        folder = folder.resolve()
+        self.tracker = tracker
+        self.uri = (uri or f"sqlite:///{folder / 'mlflow.db'}") if tracker == "mlflow" else str(folder / "wandb")
         self.broken = False
-        self._local_files, self._resume = uri is None, resume
-        self._warn, self._monitor = warn, None
-        self._open_runs: list[TrackedRun] = []
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        self._later(self._open)
+        self._warn, self._open_runs, self._numbers = warn, [], itertools.count(1)
+        self._worker: _Worker | None = None
+        # A thread that does nothing but wait for the process, so that nobody else has to.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking")
+        try:
+            self._worker = _take_worker(tracker)
+        except OSError as error:
+            self._break(f"its process cannot be started: {error}")
+        self._opened = self._later(
+            "open", uri=uri, folder=str(folder), experiment_name=experiment_name, process=this_process(), resume=resume
+        )
+
+    @property
+    def experiment_id(self) -> str | None:
+        """Of MLflow; waits until the store is open, and is None if it cannot be."""
+        return self._wait(self._opened)
 
     # --- runs
 
@@ -84,116 +101,55 @@ class Tracking:
         self, name: str, *, parent: TrackedRun | None = None, tags: dict[str, str] | None = None, key: str | None = None
     ) -> TrackedRun:
         """Opens a run below `parent`, or on top; when resuming, the one that was opened with the same `key` goes on."""
-        run = TrackedRun(name)
-        started = int(time.time() * 1000)  # now, not when the worker comes to it
+        run = TrackedRun(name, next(self._numbers))
         self._open_runs.append(run)
-
-        def create() -> None:
-            above = {} if parent is None else {"mlflow.parentRunId": parent.id}
-            ours = {"process": this_process(), "key": key or "", "mlflow.source.name": "integrated_pipeline.py"}
-            all_tags = {**ours, **self._code_version(), **above, **(tags or {})}
-            run.id = self._id_of(key) if self._resume and key else None
-            if run.id is not None:
-                self._client.update_run(run.id, status="RUNNING")
-                self._log_tags(run, all_tags)
-            else:
-                created = self._client.create_run(self.experiment_id, start_time=started, run_name=name, tags=all_tags)
-                run.id = created.info.run_id
-
-        self._later(create)
+        above = None if parent is None else parent.number
+        self._later("start", run=run.number, name=name, parent=above, tags=tags or {}, key=key, started=_now())
         return run
 
     def end(self, run: TrackedRun, status: str = "FINISHED", *, reason: str | None = None) -> None:
         """Closes a run as FINISHED, FAILED or KILLED; `reason` becomes a tag."""
         run.closed = True
-        ended = int(time.time() * 1000)
-
-        def terminate() -> None:
-            if reason:
-                self._client.set_tag(run.id, "reason", reason)
-            self._client.set_terminated(run.id, status, end_time=ended)
-
-        self._later(terminate)
+        self._later("end", run=run.number, status=status, reason=reason, ended=_now())
 
     def params(self, run: TrackedRun, **params: Any) -> None:
         """Logs parameters."""
-        self._later(lambda: self._log_params(run, params))
+        self._later("params", run=run.number, params={name: str(value) for name, value in params.items()})
 
     def tags(self, run: TrackedRun, **tags: str) -> None:
         """Sets tags."""
-        self._later(lambda: self._log_tags(run, tags))
+        self._later("tags", run=run.number, tags={name: str(value) for name, value in tags.items()})
 
     def note(self, run: TrackedRun, markdown: str) -> None:
         """What the run's page shows on top."""
-        self._later(lambda: self._client.set_tag(run.id, "mlflow.note.content", markdown))
+        self._later("note", run=run.number, markdown=markdown)
 
     def metrics(self, run: TrackedRun, values: dict[str, float], *, step: int = 0) -> None:
         """Logs metrics of one step, with the time of now."""
-        now = int(time.time() * 1000)
-
-        def log() -> None:
-            from mlflow.entities import Metric
-
-            metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
-            self._client.log_batch(run.id, metrics=metrics)
-
-        self._later(log)
+        numbers = {name: float(value) for name, value in values.items()}
+        self._later("metrics", run=run.number, values=numbers, step=step, logged=_now())
 
     def files(self, run: TrackedRun, files: Sequence[Path], *, folder: str | None = None) -> None:
         """Copies files to the run's artifacts."""
-
-        def log() -> None:
-            for file in files:
-                self._client.log_artifact(run.id, str(file), folder)
-
-        self._later(log)
+        self._later("files", run=run.number, files=[str(file.resolve()) for file in files], folder=folder)
 
     def dataset(self, run: TrackedRun, *, name: str, digest: str, source: str, profile: str) -> None:
         """Names the data and the split; `digest` is the split's fingerprint."""
-
-        def log() -> None:
-            from mlflow.entities import Dataset, DatasetInput
-
-            data = Dataset(name=name, digest=digest, source_type="local", source=source, profile=profile)
-            self._client.log_inputs(run.id, [DatasetInput(dataset=data, tags=[])])
-
-        self._later(log)
+        self._later("dataset", run=run.number, name=name, digest=digest, source=source, profile=profile)
 
     def watch_system(self, run: TrackedRun) -> None:
         """Logs the machine's load and memory to a run, every five seconds, until `close`."""
+        self._later("watch_system", run=run.number)
 
-        def watch() -> None:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            self._monitor = SystemMetricsMonitor(run.id, sampling_interval=5, tracking_uri=self.uri)
-            self._monitor.start()
-
-        self._later(watch)
-
-    def call(self, function: Callable[[Any], Any]) -> Future:
-        """Runs `function(client)` after everything before it; the future holds its result, or None if MLflow broke."""
-        return self._later(lambda: function(self._client))
-
-    def champion(self, name: str) -> Future:
-        """The version that `models:/name@champion` names and its ONNX file as (version, path), or None."""
-
-        def fetch() -> tuple[str, Path] | None:
-            from mlflow.artifacts import download_artifacts
-            from mlflow.exceptions import MlflowException
-
-            try:
-                version = self._client.get_model_version_by_alias(name, "champion")
-            except MlflowException:  # no such model, or none of its versions is champion yet
-                return None
-            folder = download_artifacts(f"models:/{name}/{version.version}", tracking_uri=self.uri)
-            return version.version, next(Path(folder).glob("*.onnx"))
-
-        return self._later(fetch)
+    def champion(self, name: str) -> tuple[str, Path] | None:
+        """The version that `models:/name@champion` names and its ONNX file, or None."""
+        found = self._wait(self._later("champion", name=name))
+        return None if found is None else (found[0], Path(found[1]))
 
     def register(
         self, run: TrackedRun, file: Path, *, name: str, alias: str, description: str, example: Any, classes: int
-    ) -> Future:
-        """Registers an ONNX file as the next version of a model, under an alias; the future holds the version.
+    ) -> str | None:
+        """Registers an ONNX file as the next version of a model, under an alias.
 
         Args:
             run: that the file comes from.
@@ -203,110 +159,128 @@ class Tracking:
             description: of the version, in Markdown.
             example: input, uint8 [N, rows, columns].
             classes: columns of the output.
+
+        Returns:
+            The version, or None if the tracker has no registry or cannot be used.
         """
-
-        def log_and_register() -> str:
-            import mlflow
-            import numpy as np
-            import onnx
-            from mlflow.models import ModelSignature
-            from mlflow.types import Schema, TensorSpec
-
-            mlflow.set_tracking_uri(self.uri)
-            with mlflow.start_run(run_id=run.id):
-                logged = mlflow.onnx.log_model(
-                    onnx.load(file),
-                    name="model",
-                    registered_model_name=name,
-                    signature=ModelSignature(
-                        Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1), "maps")]),
-                        Schema([TensorSpec(np.dtype("float32"), (-1, classes), "probabilities")]),
-                    ),
-                    input_example={"maps": example},
-                    pip_requirements=["mlflow", "onnx", "onnxruntime"],  # inferring them takes ten seconds
-                    onnx_execution_providers=["CPUExecutionProvider"],
-                    save_as_external_data=False,
-                )
-            version = str(logged.registered_model_version)
-            self._client.update_model_version(name, version, description=description)
-            self._client.set_registered_model_alias(name, alias, version)
-            return version
-
-        return self._later(log_and_register)
+        return self._wait(
+            self._later(
+                "register", run=run.number, file=str(file.resolve()), name=name, alias=alias, description=description,
+                example=example.tolist(), classes=classes,
+            )
+        )  # fmt: skip
 
     def close(self, status: str = "FINISHED", *, reason: str | None = None) -> None:
-        """Closes all open runs, innermost first, and waits until everything is written."""
-        for run in reversed([run for run in self._open_runs if not run.closed]):
-            self.end(run, status, reason=reason)
-        self._later(lambda: self._monitor and self._monitor.finish())
-        finished = self._worker.submit(lambda: None)
+        """Closes all open runs, innermost first, waits until everything is written and ends the process."""
         try:
-            finished.result(timeout=STORE_WAIT)
-        except TimeoutError:
-            self._break(f"it did not take everything within {STORE_WAIT:g} s")
-        self._worker.shutdown(wait=False, cancel_futures=True)
+            for run in reversed([run for run in self._open_runs if not run.closed]):
+                self.end(run, status, reason=reason)
+            self._wait(self._later("finish", reason="it was not closed"))
+        finally:
+            if self._worker is not None:
+                self._worker.stop()
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
-    # --- in the worker thread
+    # --- the process
 
-    def _later(self, work: Callable[[], Any]) -> Future:
-        def guarded() -> Any:
+    def _later(self, do: str, **arguments: Any) -> Future:
+        """Has a command carried out after all before it; the future holds the answer, or None if tracking broke."""
+
+        def ask() -> Any:
             if self.broken:
                 return None
             try:
-                return work()
-            except Exception as error:  # whatever MLflow, a server or a disk does: the training goes on
-                self._break(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+                return self._worker.ask(do, **arguments)
+            except WorkerError as error:
+                self._break(str(error))
 
-        return self._worker.submit(guarded)
+        return self._thread.submit(ask)
+
+    def _wait(self, answer: Future) -> Any:
+        if self.broken:
+            return None
+        try:
+            return answer.result(timeout=STORE_WAIT)
+        except TimeoutError:
+            self._break(f"it did not take everything within {STORE_WAIT:g} s")
 
     def _break(self, reason: str) -> None:
         if not self.broken:
             self.broken = True
-            self._warn(f"warning: goes on without MLflow at {self.uri} ({reason})")
+            name = {"mlflow": "MLflow", "wandb": "Weights & Biases"}[self.tracker]
+            self._warn(f"warning: goes on without {name} at {self.uri} ({reason})")
 
-    def _open(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        if "://" in self.uri and not self.uri.startswith("sqlite"):  # a server that is down must not hold us up long
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        _quiet_store_messages()
-        from mlflow import MlflowClient
 
-        self._client = MlflowClient(self.uri)
-        experiment = self._client.get_experiment_by_name(self.experiment_name)
-        if experiment is None:
-            files = (self.folder / "mlruns").as_uri() if self._local_files else None
-            self.experiment_id = self._client.create_experiment(self.experiment_name, artifact_location=files)
-        else:
-            self.experiment_id = experiment.experiment_id
-        self._close_dead_runs()
+class WorkerError(RuntimeError):
+    """The process reported an error, or is gone."""
 
-    def _close_dead_runs(self) -> None:
-        for run in self._client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
-            process = run.data.tags.get("process")
-            if process is not None and not still_runs(process):
-                self._client.set_tag(run.info.run_id, "reason", "its process was killed")
-                self._client.set_terminated(run.info.run_id, "KILLED")
 
-    def _id_of(self, key: str) -> str | None:
-        found = self._client.search_runs([self.experiment_id], f"tags.key = '{key}'", max_results=1)
-        return found[0].info.run_id if found else None
+class _Worker:
+    """The process that tracks: takes a command a line and answers each with a line.
 
-    def _log_params(self, run: TrackedRun, params: dict[str, Any]) -> None:
-        from mlflow.entities import Param
+    In a session of its own, so that Ctrl-C reaches this program alone, which then says what shall become of the runs.
+    """
 
-        self._client.log_batch(run.id, params=[Param(name, str(value)[:500]) for name, value in params.items()])
+    def __init__(self, tracker: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, WORKER, tracker], text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._unanswered = 0
+        atexit.register(self.stop)
 
-    def _log_tags(self, run: TrackedRun, tags: dict[str, str]) -> None:
-        for name, value in tags.items():
-            self._client.set_tag(run.id, name, str(value)[:4000])
+    def tell(self, do: str, **arguments: Any) -> None:
+        """Sends a command and does not wait for its answer."""
+        self._unanswered += 1
+        print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
 
-    @staticmethod
-    def _code_version() -> dict[str, str]:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        return {"mlflow.source.git.commit": done.stdout.strip()} if done.returncode == 0 else {}
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Sends a command and returns its answer.
+
+        Raises:
+            WorkerError: this command, or one that was told before, failed.
+        """
+        with contextlib.suppress(OSError):  # if it is gone, its last words are still to be read
+            self.tell(do, **arguments)
+        while self._unanswered:
+            line = self._process.stdout.readline()
+            if not line.endswith("\n"):
+                raise WorkerError(f"its process ended with status {self._process.wait()}")
+            self._unanswered -= 1
+            answer = json.loads(line)
+            if "error" in answer:
+                raise WorkerError(answer["error"])
+        return answer["result"]
+
+    def stop(self) -> None:
+        """Ends the process; it closes runs that are still open."""
+        atexit.unregister(self.stop)
+        for end in (self._process.terminate, self._process.kill):
+            end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+                break
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+_early: list[_Worker] = []
+
+
+def start_early(folder: Path) -> None:
+    """Starts the process for MLflow, which the next `Tracking` takes, before a program's own imports.
+
+    Its imports, and a fresh database if `folder` has none, are then made on a core that would idle.
+    """
+    with contextlib.suppress(OSError):  # `Tracking` will say so
+        worker = _Worker("mlflow")
+        _early.append(worker)
+        worker.tell("prepare", folder=str(folder.resolve()))
+
+
+def _take_worker(tracker: str) -> _Worker:
+    return _early.pop() if tracker == "mlflow" and _early else _Worker(tracker)
 
 
 class MlflowServer:
@@ -380,12 +354,9 @@ def _free_port(first: int) -> int:
     raise ServerError(f"No free port from {first} to {first + 99}. Stop a server that runs there.")
 
 
-def _quiet_store_messages() -> None:
-    """A fresh database is announced by dozens of lines about migrations."""
-    import logging
-
-    for name in ("alembic", "mlflow.store", "mlflow.system_metrics"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _now() -> int:
+    """Milliseconds since 1970: when something happened, not when the process came to it."""
+    return int(time.time() * 1000)
 
 
 def this_process() -> str:
