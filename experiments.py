@@ -337,7 +337,7 @@ def _head(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command_line_used(),
         "budget": series.budget(),
-        "config": asdict(config),
+        "config": {k: v for k, v in asdict(config).items() if k not in ("output_dir", "resume", "quiet")},
         "environment": environment(),
         "data": {"source": Path(str(config.data)).name, **records[0]["data"]},
         "seeds": series.seeds,

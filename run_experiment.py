@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the whole experiment")
     parser.add_argument("--mlflow-server", action="store_true", help="open the MLflow page before the work starts")
     arguments = parser.parse_args()
-    return command_line.run(lambda: run_and_report(arguments))
+    return command_line.run(lambda: run_and_report(arguments), arguments=arguments)
 
 
 def run_and_report(arguments: argparse.Namespace) -> None:

@@ -101,6 +101,31 @@ def scale(record: dict) -> list[str]:
     )  # fmt: skip
 
 
+def pruning(record: dict) -> list[str]:
+    runs = record["runs"]
+    cells = []
+    for name, found in record["against_none"].items():
+        low, high = found["best_value"]["interval"]
+        best = {n: sum(run["best_macro_f1"] for run in runs[n]) / len(runs[n]) for n in (name, "none")}
+        cells.append(
+            [name, ratio_text(found["times_faster"]), ratio_text(found["times_fewer_epochs"]), f"{best[name]:.3f}",
+             f"{best['none']:.3f}", f"{found['best_value']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        )  # fmt: skip
+    return rows("pruner, times faster, times fewer epochs, best value, best value without, difference", cells)
+
+
+def comparison(record: dict) -> list[str]:
+    from reporting import comparison_markdown
+
+    return comparison_markdown(record).strip().splitlines()
+
+
+def ablation(record: dict) -> list[str]:
+    from reporting import ablation_markdown
+
+    return ablation_markdown(record).strip().splitlines()
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "runs": table_of_runs,
     "levels": table_of_levels,
