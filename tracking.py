@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 STORE_WAIT = 60.0  # seconds that the end of a program, or one who needs an answer, waits for what is to be written
+STOP_WAIT = 5.0  # seconds that the process has to close its runs and end
 WORKER = Path(__file__).with_name("tracking_worker.py")
 
 
@@ -258,7 +259,7 @@ class _Worker:
         for end in (self._process.terminate, self._process.kill):
             end()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5)
+                self._process.wait(timeout=STOP_WAIT)
                 break
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
@@ -334,7 +335,7 @@ class MlflowServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, kind)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5)
+                self._process.wait(timeout=STOP_WAIT)
         self._log.close()
 
 

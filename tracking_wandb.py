@@ -50,7 +50,10 @@ class WandbRuns:
                 console="off", disable_git=True, disable_code=True, save_code=False, x_disable_stats=depth > 0
             ),
         )  # fmt: skip
-        self._update(run, {"process": self._process, "key": key, "parent": None if parent is None else self._name(parent), **tags})
+        self._update(
+            run,
+            {"process": self._process, "key": key, "parent": None if parent is None else self._name(parent), **tags},
+        )
 
     def _name(self, run: int) -> str:
         return self._loggers[run].experiment.name
