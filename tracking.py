@@ -143,7 +143,9 @@ class Tracking:
         self._later("watch_system", run=run.number)
 
     def champion(self, name: str) -> tuple[str, Path] | None:
-        """The version that `models:/name@champion` names and its ONNX file, or None."""
+        """The version that `models:/name@champion` names and its ONNX file; None if there is none, or no registry."""
+        if self.tracker != "mlflow":
+            return None
         found = self._wait(self._later("champion", name=name))
         return None if found is None else (found[0], Path(found[1]))
 
@@ -164,6 +166,8 @@ class Tracking:
         Returns:
             The version, or None if the tracker has no registry or cannot be used.
         """
+        if self.tracker != "mlflow":
+            return None
         return self._wait(
             self._later(
                 "register", run=run.number, file=str(file.resolve()), name=name, alias=alias, description=description,
