@@ -1511,7 +1511,9 @@ class IntegratedMLPipeline:
         self._say(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
         self._say(f"Results and pictures: {self.config.results_dir}")
         if self.config.enable_mlflow and self.config.tracker == "wandb" and not self.tracking.broken:
-            self._say(f"Weights & Biases: `wandb sync {self.tracking.uri}/offline-run-*` sends the runs, if you want it")
+            self._say(
+                f"Weights & Biases: `wandb sync {self.tracking.uri}/offline-run-*` sends the runs, if you want it"
+            )
         elif self.config.enable_mlflow and not self.tracking.broken:
             where = "" if self.config.tracking_uri else f" in {Path(self.config.output_dir).resolve()}"
             self._say(f"MLflow: run `mlflow ui`{where} and open http://127.0.0.1:5000")

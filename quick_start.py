@@ -32,6 +32,7 @@ def train_and_report(arguments: argparse.Namespace) -> None:
         balance_by="loss",  # generated classes are equally frequent: drawing with replacement would only miss some maps
         enable_optuna=False,
         enable_mlflow=not arguments.no_mlflow,
+        registry_name=None,  # exporting the model takes four seconds; demo.py registers what it finds
         data=arguments.data,
         max_samples_per_class=None if arguments.data == "synthetic" else 250,
         seed=arguments.seed,

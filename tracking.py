@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 STORE_WAIT = 60.0  # seconds that the end of a program, or one who needs an answer, waits for what is to be written
+STOP_WAIT = 5.0  # seconds that the process has to close its runs and end
 WORKER = Path(__file__).with_name("tracking_worker.py")
 
 
@@ -142,7 +143,9 @@ class Tracking:
         self._later("watch_system", run=run.number)
 
     def champion(self, name: str) -> tuple[str, Path] | None:
-        """The version that `models:/name@champion` names and its ONNX file, or None."""
+        """The version that `models:/name@champion` names and its ONNX file; None if there is none, or no registry."""
+        if self.tracker != "mlflow":
+            return None
         found = self._wait(self._later("champion", name=name))
         return None if found is None else (found[0], Path(found[1]))
 
@@ -163,6 +166,8 @@ class Tracking:
         Returns:
             The version, or None if the tracker has no registry or cannot be used.
         """
+        if self.tracker != "mlflow":
+            return None
         return self._wait(
             self._later(
                 "register", run=run.number, file=str(file.resolve()), name=name, alias=alias, description=description,
@@ -258,7 +263,7 @@ class _Worker:
         for end in (self._process.terminate, self._process.kill):
             end()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5)
+                self._process.wait(timeout=STOP_WAIT)
                 break
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
@@ -334,7 +339,7 @@ class MlflowServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, kind)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5)
+                self._process.wait(timeout=STOP_WAIT)
         self._log.close()
 
 

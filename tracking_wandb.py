@@ -47,13 +47,12 @@ class WandbRuns:
             name=name, project=self._project, save_dir=self._folder, offline=True, group=self._group,
             job_type=JOB_TYPES[depth], reinit="create_new",
             settings=wandb.Settings(
-                console="off", disable_git=True, disable_code=True, save_code=False, x_disable_stats=depth > 0
+                console="off", disable_git=True, disable_code=True, save_code=False, x_disable_meta=True,
+                x_disable_machine_info=True, x_disable_stats=depth > 0,
             ),
         )  # fmt: skip
-        self._update(run, {"process": self._process, "key": key, "parent": None if parent is None else self._name(parent), **tags})
-
-    def _name(self, run: int) -> str:
-        return self._loggers[run].experiment.name
+        above = None if parent is None else self._loggers[parent].experiment.name
+        self._update(run, {"process": self._process, "key": key, "parent": above, **tags})
 
     def _update(self, run: int, values: dict[str, Any]) -> None:
         self._loggers[run].experiment.config.update(values, allow_val_change=True)
@@ -84,10 +83,11 @@ class WandbRuns:
 
     def files(self, run: int, files: Sequence[str], folder: str | None) -> None:
         """Copies files to the run's folder."""
-        target = Path(self._loggers[run].experiment.dir) / (folder or "")
+        experiment = self._loggers[run].experiment
+        target = Path(experiment.dir) / (folder or "")
         target.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copy(file, target)
+        for file in files:  # copied, since `save` alone makes a link to a file that the next run may replace
+            experiment.save(shutil.copy(file, target), base_path=experiment.dir, policy="end")
 
     def dataset(self, run: int, **about: str) -> None:
         """Data and split, into the run's configuration."""

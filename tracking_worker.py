@@ -41,7 +41,7 @@ class MlflowRuns:
         if not (Path(folder) / "mlflow.db").exists():
             self._fresh = tempfile.TemporaryDirectory(prefix="mlflow_")
             SqlAlchemyStore(f"sqlite:///{self._fresh.name}/mlflow.db", (Path(folder) / "mlruns").as_uri())
-        import mlflow.onnx  # noqa: F401  the registry wants it at the end
+        import mlflow.onnx  # the registry wants it at the end
         import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
         import onnx  # noqa: F401
 

@@ -71,3 +71,13 @@ def test_scale_measures_each_size_in_its_own_process(tmp_path):
     assert (small["maps"], large["maps"]) == (450, 900)
     assert small["peak_memory_gb"] > 0.1
     assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+def test_tracking_cost_compares_tracked_with_untracked_and_times_the_storage(tiny_npz, tmp_path):
+    output = tmp_path / "cost.json"
+    flags = ("--data", tiny_npz, "--trials", 2, "--epochs", 1, "--image-size", 16, "--repeats", 1, "--output", output)
+    run("tracking_cost.py", *flags)
+    record = json.loads(output.read_text())
+    assert record["wall_tracked_over_untracked"]["turns"] == 1
+    (turn,) = record["turns"]["untracked"]
+    assert 0 < turn["storage_seconds"] < turn["search_seconds"] < turn["wall_seconds"]

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import os
 import signal
 import socket
 import sqlite3
@@ -13,10 +14,12 @@ import time
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 
+import tracking
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-from tracking import MlflowServer, Tracking, _free_port, still_runs, this_process
+from tracking import MlflowServer, Tracking, _free_port, start_early, still_runs, this_process
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,6 +115,7 @@ def test_the_pipelines_run_names_data_split_seed_environment_code_and_pictures(t
 def test_without_tracking_mlflow_is_not_imported_and_leaves_nothing(tiny_npz, tmp_path):
     code = """
 import json, sys
+import tracking
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
 assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
@@ -161,21 +165,40 @@ def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_
 
 CHILD = """
 import json, sys
+import tracking
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
 """
+
+
+def wait_for(condition, *, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def start_and_wait_for_trial(config, tmp_path, number):
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 120
-    while f"trial {number}" not in names_of_runs(tmp_path / "mlflow.db"):
+
+    def there():
         assert child.poll() is None, child.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        return f"trial {number}" in names_of_runs(tmp_path / "mlflow.db")
+
+    wait_for(there)
     return child
+
+
+def worker_of(process):
+    """The process that tracks for another one."""
+    (worker,) = [p for p in psutil.Process(process.pid).children() if "tracking_worker.py" in " ".join(p.cmdline())]
+    return worker
+
+
+def ended(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def names_of_runs(database):
@@ -187,10 +210,27 @@ def names_of_runs(database):
         return set()
 
 
-def test_a_killed_pipelines_runs_are_closed_and_go_on_when_it_is_resumed(tiny_npz, tmp_path):
+def test_a_killed_pipelines_runs_are_closed_at_once_and_nothing_is_left_behind(tiny_npz, tmp_path):
+    child = start_and_wait_for_trial(settings(tiny_npz, tmp_path, search_epochs=200, pruner="none"), tmp_path, 0)
+    worker = worker_of(child)
+    child.kill()
+    child.wait()
+    child.stderr.close()
+    wait_for(lambda: ended(worker), seconds=30)
+    runs, _ = runs_of(tmp_path)
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(
+        ("tiny", "lightning_cnn_optimized", "trial 0"), "KILLED"
+    )
+    assert {run.data.tags["reason"] for run in runs.values()} == {"its process was killed"}
+
+
+def test_after_a_breakdown_of_the_machine_the_next_start_closes_the_runs_and_resuming_goes_on(tiny_npz, tmp_path):
     config = settings(tiny_npz, tmp_path, search_epochs=10, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 1)
-    child.send_signal(signal.SIGKILL)
+    worker = worker_of(child)
+    worker.suspend()  # so that it cannot close anything before it is killed itself
+    child.kill()
+    worker.kill()
     child.wait()
     child.stderr.close()
     before, _ = runs_of(tmp_path)
@@ -207,12 +247,88 @@ def test_a_killed_pipelines_runs_are_closed_and_go_on_when_it_is_resumed(tiny_np
     assert len(after) == 6
 
 
-def test_ctrl_c_closes_the_runs_as_killed(tiny_npz, tmp_path):
+def test_a_tracking_process_that_is_killed_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+    config = settings(tiny_npz, tmp_path, enable_optuna=False)
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**config))
+    worker = psutil.Process(pipeline.open_tracking()._worker._process.pid)
+    train = pipeline.train_final_model
+
+    def kill_and_train(*args, **kwargs):
+        worker.kill()
+        return train(*args, **kwargs)
+
+    pipeline.train_final_model = kill_and_train
+    summary = pipeline.run_complete_pipeline()
+    assert summary["models"][0]["epochs"] == 2
+    assert "could not be used" in summary["not_registered_because"]
+    printed = capsys.readouterr().err
+    assert printed.count("goes on without MLflow") == 1
+    assert "ended with status -9" in printed
+    assert ended(worker)
+
+
+def test_a_tracking_process_that_hangs_does_not_hold_the_program_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "STORE_WAIT", 1.0)
+    monkeypatch.setattr(tracking, "STOP_WAIT", 0.5)
+    warnings = []
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append)
+    worker = psutil.Process(writes._worker._process.pid)
+    worker.suspend()
+    writes.note(writes.start("a run"), "x" * 200_000)  # more than a pipe holds
+    assert writes.champion("nobody") is None
+    writes.close()
+    assert len(warnings) == 1 and "within 1 s" in warnings[0]
+    assert ended(worker)
+
+
+def test_a_program_without_a_main_guard_tracks(tiny_npz, tmp_path):
+    config = settings(tiny_npz, tmp_path, enable_optuna=False, max_epochs=1, registry_name=None)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv.append({json.dumps(config)!r})\n{CHILD}"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert {run.info.status for run in runs_of(tmp_path)[0].values()} == {"FINISHED"}
+
+
+def test_a_process_that_was_started_early_is_the_one_that_tracks_and_writes_nothing_before(tmp_path):
+    start_early(tmp_path)
+    (early,) = tracking._early
+    early_process = psutil.Process(early._process.pid)
+    assert early_process.nice() >= psutil.Process().nice()
+    wait_for(lambda: any(Path(f.path).name == "mlflow.db" for f in early_process.open_files()))
+    assert list(tmp_path.iterdir()) == []
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    assert writes._worker is early and tracking._early == []
+    writes.start("a run")
+    writes.close()
+    assert runs_of(tmp_path)[0]["a run"].info.status == "FINISHED"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db"]
+    assert ended(early_process)
+
+
+def test_a_process_that_was_started_early_for_nothing_ends_with_the_program(tmp_path):
+    code = """
+import sys, tracking
+from pathlib import Path
+tracking.start_early(Path(sys.argv[1]))
+print(tracking._early[0]._process.pid)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not psutil.pid_exists(int(done.stdout))
+    assert list(tmp_path.iterdir()) == [] and done.stderr == ""
+
+
+def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_path):
     config = settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 0)
+    worker = worker_of(child)
+    assert os.getpgid(worker.pid) != os.getpgid(child.pid)  # Ctrl-C goes to the whole group of the program
     child.send_signal(signal.SIGINT)
     child.wait(timeout=60)
     child.stderr.close()
+    assert ended(worker)
     runs, _ = runs_of(tmp_path)
     assert {run.info.status for run in runs.values()} == {"KILLED"}
     assert runs["tiny"].data.tags["reason"] == "interrupted"
@@ -221,7 +337,7 @@ def test_ctrl_c_closes_the_runs_as_killed(tiny_npz, tmp_path):
 def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path):
     first = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
     first.start("living")
-    first.call(lambda client: None).result()
+    wait_for(lambda: names_of_runs(tmp_path / "mlflow.db") == {"living"})
     second = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
     second.close()
     assert runs_of(tmp_path)[0]["living"].info.status == "RUNNING"
@@ -296,12 +412,10 @@ def test_checkpoint_file_and_registered_model_agree(registered):
 def test_the_page_is_up_on_this_machine_only_and_stops_without_leftovers(tmp_path):
     from urllib.request import urlopen
 
-    import psutil
-
-    tracking = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
-    tracking.start("a run")
-    experiment_id = tracking.call(lambda client: tracking.experiment_id).result()
-    server = MlflowServer(tracking.uri, port=5123)
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    writes.start("a run")
+    experiment_id = writes.experiment_id
+    server = MlflowServer(writes.uri, port=5123)
     try:
         server.wait_until_up()
         assert server.link(experiment_id).startswith("http://127.0.0.1:")
@@ -313,7 +427,7 @@ def test_the_page_is_up_on_this_machine_only_and_stops_without_leftovers(tmp_pat
         assert listening == {"127.0.0.1"}
     finally:
         server.stop()
-        tracking.close()
+        writes.close()
     assert not any(process.is_running() for process in processes)
 
 

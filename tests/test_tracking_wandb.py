@@ -1,0 +1,193 @@
+"""Promises about the other tracker: the same tree of runs, offline, in the output folder, and no process left."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
+from tracking import Tracking
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_without_weights_and_biases_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("integrated_pipeline.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        ExperimentConfig(tracker="wandb")
+    assert ExperimentConfig(tracker="wandb", enable_mlflow=False).tracker == "wandb"
+    with pytest.raises(ConfigError, match="Allowed: mlflow, wandb"):
+        ExperimentConfig(tracker="paper")
+
+
+def records(file):
+    """The records of a run's file: 32 KiB blocks of pieces, each with checksum, length, kind (1 whole, 4 last)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, joined = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        joined += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(joined)
+            joined = b""
+
+
+def runs_of(folder):
+    """{name: what was written} of all offline runs."""
+    import json
+
+    runs = {}
+    for file in (folder / "wandb").glob("offline-run-*/*.wandb"):
+        run = {
+            "config": {},
+            "summary": {},
+            "history": [],
+            "tags": [],
+            "files": sorted((file.parent / "files").rglob("*")),
+        }
+        for record in records(file):
+            match record.WhichOneof("record_type"):
+                case "run":
+                    run |= {
+                        "name": record.run.display_name,
+                        "group": record.run.run_group,
+                        "job_type": record.run.job_type,
+                    }
+                    run["tags"] = list(record.run.tags) or run["tags"]
+                    run["notes"] = record.run.notes
+                    run["config"] |= {c.key: json.loads(c.value_json) for c in record.run.config.update}
+                case "config":
+                    run["config"] |= {c.key: json.loads(c.value_json) for c in record.config.update if c.key}
+                case "summary":
+                    run["summary"] |= {
+                        i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.summary.update
+                    }
+                case "history":
+                    items = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
+                    run["history"].append(items)
+                case "exit":
+                    run["exit_code"] = record.exit.exit_code
+        runs[run["name"]] = run
+    return runs
+
+
+@pytest.fixture(scope="module")
+def tracked(tiny_arrays, tmp_path_factory):
+    pytest.importorskip("wandb")
+    import numpy as np
+    import optuna
+
+    class PruneTheSecond(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return trial.number == 1
+
+    folder = tmp_path_factory.mktemp("wandb")
+    np.savez(folder / "tiny.npz", **tiny_arrays)
+    config = ExperimentConfig(
+        experiment_name="tiny", model_type="lightning_cnn", use_pretrained=False, max_epochs=2, search_epochs=2,
+        num_optuna_trials=2, batch_size=16, image_size=16, data=str(folder / "tiny.npz"), output_dir=str(folder),
+        precision="32-true", quiet=True, tracker="wandb",
+    )  # fmt: skip
+    pipeline = IntegratedMLPipeline(config)
+    pipeline._pruner = PruneTheSecond
+    draw, family = pipeline._draw, []
+
+    def look_and_draw(*args):
+        worker = psutil.Process(pipeline.tracking._worker._process.pid)
+        family.extend([worker, *worker.children(recursive=True)])
+        draw(*args)
+
+    pipeline._draw = look_and_draw
+    return folder, pipeline.run_complete_pipeline(), runs_of(folder), family
+
+
+def ended(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_groups_and_job_types_show_the_tree(tracked):
+    _, _, runs, _ = tracked
+    assert {name: run["job_type"] for name, run in runs.items()} == {
+        "tiny": "pipeline", "lightning_cnn_optimized": "model", "trial 0": "trial", "trial 1": "trial",
+    }  # fmt: skip
+    assert len({run["group"] for run in runs.values()}) == 1
+    assert runs["trial 1"]["config"]["parent"] == "lightning_cnn_optimized"
+
+
+def test_every_run_ends_as_what_became_of_it(tracked):
+    _, _, runs, _ = tracked
+    assert {name: (run["summary"]["status"], run["exit_code"]) for name, run in runs.items()} == {
+        "tiny": ("FINISHED", 0),
+        "lightning_cnn_optimized": ("FINISHED", 0),
+        "trial 0": ("FINISHED", 0),
+        "trial 1": ("KILLED", 130),
+    }
+    assert runs["trial 1"]["summary"]["reason"].startswith("pruned")
+    assert runs["trial 1"]["tags"] == ["KILLED"]
+
+
+def test_runs_hold_what_the_summary_says(tracked):
+    _, summary, runs, _ = tracked
+    (model,) = summary["models"]
+    written = [point["val_macro_f1"] for point in runs["lightning_cnn_optimized"]["history"] if "val_macro_f1" in point]
+    assert written == pytest.approx(model["history"]["val_macro_f1"])
+    assert runs["lightning_cnn_optimized"]["config"]["weights"] == model["weights"]
+    assert runs["tiny"]["config"]["dataset"]["digest"] == summary["split"]["fingerprint"]
+    assert "| lightning_cnn |" in runs["tiny"]["notes"]
+    assert "confusion_matrix.png" in {file.name for file in runs["tiny"]["files"]}
+    assert summary["registered"] is None
+    assert "no registry" in summary["not_registered_because"]
+
+
+def test_nothing_is_left_running_and_mlflow_leaves_no_trace(tracked):
+    folder, _, _, family = tracked
+    assert len(family) > 1 and all(map(ended, family))
+    assert {file.name for file in folder.iterdir()} == {"tiny.npz", "results", "checkpoints", "wandb"}
+
+
+def test_runs_of_a_killed_program_are_closed(tmp_path):
+    pytest.importorskip("wandb")
+    code = """
+import sys, time, tracking
+from pathlib import Path
+writes = tracking.Tracking("tiny", uri=None, folder=Path(sys.argv[1]), warn=print, tracker="wandb")
+writes.start("a run")
+writes._wait(writes._later("watch_system", run=1))
+print(writes._worker._process.pid, flush=True)
+time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(child.stdout.readline()))
+    family = [worker, *worker.children(recursive=True)]
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    deadline = time.monotonic() + 30
+    while not all(map(ended, family)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    run = runs_of(tmp_path)["a run"]
+    assert run["summary"]["status"] == "KILLED"
+    assert run["summary"]["reason"] == "its process was killed"
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path):
+    pytest.importorskip("wandb")
+    (tmp_path / "wandb").write_text("a file where the folder should be")
+    warnings = []
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append, tracker="wandb")
+    writes.start("a run")
+    writes.close()
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: goes on without Weights & Biases")
