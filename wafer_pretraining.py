@@ -147,8 +147,8 @@ def pretrain(
         maps: to train on, rounded up to whole epochs.
         seed: of the stream, the initial weights and the augmentation.
         image_size: side in pixels to which maps are resized.
-        maps_per_epoch: from one score and checkpoint to the next; whole batches of 128 of all nine classes: a multiple of
-            1,152.
+        maps_per_epoch: from one score and checkpoint to the next; a multiple of 1,152, so that an epoch is whole
+            batches and equal classes.
         resume: go on where the same training was cut off.
         say: prints a line.
 
