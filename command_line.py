@@ -18,24 +18,30 @@ if TYPE_CHECKING:
     from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 
 
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all scripts have and examples below the help."""
+def make_plain_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every script has and examples below the help."""
     parser = argparse.ArgumentParser(
         description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--seed", type=int, default=0, help="of data, split, weights and batches (default 0)")
+    parser.add_argument(
+        "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
+    parser.add_argument("--quiet", action="store_true", help="print the outcome only")
+    return parser
+
+
+def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all scripts have which run the pipeline."""
+    parser = make_plain_parser(description, examples)
     parser.add_argument(
         "--data",
         default="synthetic",
         metavar="PATH",
         help="'synthetic' (default), or a path: LSWMD.pkl, MixedWM38 .npz, .npz in our layout, folder of class folders",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data, split, weights and batches (default 0)")
-    parser.add_argument(
-        "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
-    )
     parser.add_argument("--no-mlflow", action="store_true", help="do not track with MLflow")
-    parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
-    parser.add_argument("--quiet", action="store_true", help="print the final table only")
     return parser
 
 

@@ -145,6 +145,7 @@ class TrainingSeries:
             enable_mlflow=False,
             quiet=True,
             output_dir=self._folder(variant, seed),
+            pretrained_dir=self.config.generated_weights_dir,
             **timed,
             **variant.changes,
         )

@@ -37,7 +37,13 @@ from torch import nn
 import evaluation
 import reporting
 from decision import VIEWS, Decision, choose_decision
-from pretrained_weights import WeightsUnavailableError, fetch_weights, read_weights, sum_first_layer
+from pretrained_weights import (
+    WeightsUnavailableError,
+    fetch_weights,
+    load_generated_weights,
+    read_weights,
+    sum_first_layer,
+)
 from simple_model import LightningCNN, WaferClassifier
 from tracking import NoTracking, TrackedRun, Tracking, still_runs, this_process
 from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
@@ -69,6 +75,7 @@ warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*
 SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")
 TRACKERS = ("mlflow", "wandb")
+PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
@@ -84,6 +91,10 @@ class ExperimentConfig:
         experiment_name: folder name under results/ and checkpoints/.
         model_type: "all", one registered name, or a list of names.
         use_pretrained: start from pre-trained weights where they can be had.
+        pretrained_source: which: "imagenet" (published weights), "wafer" (made by pretrain.py on generated maps) or
+            "auto", which takes published ones where they can be had, else those made on generated maps.
+        pretrained_dir: folder of the weights made by pretrain.py; None for checkpoints/pretrained in the output
+            folder.
         max_epochs: of the final training, with early stopping.
         batch_size: maps a training batch.
         num_optuna_trials: trials for each model type.
@@ -130,6 +141,8 @@ class ExperimentConfig:
     experiment_name: str = "wafer_defect_complete"
     model_type: str | Sequence[str] = "all"
     use_pretrained: bool = True
+    pretrained_source: str = "auto"
+    pretrained_dir: str | Path | None = None
     max_epochs: int = 50
     batch_size: int = 32
     num_optuna_trials: int = 20
@@ -191,6 +204,7 @@ class ExperimentConfig:
         self._check_choice("tracker", TRACKERS)
         if self.tracker == "wandb" and self.enable_mlflow and find_spec("wandb") is None:
             raise ConfigError("tracker='wandb' needs Weights & Biases, which is not installed: pip install wandb.")
+        self._check_choice("pretrained_source", PRETRAINED_SOURCES)
         objectives = list(self.objectives)
         if not objectives or objectives[0] != "macro_f1" or not set(objectives) <= set(OBJECTIVES):
             raise ConfigError(
@@ -240,6 +254,13 @@ class ExperimentConfig:
         """Where the best and resume checkpoints of each model go."""
         return Path(self.output_dir) / "checkpoints" / self.experiment_name
 
+    @property
+    def generated_weights_dir(self) -> Path:
+        """Where weights made on generated maps are looked for: beside all else that runs leave, in no hidden folder."""
+        if self.pretrained_dir is not None:
+            return Path(self.pretrained_dir)
+        return Path(self.output_dir) / "checkpoints" / "pretrained"
+
     def training_fingerprint(self) -> str:
         """Changes with any setting that a resumed training depends on."""
         free = {
@@ -248,6 +269,7 @@ class ExperimentConfig:
             "output_dir",
             "model_type",
             "pretrained_wait",
+            "pretrained_dir",
             "enable_mlflow",
             "tracker",
             "tracking_uri",
@@ -275,17 +297,11 @@ def native_precision(accelerator: str = "auto") -> str:
 
 
 class AdaptedModel(WaferClassifier):
-    """A published network turned to one channel and nine classes.
-
-    `weights_source` says what the network really starts from: the name of the weights, or "random (reason)".
-    """
-
-    weights_source = "random"
+    """A published network turned to one channel and nine classes."""
 
     def start_from_pretrained(self, pretrained: bool, wait: float) -> None:
         """Loads pre-trained weights where they can be had; says in `weights_source` what came of it."""
         if not pretrained:
-            self.weights_source = "random (not asked for)"
             return
         try:
             self.weights_source = self.load_pretrained(wait)
@@ -843,10 +859,35 @@ class IntegratedMLPipeline:
         if spec.takes_image_size:
             parameters["image_size"] = self.config.image_size
         parameters |= {k: v for k, v in (trial_params or {}).items() if k != "batch_size"}
+        pretrained = self.config.use_pretrained if pretrained is None else pretrained
         if spec.loads_pretrained:
-            parameters["pretrained"] = self.config.use_pretrained if pretrained is None else pretrained
+            parameters["pretrained"] = pretrained and self.config.pretrained_source != "wafer"
             parameters["pretrained_wait"] = self.config.pretrained_wait
-        return spec.build(class_weights=class_weights, **parameters)
+        model = spec.build(class_weights=class_weights, **parameters)
+        if pretrained:
+            self._start_from_generated(model, model_type)
+        return model
+
+    def _start_from_generated(self, model: WaferClassifier, model_type: str) -> None:
+        """Loads weights made on generated maps, unless published ones are in or were asked for."""
+        source, no_imagenet = self.config.pretrained_source, model.weights_source
+        if not no_imagenet.startswith("random"):
+            return
+        if source == "imagenet":
+            if not MODEL_REGISTRY[model_type].loads_pretrained:
+                model.weights_source = "random (none are published for this network)"
+            return
+        try:
+            model.weights_source = load_generated_weights(
+                self.config.generated_weights_dir,
+                model.network,
+                model_type=model_type,
+                image_size=self.config.image_size,
+            )
+        except WeightsUnavailableError as error:
+            tried_both = source == "auto" and MODEL_REGISTRY[model_type].loads_pretrained
+            before = f"{no_imagenet[len('random (') : -1]}; " if tried_both else ""
+            model.weights_source = f"random ({before}{error})"
 
     def train_final_model(
         self, model_type: str, params: dict[str, Any] | None = None, *, seconds: float | None = None
@@ -921,10 +962,10 @@ class IntegratedMLPipeline:
             callbacks.insert(0, TimeBudget(seconds))
         if on_terminal:
             callbacks.insert(0, ProgressBar(self.console, model_type))
-        self._fit(model_type, model, data, callbacks, max_epochs=self.config.max_epochs, resume_from=resume_from)
+        self.fit(model_type, model, data, callbacks, max_epochs=self.config.max_epochs, resume_from=resume_from)
         return history
 
-    def _fit(
+    def fit(
         self,
         model_type: str,
         model: WaferClassifier,
@@ -934,7 +975,7 @@ class IntegratedMLPipeline:
         max_epochs: int,
         resume_from: Path | None = None,
     ) -> None:
-        """What final trainings and trials have in common: Lightning's Trainer as the configuration wants it."""
+        """What all trainings have in common: Lightning's Trainer as the configuration wants it."""
         config, interrupt = self.config, KeepInterrupt()
         trainer = pl.Trainer(
             max_epochs=max_epochs, accelerator=config.accelerator, devices=config.devices,
@@ -994,10 +1035,11 @@ class IntegratedMLPipeline:
         started = json.loads(mark.read_text())
         if resumed:
             return started["weights"]
-        source = getattr(model, "weights_source", "random (not asked for)")
+        source = model.weights_source
         evaluation.write_summary(mark, started | {"weights": source})
-        asked = self.config.use_pretrained and isinstance(model, AdaptedModel)
-        if asked and source.startswith("random"):
+        if not source.startswith("random"):
+            self._say(f"  starts from {source}")
+        elif self.config.use_pretrained:
             self._say(f"  no pre-trained weights: {source[len('random (') : -1]}; goes on without")
         return source
 
@@ -1242,7 +1284,7 @@ class IntegratedMLPipeline:
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
         if self._search_deadline is not None:
             callbacks.insert(0, TimeBudget(max(1.0, min(self._search_time_left(), self._trial_seconds))))
-        self._fit(model_type, model, data, callbacks, max_epochs=self.config.search_epochs)
+        self.fit(model_type, model, data, callbacks, max_epochs=self.config.search_epochs)
         best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
         trial.set_user_attr("best_epoch", best["epoch"])
         return model, best["val_macro_f1"]

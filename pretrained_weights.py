@@ -1,13 +1,19 @@
-"""Published weights: fetched within a bounded time, read without running code, fitted to one-channel images."""
+"""Weights to start from: published ones, fetched within a bounded time, and our own, made on generated wafer maps.
+
+Both are read without running code.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class WeightsUnavailableError(RuntimeError):
@@ -92,3 +98,117 @@ def read_weights(file: Path, *, allowed: Sequence[type] = ()) -> Any:
         raise WeightsUnavailableError(
             f"{file} cannot be loaded safely ({reason}); delete it to fetch it anew"
         ) from error
+
+
+# ------------------------------------------------------------------------------- weights made on generated maps
+
+
+def network_digest(network: nn.Module) -> str:
+    """Eight hex digits that change with the name or shape of any tensor of the network."""
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in network.state_dict().items())
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+
+
+def write_generated_weights(file: Path, network: nn.Module, *, header: dict[str, Any]) -> None:
+    """Writes a network's tensors as safetensors, whole or not at all.
+
+    Args:
+        file: where to.
+        network: all of its parameters and buffers are written.
+        header: what the weights are and come from; kept as text in the file's header. `load_generated_weights` looks
+            for image_size and validation_macro_f1.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    header = {**header, "network": network_digest(network), "sha256": _tensors_digest(tensors)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_name(f"{file.name}.{os.getpid()}.part")  # renamed when whole: nobody ever reads half a file
+    try:
+        save_file(tensors, half, metadata={key: str(value) for key, value in header.items()})
+        os.replace(half, file)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def load_generated_weights(folder: Path, network: nn.Module, *, model_type: str, image_size: int) -> str:
+    """Loads all tensors of a network, the head's too, from weights that `pretrain.py` made.
+
+    Of several files that fit (other seeds, other lengths of training), the one with the best macro F1 on the generated
+    maps that are held out for this.
+
+    Args:
+        folder: where the files are.
+        network: filled in place, or left as it is when this raises.
+        model_type: the beginning of the file's name.
+        image_size: side in pixels of the images that the weights must have been trained on.
+
+    Returns:
+        The name of the weights, for people.
+
+    Raises:
+        WeightsUnavailableError: there are none, or none that fits and is whole.
+    """
+    fitting, wrong = [], []
+    for file in sorted(Path(folder).glob(f"{model_type}-*.safetensors")):
+        try:
+            header = read_header(file)
+            if header["network"] != network_digest(network) or int(header["image_size"]) != image_size:
+                wrong.append(f"{file.name} is for another size of the network or of the images")
+            else:
+                fitting.append((float(header["validation_macro_f1"]), file))
+        except WeightsUnavailableError as error:
+            wrong.append(str(error))
+        except (KeyError, ValueError):
+            wrong.append(f"{file.name} does not say what it was trained on")
+    for _, file in sorted(fitting, reverse=True):
+        try:
+            network.load_state_dict(_read_tensors(file))
+        except WeightsUnavailableError as error:
+            wrong.append(str(error))
+        else:
+            return f"generated wafer maps ({file.name})"
+    found = "; ".join(wrong) if wrong else f"none on generated maps in {folder}"
+    raise WeightsUnavailableError(
+        f"{found}. To make them: python pretrain.py --models {model_type} --image-size {image_size}"
+    )
+
+
+def read_header(file: Path) -> dict[str, str]:
+    """What a file of generated weights says of itself: model type, seed, maps seen, seconds, validation macro F1, ...
+
+    Raises:
+        WeightsUnavailableError: not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            return content.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsUnavailableError(f"{file.name} is damaged ({error}); delete it") from error
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise WeightsUnavailableError(f"{file.name} is damaged ({error}); delete it") from error
+    if _tensors_digest(tensors) != read_header(file).get("sha256"):
+        raise WeightsUnavailableError(
+            f"{file.name} is damaged (its tensors are not those that were written); delete it"
+        )
+    return tensors
+
+
+def _tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, kinds, shapes and values: the format itself would not notice a changed byte."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

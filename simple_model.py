@@ -25,6 +25,8 @@ class WaferClassifier(pl.LightningModule):
     Subclasses set `self.network` and call `self.save_hyperparameters()` with plain values only, so that their
     checkpoints load with `weights_only=True`.
 
+    `weights_source` says what the network really starts from: the name of the weights, or "random (reason)".
+
     Args:
         learning_rate: peak of the schedule.
         weight_decay: of matrices and kernels; biases and normalisation layers are not decayed.
@@ -39,6 +41,7 @@ class WaferClassifier(pl.LightningModule):
     """
 
     network: nn.Module
+    weights_source = "random (not asked for)"
 
     def __init__(
         self,

@@ -126,6 +126,20 @@ def ablation(record: dict) -> list[str]:
     return ablation_markdown(record).strip().splitlines()
 
 
+def pretraining(record: dict) -> list[str]:
+    def mean_text(outcome: dict, way: str) -> str:
+        return f"{outcome['mean'][way]:.3f} ± {outcome['deviation'][way]:.3f}"
+
+    return rows(
+        "model, seeds, from scratch, pre-trained on generated maps, difference",
+        [
+            [o["model_type"], str(o["seeds"]), *(mean_text(o, way) for way in o["mean"]),
+             f"{o['difference']:+.3f} [{o['interval'][0]:+.3f}, {o['interval'][1]:+.3f}]"]
+            for o in record["outcome"]
+        ],
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "runs": table_of_runs,
     "levels": table_of_levels,
@@ -133,6 +147,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "against_ultralytics": against,
     "start_up": start_up,
     "scale": scale,
+    "wafer_pretraining": pretraining,
 }
 RECORD_OF = {"runs": "time_to_f1", "levels": "time_to_f1"}
 

@@ -81,3 +81,24 @@ def test_tracking_cost_compares_tracked_with_untracked_and_times_the_storage(tin
     assert record["wall_tracked_over_untracked"]["turns"] == 1
     (turn,) = record["turns"]["untracked"]
     assert 0 < turn["storage_seconds"] < turn["search_seconds"] < turn["wall_seconds"]
+
+
+def test_wafer_pretraining_compares_both_starts_on_the_same_few_maps(tiny_npz, tmp_path):
+    from wafer_pretraining import pretrain
+
+    pretrain("lightning_cnn", folder=tmp_path, maps=1152, maps_per_epoch=1152, image_size=16, say=lambda text: None)
+    output = tmp_path / "record.json"
+    run(
+        "wafer_pretraining.py", "--data", tiny_npz, "--seeds", 0, 1, "--per-class", 5, "--validation-per-class", 2,
+        "--epochs", 1, "--image-size", 16, "--pretrained-dir", tmp_path, "--output", output,
+    )  # fmt: skip
+    record = json.loads(output.read_text())
+    scratch, tuned = record["runs"][:2]
+    assert scratch["maps"] == tuned["maps"] and scratch["maps"]["train"] <= 45
+    assert scratch["weights"].startswith("random") and tuned["weights"].startswith("generated")
+    (outcome,) = record["outcome"]
+    low, high = outcome["interval"]
+    assert low <= outcome["difference"] <= high
+    second = record["runs"][2:]
+    differences = [tuned["macro_f1"] - scratch["macro_f1"], second[1]["macro_f1"] - second[0]["macro_f1"]]
+    assert outcome["difference"] == pytest.approx(sum(differences) / 2, abs=1e-4)

@@ -1,0 +1,168 @@
+r"""What pre-training on generated wafer maps brings where few real maps are labelled.
+
+Measured, for each model and seed: the macro F1 on all real test lots of a network that was fine-tuned from weights
+made by pretrain.py, against the same network trained from random weights. Both see the same few real maps of each
+class for the same number of epochs, and have the same seed. The lots are split first; the few training maps come from
+the training lots, and the few validation maps, which pick the best epoch, from the validation lots. A seed changes the
+split, the few maps, the initial weights and the batches; the pre-trained weights are the same for all seeds. The
+interval of the mean difference is Student's t over the seeds, 95%.
+
+    python pretrain.py --models lightning_cnn
+    python benchmarks/wafer_pretraining.py --data wm811k.npz --models lightning_cnn --seeds 0 1 2 \
+        --output benchmarks/results/wafer_pretraining.json
+
+Learning rates and epochs are chosen with other seeds and `--score validation`, which scores on all maps of the
+validation lots and leaves the test lots closed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from measure import ROOT, write_record
+
+WAYS = {"from scratch": False, "pre-trained on generated maps": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="real maps, anything that --data of the scripts takes")
+    parser.add_argument("--models", nargs="+", default=["lightning_cnn"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--per-class", type=int, default=50, help="real training maps of each class")
+    parser.add_argument("--validation-per-class", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=40)
+    parser.add_argument("--learning-rate", type=float, help="for both ways, in place of each one's default")
+    parser.add_argument("--score", choices=("test", "validation"), default="test", help="lots to score on")
+    parser.add_argument("--pretrained-dir", type=Path, default=ROOT / "checkpoints/pretrained")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    runs = []
+    for model_type in arguments.models:
+        for seed in arguments.seeds:
+            runs += compare(arguments, model_type, seed)
+    settings = ("models", "seeds", "per_class", "validation_per_class", "epochs", "batch_size", "image_size", "score")
+    record = {"benchmark": "wafer_pretraining", **{name: getattr(arguments, name) for name in settings}}
+    outcome = [
+        summarise(model_type, [r for r in runs if r["model_type"] == model_type]) for model_type in arguments.models
+    ]
+    write_record(arguments.output, {**record, "outcome": outcome, "runs": runs})
+
+
+def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[dict]:
+    """Both ways on the same maps."""
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+
+    runs, prepared = [], None
+    for way, pretrained in WAYS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = ExperimentConfig(
+                model_type=model_type,
+                data=arguments.data,
+                use_pretrained=pretrained,
+                pretrained_source="wafer",
+                pretrained_dir=arguments.pretrained_dir,
+                max_epochs=arguments.epochs,
+                early_stopping_patience=arguments.epochs,  # the same number of epochs for both
+                batch_size=arguments.batch_size,
+                image_size=arguments.image_size,
+                learning_rate=arguments.learning_rate,
+                seed=seed,
+                enable_optuna=False,
+                enable_mlflow=False,
+                output_dir=folder,
+                quiet=True,
+            )
+            pipeline = IntegratedMLPipeline(config)
+            if prepared is None:
+                pipeline.prepare_data()
+                prepared = pipeline
+                few, scored = few_maps(prepared, arguments, seed)
+            pipeline.maps, pipeline.split = prepared.maps, few
+            record = pipeline.train_final_model(model_type)
+            if pretrained and record["weights"].startswith("random"):
+                raise SystemExit(f"{model_type}: {record['weights']}")
+            score = score_on(pipeline, record, scored)
+        runs.append(
+            {
+                "model_type": model_type,
+                "seed": seed,
+                "way": way,
+                "macro_f1": round(score["macro_f1"], 4),
+                "accuracy": round(score["accuracy"], 4),
+                "per_class_f1": {name: round(row["f1"], 3) for name, row in score["per_class"].items()},
+                "best_epoch": record["best_epoch"],
+                "epochs": record["epochs"],
+                "train_seconds": round(record["train_seconds"], 1),
+                "learning_rate": record["parameters"]["learning_rate"],
+                "weights": record["weights"],
+                "maps": {"train": len(few.train), "validation": len(few.validation), "scored": len(scored)},
+            }
+        )
+        print(f"{model_type}, seed {seed}, {way}: macro F1 {score['macro_f1']:.3f}", flush=True)
+    return runs
+
+
+def few_maps(pipeline, arguments: argparse.Namespace, seed: int):
+    """The split with few maps of each class in training and validation, and the maps to score on."""
+    import numpy as np
+
+    rng, labels, split = np.random.default_rng(seed), pipeline.maps.labels, pipeline.split
+
+    def draw(part: np.ndarray, per_class: int) -> np.ndarray:
+        shuffled = rng.permutation(part)
+        return np.sort(np.concatenate([shuffled[labels[shuffled] == c][:per_class] for c in range(9)]))
+
+    few = replace(
+        split,
+        train=draw(split.train, arguments.per_class),
+        validation=draw(split.validation, arguments.validation_per_class),
+        fingerprint=f"{split.fingerprint}-{arguments.per_class}",
+    )
+    return few, getattr(split, arguments.score)
+
+
+def score_on(pipeline, record: dict, indices) -> dict:
+    import evaluation
+    from integrated_pipeline import predict_probabilities
+    from wafer_data import CLASS_NAMES, resize_maps
+
+    maps = pipeline.maps.select(indices)
+    predicted = evaluation.Predictions(
+        probabilities=predict_probabilities(pipeline.load_model(record), resize_maps(maps, pipeline.config.image_size)),
+        labels=maps.labels,
+        groups=maps.groups,
+        class_names=CLASS_NAMES,
+    )
+    return evaluation.compute_metrics(predicted, seed=pipeline.config.seed)
+
+
+def summarise(model_type: str, runs: list[dict]) -> dict:
+    """Mean and standard deviation of each way, and the mean difference, paired by seed, with its interval."""
+    from scipy.stats import t
+
+    scores = {way: [run["macro_f1"] for run in runs if run["way"] == way] for way in WAYS}
+    differences = [after - before for before, after in zip(*scores.values(), strict=True)]
+    n, mean = len(differences), statistics.mean(differences)
+    half = None
+    if n > 1:
+        half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    return {
+        "model_type": model_type,
+        "seeds": n,
+        "mean": {way: round(statistics.mean(values), 4) for way, values in scores.items()},
+        "deviation": {way: round(statistics.stdev(values), 4) if n > 1 else None for way, values in scores.items()},
+        "difference": round(mean, 4),
+        "interval": None if half is None else [round(mean - half, 4), round(mean + half, 4)],
+    }
+
+
+if __name__ == "__main__":
+    main()
