@@ -397,12 +397,12 @@ def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str,
     series = TrainingSeries(pipeline, variants, seeds)
     series.say(f"Ablation of {model_type}, {len(variants)} variants, {len(series.seeds)} seeds; {series.budget()}")
     records = series.run()
-    effects = _effects(records)
+    *effects, together = _effects(records)
     record = {
         **_head(config, "ablation", series, records),
         "model_type": model_type,
         "components": list(COMPONENTS),
-        "verdict": _ablation_verdict(effects, records),
+        "verdict": _ablation_verdict(effects, together, records),
         "variants": [
             {
                 "name": name,
@@ -414,6 +414,7 @@ def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str,
             for name, on in switched.items()
         ],
         "effects": effects,
+        "together": together,
         "runs": records,
         "interval_method": INTERVAL_METHOD,
         "difference_method": DIFFERENCE_METHOD,
@@ -444,7 +445,7 @@ def _without_p(scores: Mapping[int, float], records: Sequence[Mapping[str, Any]]
 
 
 def _effects(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """With a component minus without it: on top of nothing, and on top of all the others."""
+    """With a component minus without it: on top of nothing, and on top of all the others; last, all against nothing."""
     alone = [(f"baseline + {one}", "baseline") for one in COMPONENTS]
     left_out = [("everything", f"everything but {one}") for one in COMPONENTS]
     whole = [("everything", "baseline")]
@@ -467,12 +468,13 @@ def _effect_verdict(row: Mapping[str, Any]) -> str:
     return "helps" if row["difference"] > 0 else "harms"
 
 
-def _ablation_verdict(effects: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> str:
-    whole = effects[-1]
+def _ablation_verdict(
+    effects: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> str:
     interval = "" if whole["interval"] is None else f" [{whole['interval'][0]:+.3f}, {whole['interval'][1]:+.3f}]"
     first = f"All components together change macro F1 by {whole['difference']:+.3f}{interval}: {whole['verdict']}."
     by_verdict = {
-        verdict: sorted({e["component"] for e in effects[:-1] if e["verdict"] == verdict and e["context"] == "alone"})
+        verdict: sorted({e["component"] for e in effects if e["verdict"] == verdict and e["context"] == "alone"})
         for verdict in ("helps", "harms", "no effect shown")
     }
     said = [f"{', '.join(names)}: {verdict}" for verdict, names in by_verdict.items() if names]
