@@ -1225,12 +1225,17 @@ class IntegratedMLPipeline:
                 study.stop()
 
         if len(_counted_trials(study)) < wanted and self._search_time_left() > 0:
-            study.optimize(
-                lambda trial: self.optuna_objective(trial, model_type),
-                callbacks=[report_and_stop],
-                catch=(TrialFailedError,),
-                gc_after_trial=True,
-            )
+            try:
+                study.optimize(
+                    lambda trial: self.optuna_objective(trial, model_type),
+                    callbacks=[report_and_stop],
+                    catch=(TrialFailedError,),
+                    gc_after_trial=True,
+                )
+            except OSError as error:  # Ctrl-C while the journal's lock is given back: its file is then deleted twice
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise KeyboardInterrupt from error
+                raise
         return self._search_record(study, model_type)
 
     def optuna_objective(self, trial: optuna.Trial, model_type: str) -> float | tuple[float, ...]:

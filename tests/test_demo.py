@@ -65,7 +65,7 @@ def test_the_page_is_up_before_training_and_gone_after_ctrl_c(tiny_npz, tmp_path
         assert page.status == 200
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130
+    assert child.returncode == 130, errors
     assert "--resume" in errors
     with pytest.raises(OSError):
         urlopen(link[1], timeout=5)

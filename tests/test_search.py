@@ -289,3 +289,18 @@ def test_every_architectures_space_can_be_searched():
         config = ExperimentConfig(use_pretrained=False, enable_mlflow=False)
         assert IntegratedMLPipeline(config).create_model(model_type, params) is not None
         assert np.isfinite(params["learning_rate"])
+
+
+def test_ctrl_c_while_the_journals_lock_is_given_back_is_still_ctrl_c(tiny_npz, tmp_path, monkeypatch):
+    made, unlink, done = pipeline(tiny_npz, tmp_path, num_optuna_trials=2), os.unlink, []
+
+    def interrupted(path, *args, **kwargs):
+        unlink(path, *args, **kwargs)
+        if made._studies and str(path).endswith(".rename") and not done:
+            done.append(path)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.search("lightning_cnn")
+    assert done

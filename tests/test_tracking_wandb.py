@@ -105,6 +105,7 @@ def tracked(tiny_arrays, tmp_path_factory):
     draw, family = pipeline._draw, []
 
     def look_and_draw(*args):
+        pipeline.tracking._wait(pipeline.tracking._later("watch_system", run=1))  # until all before it is written
         worker = psutil.Process(pipeline.tracking._worker._process.pid)
         family.extend([worker, *worker.children(recursive=True)])
         draw(*args)
