@@ -7,7 +7,7 @@ end. The nine classes are those of the real task and equally frequent, so the he
 
 No leak: the generated maps that a run is evaluated on (`data="synthetic"`) come from the seed of its configuration,
 which is below 2**31. The stream draws from seeds of 2**32 and above, the maps held out to score the pre-training from
-2**32 - 1. A call of the generator with another seed draws other lots, other die grids and other maps.
+2**32 - 1. A call of the generator with another seed draws other lots and other maps.
 """
 
 from __future__ import annotations
