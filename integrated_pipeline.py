@@ -76,6 +76,7 @@ SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")
 TRACKERS = ("mlflow", "wandb")
 PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
+FINE_TUNING_SHARE = 0.1  # of a model's own learning rate, when it starts from weights made on generated maps
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
@@ -866,6 +867,9 @@ class IntegratedMLPipeline:
         model = spec.build(class_weights=class_weights, **parameters)
         if pretrained:
             self._start_from_generated(model, model_type)
+        chosen = self.config.learning_rate is not None or "learning_rate" in (trial_params or {})
+        if model.weights_source.startswith("generated") and not chosen:
+            model.set_learning_rate(FINE_TUNING_SHARE * model.learning_rate)
         return model
 
     def _start_from_generated(self, model: WaferClassifier, model_type: str) -> None:
@@ -1034,9 +1038,10 @@ class IntegratedMLPipeline:
         mark = folder / "started.json"
         started = json.loads(mark.read_text())
         if resumed:
+            model.set_learning_rate(started["learning_rate"])
             return started["weights"]
         source = model.weights_source
-        evaluation.write_summary(mark, started | {"weights": source})
+        evaluation.write_summary(mark, started | {"weights": source, "learning_rate": model.learning_rate})
         if not source.startswith("random"):
             self._say(f"  starts from {source}")
         elif self.config.use_pretrained:

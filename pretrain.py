@@ -8,7 +8,7 @@ import sys
 import command_line
 
 EXAMPLES = """\
-  python pretrain.py                                     the small CNN, 250,000 maps, about five minutes
+  python pretrain.py                                     the small CNN, 200,000 maps, ten minutes on one core
   python pretrain.py --models lightning_cnn torchvision_resnet --maps 100000
   python pretrain.py --models all --image-size 64
   python pretrain.py --resume                            go on after Ctrl-C or a crash
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument(
         "--models", nargs="+", default=["lightning_cnn"], metavar="NAME", help="model types, or 'all' (lightning_cnn)"
     )
-    parser.add_argument("--maps", type=int, default=250_000, help="generated maps to train on (default 250000)")
+    parser.add_argument("--maps", type=int, default=200_000, help="generated maps to train on (default 200000)")
     parser.add_argument("--image-size", type=int, default=40, help="side in pixels, as the runs will use (default 40)")
     arguments = parser.parse_args()
     return command_line.run(lambda: pretrain_all(arguments))

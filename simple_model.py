@@ -67,6 +67,10 @@ class WaferClassifier(pl.LightningModule):
             {stage: MulticlassConfusionMatrix(num_classes, validate_args=False) for stage in ("fit", "val")}
         )
 
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Changes the peak of the schedule, before training; what the checkpoint says of it too."""
+        self.learning_rate = self.hparams["learning_rate"] = learning_rate
+
     def setup(self, stage: str) -> None:
         """Puts kernels in channels-last order: faster convolutions on CPU and GPU, the same results."""
         self.network.to(memory_format=torch.channels_last)

@@ -1,13 +1,13 @@
 """Pre-training without a download: a network learns from a stream of generated wafer maps, none of which it sees twice.
 
-    file = pretrain("lightning_cnn", maps=250_000, folder=Path("checkpoints/pretrained"))
+    file = pretrain("lightning_cnn", folder=Path("checkpoints/pretrained"))
 
 The network, its default parameters, augmentation and the Trainer are those of every other training; only the maps never
 end. The nine classes are those of the real task and equally frequent, so the head is worth keeping too.
 
 No leak: the generated maps that a run is evaluated on (`data="synthetic"`) come from the seed of its configuration,
 which is below 2**31. The stream draws from seeds of 2**32 and above, the maps held out to score the pre-training from
-2**32 - 1. A call of the generator with another seed draws other lots, other die grids and other maps.
+2**32 - 1. A call of the generator with another seed draws other lots and other maps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HELD_OUT_SEED = 2**32 - 1  # the same for all streams, so that their scores can 
 HELD_OUT_PER_CLASS = 128
 MAPS_PER_EPOCH = 5760  # 45 batches, 640 maps of each class
 BATCH_SIZE = 128
-DEFAULT_MAPS = 250_000
+DEFAULT_MAPS = 200_000
 
 
 def stream_seed(seed: int, chunk: int) -> int:

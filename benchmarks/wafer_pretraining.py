@@ -49,11 +49,23 @@ def main() -> None:
         for seed in arguments.seeds:
             runs += compare(arguments, model_type, seed)
     settings = ("models", "seeds", "per_class", "validation_per_class", "epochs", "batch_size", "image_size", "score")
-    record = {"benchmark": "wafer_pretraining", **{name: getattr(arguments, name) for name in settings}}
-    outcome = [
-        summarise(model_type, [r for r in runs if r["model_type"] == model_type]) for model_type in arguments.models
-    ]
-    write_record(arguments.output, {**record, "outcome": outcome, "runs": runs})
+    record = {
+        "benchmark": "wafer_pretraining",
+        **{name: getattr(arguments, name) for name in settings},
+        "weights": headers(arguments.pretrained_dir, runs),
+        "outcome": [summarise(name, [run for run in runs if run["model_type"] == name]) for name in arguments.models],
+        "runs": runs,
+    }
+    write_record(arguments.output, record)
+
+
+def headers(folder: Path, runs: list[dict]) -> dict[str, dict]:
+    """What the files that were fine-tuned from say of their pre-training."""
+    from pretrained_weights import read_header
+
+    names = {run["weights"] for run in runs if not run["weights"].startswith("random")}
+    files = [folder / name[name.index("(") + 1 : -1] for name in sorted(names)]
+    return {file.name: dict(sorted(read_header(file).items())) for file in files}
 
 
 def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[dict]:

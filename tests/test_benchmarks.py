@@ -96,6 +96,8 @@ def test_wafer_pretraining_compares_both_starts_on_the_same_few_maps(tiny_npz, t
     scratch, tuned = record["runs"][:2]
     assert scratch["maps"] == tuned["maps"] and scratch["maps"]["train"] <= 45
     assert scratch["weights"].startswith("random") and tuned["weights"].startswith("generated")
+    (header,) = record["weights"].values()
+    assert header["maps_seen"] == "1152"
     (outcome,) = record["outcome"]
     low, high = outcome["interval"]
     assert low <= outcome["difference"] <= high

@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 
 import integrated_pipeline
 import wafer_pretraining
-from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline, WeightsUnavailableError
+from integrated_pipeline import (
+    FINE_TUNING_SHARE,
+    MODEL_REGISTRY,
+    ExperimentConfig,
+    IntegratedMLPipeline,
+    WeightsUnavailableError,
+)
 from pretrained_weights import read_header
 from wafer_data import load_wafer_maps, pack_maps
 from wafer_generator import generate_wafer_maps
@@ -255,6 +261,25 @@ def test_the_summary_names_the_weights_that_were_used_and_a_resumed_run_keeps_th
     assert first["models"][0]["weights"] == f"generated wafer maps ({made.name})"
     again = pipeline(tmp_path / "gone", resume=True, **settings).run_complete_pipeline()
     assert again["models"][0]["weights"] == first["models"][0]["weights"]
+
+
+def test_fine_tuning_takes_a_share_of_the_learning_rate_unless_one_is_chosen(made):
+    own = MODEL_REGISTRY["lightning_cnn"].defaults["learning_rate"]
+    tuned = pipeline(made.parent).create_model("lightning_cnn")
+    assert tuned.learning_rate == tuned.hparams["learning_rate"] == FINE_TUNING_SHARE * own
+    assert pipeline(made.parent, use_pretrained=False).create_model("lightning_cnn").learning_rate == own
+    assert pipeline(made.parent, learning_rate=0.01).create_model("lightning_cnn").learning_rate == 0.01
+    assert pipeline(made.parent).create_model("lightning_cnn", {"learning_rate": 0.02}).learning_rate == 0.02
+
+
+def test_a_resumed_fine_tuning_keeps_its_learning_rate_and_the_name_of_its_weights(made, tiny_npz, tmp_path):
+    settings = {"model_type": "lightning_cnn", "data": str(tiny_npz), "max_epochs": 1, "output_dir": tmp_path}
+    first = pipeline(made.parent, **settings)
+    before = first.train_final_model("lightning_cnn")
+    (first.config.checkpoints_dir / "lightning_cnn" / "finished.json").unlink()  # as after a kill
+    after = pipeline(tmp_path / "gone", resume=True, **settings).train_final_model("lightning_cnn")
+    assert after["weights"] == before["weights"] == f"generated wafer maps ({made.name})"
+    assert after["parameters"]["learning_rate"] == before["parameters"]["learning_rate"]
 
 
 def test_the_fingerprint_of_a_training_changes_with_the_source_of_its_weights():
