@@ -130,10 +130,14 @@ def pretraining(record: dict) -> list[str]:
     def mean_text(outcome: dict, way: str) -> str:
         return f"{outcome['mean'][way]:.3f} ± {outcome['deviation'][way]:.3f}"
 
+    def cost_text(outcome: dict) -> str:
+        header = next(h for h in record["weights"].values() if h["model_type"] == outcome["model_type"])
+        return f"{int(header['maps_seen']):,} maps in {float(header['seconds']):,.0f} s"
+
     return rows(
-        "model, seeds, from scratch, pre-trained on generated maps, difference",
+        "model, seeds, pre-training, from scratch, pre-trained on generated maps, difference",
         [
-            [o["model_type"], str(o["seeds"]), *(mean_text(o, way) for way in o["mean"]),
+            [o["model_type"], str(o["seeds"]), cost_text(o), *(mean_text(o, way) for way in o["mean"]),
              f"{o['difference']:+.3f} [{o['interval'][0]:+.3f}, {o['interval'][1]:+.3f}]"]
             for o in record["outcome"]
         ],
