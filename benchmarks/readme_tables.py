@@ -152,6 +152,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "start_up": start_up,
     "scale": scale,
     "wafer_pretraining": pretraining,
+    "pruning": pruning,
 }
 RECORD_OF = {"runs": "time_to_f1", "levels": "time_to_f1"}
 
