@@ -56,9 +56,10 @@ class MlflowRuns:
         if not self._uri.startswith("sqlite"):  # a server that is down must not hold us up long
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        from mlflow import MlflowClient
+        import mlflow
 
-        self._client = MlflowClient(self._uri)
+        mlflow.set_tracking_uri(self._uri)  # a model's address is looked up there, not where the client points to
+        self._client = mlflow.MlflowClient(self._uri)
         experiment = self._client.get_experiment_by_name(experiment_name)
         if experiment is None:
             files = (Path(folder) / "mlruns").as_uri() if uri is None else None
@@ -177,7 +178,6 @@ class MlflowRuns:
         from mlflow.models import ModelSignature
         from mlflow.types import Schema, TensorSpec
 
-        mlflow.set_tracking_uri(self._uri)
         with mlflow.start_run(run_id=self._ids[run]):
             logged = mlflow.onnx.log_model(
                 onnx.load(file),
