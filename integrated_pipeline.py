@@ -1221,15 +1221,18 @@ class IntegratedMLPipeline:
         # Pruned trials leave time to the others, so each may use twice its even share.
         self._trial_seconds = float("inf") if seconds is None else 2 * seconds / wanted
 
+        def enough() -> bool:
+            done = _counted_trials(study)
+            typical = _study_seconds(study) / max(1, len(done))
+            return len(done) >= wanted or self._search_time_left() < max(0.5 * typical, 1e-9)
+
         def report_and_stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             self._forget_beaten_trials(study, model_type)
             self._say(_trial_line(study, trial, wanted=wanted, deadline=self._search_deadline))
-            done = _counted_trials(study)
-            too_short = self._search_time_left() < 0.5 * _study_seconds(study) / max(1, len(done))
-            if len(done) >= wanted or too_short:
+            if enough():
                 study.stop()
 
-        if len(_counted_trials(study)) < wanted and self._search_time_left() > 0:
+        if not enough():
             try:
                 study.optimize(
                     lambda trial: self.optuna_objective(trial, model_type),

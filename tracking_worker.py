@@ -99,6 +99,8 @@ class MlflowRuns:
         self._ids[run] = self._id_of(key) if self._resume and key else None
         if self._ids[run] is not None:
             self._client.update_run(self._ids[run], status="RUNNING")
+            with suppress(Exception):  # why it ended before is no longer true; it may have had no reason
+                self._client.delete_tag(self._ids[run], "reason")
             self.tags(run, tags)
         else:
             created = self._client.create_run(self._experiment_id, start_time=started, run_name=name, tags=tags)
