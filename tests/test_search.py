@@ -266,6 +266,24 @@ def test_a_time_limit_leaves_the_final_training_its_share(tiny_npz, tmp_path):
     assert model["epochs"] > 3
 
 
+def test_a_search_whose_time_is_up_is_not_gone_on_with_for_an_instant(tiny_npz, tmp_path, monkeypatch):
+    train = IntegratedMLPipeline.optuna_objective
+
+    def three_trials(self, trial, model_type):
+        if trial.number == 3:
+            raise KeyboardInterrupt
+        return train(self, trial, model_type)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(IntegratedMLPipeline, "optuna_objective", three_trials)
+        pipeline(tiny_npz, tmp_path, num_optuna_trials=9).search("lightning_cnn")
+    resumed = pipeline(tiny_npz, tmp_path, num_optuna_trials=9, resume=True)
+    resumed.prepare_data()
+    done = [t.duration.total_seconds() for t in resumed._open_study("lightning_cnn").trials if t.duration]
+    found = resumed.search("lightning_cnn", seconds=sum(done) + 0.4 * sum(done) / len(done))
+    assert sum(trial["state"] == "complete" for trial in found["trials"]) == 3
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
