@@ -37,7 +37,8 @@ def main() -> None:
         print(json.dumps(search_and_train(arguments)))
         return
     ways = {name: partial(in_a_process, name) for name in ("tracked", "untracked")}
-    in_a_process("tracked")  # a warm-up, so that no turn reads the libraries from the disk
+    if arguments.repeats > 1:
+        in_a_process("tracked")  # a warm-up, so that no turn reads the libraries from the disk
     turns = take_turns(ways, repeats=arguments.repeats)
     walls = {name: [turn["wall_seconds"] for turn in some] for name, some in turns.items()}
     ratio = paired_ratio(walls["tracked"], walls["untracked"])

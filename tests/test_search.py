@@ -288,7 +288,7 @@ def test_a_search_whose_time_is_up_is_not_gone_on_with_for_an_instant(tiny_npz, 
     ("wrong", "message"),
     [
         ({"sampler": "luck"}, "Allowed: auto, tpe, random"),
-        ({"pruner": "shears"}, "Allowed: auto, median, hyperband, none"),
+        ({"pruner": "shears"}, "Allowed: auto, median, halving, hyperband, none"),
         ({"objectives": ("latency",)}, "Name 'macro_f1' first"),
         ({"objectives": ("macro_f1", "beauty")}, "Name 'macro_f1' first"),
         ({"search_share": 1.5}, "search_share=1.5"),
