@@ -101,6 +101,8 @@ class ExperimentConfig:
         num_optuna_trials: trials for each model type.
         search_epochs: epochs of a trial.
         search_share: share of the time limit that the search may use; the rest belongs to the final training.
+        favourite_share: share of the final trainings' time for the model whose search scored highest, once all
+            searches are done; the others share the rest. None: each model is searched and trained with an equal share.
         sampler: who proposes parameters: "auto" (TPE), "tpe" or "random".
         pruner: who stops unpromising trials: "auto" (median below 30 trials, then Hyperband), "median", "halving"
             (successive halving, the strictest: only the best third goes on after 2, 4, 10, ... epochs), "hyperband" or
@@ -149,6 +151,7 @@ class ExperimentConfig:
     num_optuna_trials: int = 20
     search_epochs: int = 8
     search_share: float = 0.6
+    favourite_share: float | None = None
     sampler: str = "auto"
     pruner: str = "auto"
     objectives: Sequence[str] = ("macro_f1",)
@@ -187,6 +190,7 @@ class ExperimentConfig:
             ("num_optuna_trials", 1, 1_000_000),
             ("search_epochs", 1, 100_000),
             ("search_share", 0.05, 0.95),
+            ("favourite_share", 0.05, 0.95),
             ("samples_per_class", 1, 1_000_000),
             ("max_samples_per_class", 1, 100_000_000),
             ("image_size", 16, 512),
@@ -244,6 +248,11 @@ class ExperimentConfig:
         if not names:
             raise ConfigError("model_type=[] is empty. Name at least one model, or 'all'.")
         return list(dict.fromkeys(names))
+
+    def favours_the_best(self) -> bool:
+        """Whether the final training's time goes by the outcome of the searches."""
+        several = len(self.model_types()) > 1
+        return None not in (self.favourite_share, self.time_limit) and self.enable_optuna and several
 
     @property
     def results_dir(self) -> Path:
@@ -755,10 +764,7 @@ class IntegratedMLPipeline:
         return summary
 
     def _run(self) -> dict[str, Any]:
-        trained = []
-        for model_type in self.config.model_types():
-            self._say(f"\n[bold]{model_type}[/bold]")
-            trained.append(self.search_and_train(model_type))
+        trained = self._train_all()
         with self._timed("evaluation"):
             results, predictions = self.evaluate(trained)
         best = max(range(len(results)), key=lambda i: results[i]["validation"]["macro_f1"])
@@ -774,6 +780,21 @@ class IntegratedMLPipeline:
         self._track_outcome(summary)
         self._print_outcome(results, summary)
         return summary
+
+    def _train_all(self) -> list[dict[str, Any]]:
+        config, trained, found = self.config, [], {}
+        if config.favours_the_best():
+            for model_type in config.model_types():
+                self._say(f"\n[bold]{model_type}[/bold], search")
+                found[model_type] = self.start_and_search(model_type)
+        for model_type in config.model_types():
+            self._say(f"\n[bold]{model_type}[/bold]")
+            if found:
+                seconds = self._seconds_by_merit(model_type, found)
+                trained.append(self.train_with_the_best(model_type, found[model_type], seconds=seconds))
+            else:
+                trained.append(self.search_and_train(model_type))
+        return trained
 
     # --- before training
 
@@ -1178,21 +1199,47 @@ class IntegratedMLPipeline:
 
     def search_and_train(self, model_type: str) -> dict[str, Any]:
         """Searches, trains with the best parameters, and keeps whichever is better on validation: that or a trial."""
+        share = self._equal_share()
+        if self.config.enable_optuna:
+            found = self.start_and_search(model_type)
+            left = None if share is None else max(1.0, share - found["seconds"])
+            return self.train_with_the_best(model_type, found, seconds=left)
+        self._start_model_run(model_type)
+        with self._timed("training"):
+            return self.train_final_model(model_type, seconds=share)
+
+    def _equal_share(self) -> float | None:
         limit = self.config.time_limit
-        share = None if limit is None else limit / len(self.config.model_types())
+        return None if limit is None else limit / len(self.config.model_types())
+
+    def _seconds_by_merit(self, model_type: str, found: dict[str, dict[str, Any]]) -> float:
+        """What is left after all searches: `favourite_share` of it for the model that did best, the rest in parts."""
+        left = max(float(len(found)), self.config.time_limit - sum(search["seconds"] for search in found.values()))
+        favourite = max(found, key=lambda name: found[name]["best"]["macro_f1"])
+        if model_type == favourite:
+            return left * self.config.favourite_share
+        return left * (1 - self.config.favourite_share) / (len(found) - 1)
+
+    def _start_model_run(self, model_type: str) -> None:
         self._model_runs[model_type] = self.tracking.start(
             f"{model_type}_optimized" if self.config.enable_optuna else model_type,
             parent=self._parent_run,
             key=f"{self._fingerprint()}/{model_type}",
         )
-        if not self.config.enable_optuna:
-            with self._timed("training"):
-                return self.train_final_model(model_type, seconds=share)
+
+    def start_and_search(self, model_type: str) -> dict[str, Any]:
+        """Opens the model's run in the tracker and searches with its share of the time; see `search`."""
+        self._start_model_run(model_type)
+        share = self._equal_share()
         with self._timed("search"):
-            found = self.search(model_type, seconds=None if share is None else share * self.config.search_share)
-        left = None if share is None else max(1.0, share - found["seconds"])
+            return self.search(model_type, seconds=None if share is None else share * self.config.search_share)
+
+    def train_with_the_best(
+        self, model_type: str, found: dict[str, Any], *, seconds: float | None = None
+    ) -> dict[str, Any]:
+        """The final training with the best parameters found, or the best trial where that is better on validation."""
         with self._timed("training"):
-            record = self.train_final_model(model_type, found["best"]["parameters"], seconds=left)
+            record = self.train_final_model(model_type, found["best"]["parameters"], seconds=seconds)
         return self._better_of(record, found)
 
     def search(self, model_type: str, *, seconds: float | None = None) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def demo() -> ExperimentConfig:
 
 
 def production() -> ExperimentConfig:
-    """A full search for every architecture, then the final trainings with most of the time."""
+    """A full search for every architecture, then the final trainings, the longest for what did best in its search."""
     from integrated_pipeline import ExperimentConfig
 
     return ExperimentConfig(
@@ -116,6 +116,7 @@ def production() -> ExperimentConfig:
         num_optuna_trials=12,
         search_epochs=8,
         search_share=0.4,
+        favourite_share=0.7,
         max_epochs=200,
         early_stopping_patience=40,
         batch_size=64,
