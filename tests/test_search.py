@@ -284,6 +284,35 @@ def test_a_search_whose_time_is_up_is_not_gone_on_with_for_an_instant(tiny_npz, 
     assert sum(trial["state"] == "complete" for trial in found["trials"]) == 3
 
 
+def test_what_did_best_in_its_search_gets_the_longest_final_training(tiny_npz, tmp_path, monkeypatch):
+    models = ["torchvision_resnet", "lightning_cnn", "yolo_inspired"]
+    made = pipeline(
+        tiny_npz, tmp_path, model_type=models, favourite_share=0.7, time_limit=100, search_epochs=1, num_optuna_trials=1
+    )
+    scores = {"torchvision_resnet": 0.1, "lightning_cnn": 0.3, "yolo_inspired": 0.2}
+    monkeypatch.setattr(made, "optuna_objective", lambda trial, name: fake_trial(trial, scores[name]))
+
+    given: dict[str, float] = {}
+
+    def no_training(name, params, *, seconds):
+        given[name] = seconds
+        return {"history": {"val_macro_f1": [1.0]}}
+
+    monkeypatch.setattr(made, "train_final_model", no_training)
+    made.prepare_data()
+    made._train_all()
+    spent = sum(integrated_pipeline._study_seconds(study) for study in made._studies.values())
+    assert sum(given.values()) == pytest.approx(100 - spent, abs=0.1)
+    assert given["lightning_cnn"] == pytest.approx(0.7 * (100 - spent), abs=0.1)
+    assert given["torchvision_resnet"] == given["yolo_inspired"]
+
+
+def fake_trial(trial, score):
+    trial.suggest_float("learning_rate", 1e-3, 1e-2)
+    trial.set_user_attr("macro_f1", score)
+    return score
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -292,6 +321,7 @@ def test_a_search_whose_time_is_up_is_not_gone_on_with_for_an_instant(tiny_npz, 
         ({"objectives": ("latency",)}, "Name 'macro_f1' first"),
         ({"objectives": ("macro_f1", "beauty")}, "Name 'macro_f1' first"),
         ({"search_share": 1.5}, "search_share=1.5"),
+        ({"favourite_share": 1.0}, "favourite_share=1.0"),
     ],
 )
 def test_a_wrong_search_setting_is_named(wrong, message):
