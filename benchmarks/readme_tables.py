@@ -1,4 +1,4 @@
-"""Writes the README's tables of measurements from the records in benchmarks/results/.
+"""Writes the tables of measurements in README.md and benchmarks/README.md from the records in benchmarks/results/.
 
 Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`. With `--check` nothing is written: the exit status is 1
 if a table does not say what the records say.
@@ -14,35 +14,38 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from measure import ROOT
 from time_to_f1 import table_of_levels, table_of_runs
 
 RESULTS = ROOT / "benchmarks/results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is out of date")
     arguments = parser.parse_args()
-    text = README.read_text()
-    fresh = with_tables(text)
+    old = {page: page.read_text() for page in PAGES}
+    new = dict(old)
+    for name, make in TABLES.items():
+        fill(new, name, "\n".join(make(json.loads((RESULTS / f"{RECORD_OF.get(name, name)}.json").read_text()))))
     if arguments.check:
-        return 0 if fresh == text else 1
-    README.write_text(fresh)
+        return 0 if new == old else 1
+    for page, text in new.items():
+        page.write_text(text)
     return 0
 
 
-def with_tables(text: str) -> str:
-    """The README with each table made anew."""
-    for name, make in TABLES.items():
-        table = "\n".join(make(json.loads((RESULTS / f"{RECORD_OF.get(name, name)}.json").read_text())))
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, found = re.subn(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.S)
-        if found != 1:
-            raise SystemExit(f"README.md has {found} places for the table {name}, wanted 1.")
-    return text
+def fill(pages: dict[Path, str], name: str, table: str) -> None:
+    """Puts a table in its one place."""
+    pattern, places = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", 0
+    for page, text in pages.items():
+        pages[page], found = re.subn(pattern, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.S)
+        places += found
+    if places != 1:
+        raise SystemExit(f"The pages have {places} places for the table {name}, wanted 1.")
 
 
 def rows(heading: str, cells: list[list[str]]) -> list[str]:
