@@ -15,7 +15,9 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -46,7 +48,7 @@ from pretrained_weights import (
 )
 from simple_model import LightningCNN, WaferClassifier
 from tracking import NoTracking, TrackedRun, Tracking, still_runs, this_process
-from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
+from training_callbacks import CheckpointFiles, History, ProgressBar, TimeBudget, TrainingDivergedError
 from wafer_data import (
     CLASS_NAMES,
     IMAGE_LEVELS,
@@ -1001,19 +1003,21 @@ class IntegratedMLPipeline:
         resume_from: Path | None = None,
     ) -> None:
         """What all trainings have in common: Lightning's Trainer as the configuration wants it."""
-        config, interrupt = self.config, KeepInterrupt()
+        config, on_interrupt = self.config, signal.getsignal(signal.SIGINT)
         trainer = pl.Trainer(
             max_epochs=max_epochs, accelerator=config.accelerator, devices=config.devices,
             precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
-            callbacks=[interrupt, *callbacks], logger=False, enable_progress_bar=False, enable_model_summary=False,
-            num_sanity_val_steps=0, default_root_dir=config.checkpoints_dir,
+            callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            num_sanity_val_steps=0, default_root_dir=config.checkpoints_dir, plugins=[CheckpointFiles()],
         )  # fmt: skip
         try:
             trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
         except SystemExit:  # Lightning turns Ctrl-C into an exit of status 1; whoever called decides what to do
             raise KeyboardInterrupt from None
         finally:
-            interrupt.give_back()
+            # Lightning ignores every Ctrl-C after the first. Only a main thread may set a signal's handler.
+            if on_interrupt is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, on_interrupt)
 
     @staticmethod
     def _best_weights(folder: Path, filename: str) -> ModelCheckpoint:

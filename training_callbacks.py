@@ -1,15 +1,17 @@
-"""What happens around a training: its time budget, its history, Ctrl-C, and the bar that shows how far it is."""
+"""What happens around a training: time budget, history, checkpoint files, the bar that shows how far it is."""
 
 from __future__ import annotations
 
-import signal
-import threading
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
 
@@ -51,35 +53,32 @@ class TimeBudget(pl.Callback):
         self.used_before = state["used"]
 
 
-class KeepInterrupt(pl.Callback):
-    """Sees to it that Ctrl-C stops the training even when it comes while a checkpoint is being written.
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes a checkpoint straight to a file beside its place, then moves it there: whole or not at all.
 
-    The file layer under Lightning swallows an exception that is raised during the last steps of a write; so the
-    signal is also noted, and raised again at the next batch.
+    Lightning's own way first builds the file in memory, copies it twice and computes check sums, which took eight times
+    as long for the 137 MB of a ResNet18: more than a second an epoch. It could also swallow a Ctrl-C on the way.
     """
 
-    def __init__(self) -> None:
-        self._noted = False
-        self._handler_before: Any = None
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Replaces the file of that name, if there is one.
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signal; only the main thread of a program may."""
-        if threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGINT, self._note_and_raise)
-
-    def _note_and_raise(self, *_: object) -> None:
-        self._noted = True
-        raise KeyboardInterrupt
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Raises what was swallowed."""
-        if self._noted:
-            raise KeyboardInterrupt
-
-    def give_back(self) -> None:
-        """Restores the signal's handler, which Lightning sets to be ignored after an interrupt."""
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
+        Raises:
+            OSError, RuntimeError: it cannot be written; what was there before is unharmed.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        with_sums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(checkpoint, unfinished)
+            os.replace(unfinished, path)
+        finally:
+            torch.serialization.set_crc32_options(with_sums)
+            unfinished.unlink(missing_ok=True)
 
 
 class History(pl.Callback):

@@ -15,7 +15,7 @@ from PIL import Image
 
 import quick_start
 from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
-from training_callbacks import TrainingDivergedError
+from training_callbacks import CheckpointFiles, TrainingDivergedError
 from wafer_data import CLASS_NAMES, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -286,3 +286,27 @@ def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz
     assert done.returncode == 0, done.stderr
     assert "epoch 1/5" not in done.stdout and "epoch 5/5" in done.stdout
     assert "torchvision_resnet Results: accuracy" in done.stdout
+
+
+def test_a_failed_checkpoint_leaves_the_one_before_and_no_remains(tmp_path):
+    file, files = tmp_path / "folder" / "resume.ckpt", CheckpointFiles()
+    files.save_checkpoint({"weights": torch.arange(5)}, file)
+    with pytest.raises(AttributeError):
+        files.save_checkpoint({"weights": torch.zeros(5), "cannot be stored": lambda: None}, file)
+    assert torch.equal(torch.load(file, weights_only=True)["weights"], torch.arange(5))
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(tmp_path):
+    file, unfinished = tmp_path / "resume.ckpt", tmp_path / "resume.ckpt.unfinished"
+    CheckpointFiles().save_checkpoint({"weights": torch.zeros(5)}, file)
+    program = "import sys, torch; from training_callbacks import CheckpointFiles\n"
+    program += "while True: CheckpointFiles().save_checkpoint({'weights': torch.ones(50_000_000)}, sys.argv[1])"
+    child = subprocess.Popen([sys.executable, "-c", program, file], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not unfinished.exists() or unfinished.stat().st_size == 0:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    child.kill()
+    child.wait()
+    assert set(torch.load(file, weights_only=True)["weights"].tolist()) in ({0.0}, {1.0})
