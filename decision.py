@@ -40,6 +40,10 @@ class Decision:
             scores = scores + torch.tensor(self.offsets, dtype=scores.dtype, device=scores.device)
         return (scores / self.temperature).softmax(-1)
 
+    def of_views(self, by_views: Mapping[int, np.ndarray]) -> np.ndarray:
+        """The answered probabilities float32 [N, C], from those of the network by number of views."""
+        return self.apply(torch.from_numpy(by_views[self.views])).numpy()
+
 
 def choose_decision(by_views: Mapping[int, np.ndarray], labels: np.ndarray, train_counts: np.ndarray) -> Decision:
     """Chooses on validation: views and prior correction by macro F1, then the temperature by likelihood.

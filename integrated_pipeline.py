@@ -15,15 +15,14 @@ import logging
 import os
 import platform
 import shlex
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ from pretrained_weights import (
 )
 from simple_model import LightningCNN, WaferClassifier
 from tracking import NoTracking, TrackedRun, Tracking, still_runs, this_process
-from training_callbacks import CheckpointFiles, History, ProgressBar, TimeBudget, TrainingDivergedError
+from training_callbacks import CheckpointFiles, History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
 from wafer_data import (
     CLASS_NAMES,
     IMAGE_LEVELS,
@@ -1003,11 +1002,11 @@ class IntegratedMLPipeline:
         resume_from: Path | None = None,
     ) -> None:
         """What all trainings have in common: Lightning's Trainer as the configuration wants it."""
-        config, on_interrupt = self.config, signal.getsignal(signal.SIGINT)
+        config, interrupt = self.config, KeepInterrupt()
         trainer = pl.Trainer(
             max_epochs=max_epochs, accelerator=config.accelerator, devices=config.devices,
             precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
-            callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[interrupt, *callbacks], logger=False, enable_progress_bar=False, enable_model_summary=False,
             num_sanity_val_steps=0, default_root_dir=config.checkpoints_dir, plugins=[CheckpointFiles()],
         )  # fmt: skip
         try:
@@ -1015,9 +1014,7 @@ class IntegratedMLPipeline:
         except SystemExit:  # Lightning turns Ctrl-C into an exit of status 1; whoever called decides what to do
             raise KeyboardInterrupt from None
         finally:
-            # Lightning ignores every Ctrl-C after the first. Only a main thread may set a signal's handler.
-            if on_interrupt is not None and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, on_interrupt)
+            interrupt.give_back()
 
     @staticmethod
     def _best_weights(folder: Path, filename: str) -> ModelCheckpoint:
@@ -1480,43 +1477,41 @@ class IntegratedMLPipeline:
         """
         results, predictions = [], []
         for record in trained:
+            self._say(f"\n[bold]{record['model_type']}[/bold], scored on the validation and the test part")
             model = self.load_model(record)
-            decision = self.decide(model) if self.config.tune_decision else Decision()
-            predicted = {part: self.predict(model, part, decision) for part in ("validation", "test")}
+            by_views = {part: self._probabilities(model, part) for part in ("validation", "test")}
+            decision = self._decide(by_views["validation"]) if self.config.tune_decision else Decision()
+            predicted = {part: self._predictions(part, decision.of_views(p)) for part, p in by_views.items()}
             scores = {part: evaluation.compute_metrics(p, seed=self.config.seed) for part, p in predicted.items()}
             latency = measure_latency(model, self.config.image_size, views=decision.views)
             results.append({**record, **scores, "latency_ms": latency})
             if self.config.tune_decision:
-                results[-1]["decision"] = self._decision_record(model, decision, scores)
+                plain = {
+                    part: evaluation.compute_metrics(self._predictions(part, p[1]), n_bootstrap=1)
+                    for part, p in by_views.items()
+                }
+                results[-1]["decision"] = _decision_record(decision, plain, scores)
             predictions.append(predicted["test"])
         return results, predictions
 
-    def predict(self, model: WaferClassifier, part: str, decision: Decision | None = None) -> evaluation.Predictions:
-        """What a model answers on the "train", "validation" or "test" part, with the truth and the lots beside it."""
+    def _probabilities(self, model: WaferClassifier, part: str) -> dict[int, np.ndarray]:
+        views = VIEWS if self.config.tune_decision else (1,)
+        return probabilities_by_views(model, self.data_module().images(part), views)
+
+    def _predictions(self, part: str, probabilities: np.ndarray) -> evaluation.Predictions:
+        """What was answered on the "validation" or "test" part, with the truth and the lots beside it."""
         indices = self.split.parts()[part]
         return evaluation.Predictions(
-            probabilities=predict_probabilities(model, self.data_module().images(part), decision or Decision()),
+            probabilities=probabilities,
             labels=self.maps.labels[indices],
             groups=self.maps.groups[indices],
             class_names=CLASS_NAMES,
         )
 
-    def decide(self, model: WaferClassifier) -> Decision:
+    def _decide(self, by_views: dict[int, np.ndarray]) -> Decision:
         """Chooses views, prior correction and temperature on validation."""
-        by_views = {v: self.predict(model, "validation", Decision(views=v)).probabilities for v in VIEWS}
         counts = np.bincount(self.maps.labels[self.split.train], minlength=NUM_CLASSES)
         return choose_decision(by_views, self.maps.labels[self.split.validation], counts)
-
-    def _decision_record(self, model: WaferClassifier, decision: Decision, scores: dict[str, Any]) -> dict[str, Any]:
-        """The decision, and what the plain answers of the same weights would have scored."""
-        plain = {p: evaluation.compute_metrics(self.predict(model, p), n_bootstrap=1) for p in ("validation", "test")}
-        return asdict(decision) | {
-            "validation_macro_f1_before": plain["validation"]["macro_f1"],
-            "validation_macro_f1_after": scores["validation"]["macro_f1"],
-            "test_macro_f1_before": plain["test"]["macro_f1"],
-            "calibration_error_before": plain["test"]["expected_calibration_error"],
-            "calibration_error_after": scores["test"]["expected_calibration_error"],
-        }
 
     def load_model(self, record: dict[str, Any]) -> WaferClassifier:
         """The best epoch of a trained model, on the CPU, in evaluation mode."""
@@ -1638,19 +1633,42 @@ class _Stopwatch:
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.monotonic() - self.started
 
 
-@torch.inference_mode()
 def predict_probabilities(
     model: WaferClassifier, images: torch.Tensor, decision: Decision | None = None, *, batch_size: int = 256
 ) -> np.ndarray:
     """Class probabilities float32 [N, 9] for resized maps, uint8 [N, 1, S, S], computed in full precision."""
     decision = decision or Decision()
+    by_views = probabilities_by_views(model, images, (decision.views,), batch_size=batch_size)
+    return decision.of_views(by_views)
+
+
+@torch.inference_mode()
+def probabilities_by_views(
+    model: WaferClassifier, images: torch.Tensor, views: Sequence[int] = VIEWS, *, batch_size: int = 256
+) -> dict[int, np.ndarray]:
+    """For each number of views (1, 8) the mean of the network's own probabilities over them, float32 [N, 9].
+
+    The map as it is comes first among its eight views, so 1 costs nothing beside 8.
+    """
     model.eval()
+    parts: dict[int, list[torch.Tensor]] = {count: [] for count in views}
+    for batch in images.split(batch_size):
+        turned = islice(symmetries(batch.to(model.device)), max(views))
+        probabilities = torch.stack([model(encode(view)).softmax(-1) for view in turned])
+        for count in views:
+            parts[count].append(probabilities[:count].mean(0).cpu())
+    return {count: torch.cat(batches).numpy() for count, batches in parts.items()}
 
-    def classify(batch: torch.Tensor) -> torch.Tensor:
-        views = list(symmetries(batch)) if decision.views == 8 else [batch]
-        return decision.apply(torch.stack([model(encode(view)).softmax(-1) for view in views]).mean(0))
 
-    return torch.cat([classify(batch.to(model.device)).cpu() for batch in images.split(batch_size)]).numpy()
+def _decision_record(decision: Decision, plain: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    """The decision, and what the plain answers of the same weights would have scored."""
+    return asdict(decision) | {
+        "validation_macro_f1_before": plain["validation"]["macro_f1"],
+        "validation_macro_f1_after": scores["validation"]["macro_f1"],
+        "test_macro_f1_before": plain["test"]["macro_f1"],
+        "calibration_error_before": plain["test"]["expected_calibration_error"],
+        "calibration_error_after": scores["test"]["expected_calibration_error"],
+    }
 
 
 @torch.inference_mode()

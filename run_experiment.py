@@ -49,6 +49,12 @@ def main() -> int:
         help="of comparison and ablation (default 0 1 2 3 4)",
     )
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the whole experiment")
+    parser.add_argument(
+        "--max-samples-per-class",
+        type=int,
+        metavar="N",
+        help="use at most N maps of each class (default: all; ablation 1000, to see each several times in its seconds)",
+    )
     parser.add_argument("--mlflow-server", action="store_true", help="open the MLflow page before the work starts")
     arguments = parser.parse_args()
     return command_line.run(lambda: run_and_report(arguments), arguments=arguments)
@@ -86,6 +92,7 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, object]:
         "num_optuna_trials": arguments.trials,
         "max_epochs": arguments.epochs,
         "time_limit": arguments.time_limit,
+        "max_samples_per_class": arguments.max_samples_per_class,
     }
     chosen |= {name: value for name, value in optional.items() if value is not None}
     if arguments.epochs is not None and arguments.time_limit is None:
@@ -142,6 +149,7 @@ def ablation() -> ExperimentConfig:
         num_optuna_trials=6,
         search_epochs=5,
         max_epochs=20,
+        max_samples_per_class=1000,
         time_limit=1600,
     )
 
