@@ -78,6 +78,7 @@ PRUNERS = ("auto", "median", "halving", "hyperband", "none")
 TRACKERS = ("mlflow", "wandb")
 PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
 FINE_TUNING_SHARE = 0.1  # of a model's own learning rate, when it starts from weights made on generated maps
+SEARCH_MUST_GAIN = 0.01  # validation macro F1; so much lies between two trainings that differ in their seed alone
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
@@ -1240,8 +1241,21 @@ class IntegratedMLPipeline:
     ) -> dict[str, Any]:
         """The final training with the best parameters found, or the best trial where that is better on validation."""
         with self._timed("training"):
-            record = self.train_final_model(model_type, found["best"]["parameters"], seconds=seconds)
+            record = self.train_final_model(model_type, self._worth_training(model_type, found), seconds=seconds)
         return self._better_of(record, found)
+
+    def _worth_training(self, model_type: str, found: dict[str, Any]) -> dict[str, Any]:
+        """The best parameters, unless the default ones are as good within the noise: those served many trainings."""
+        best, defaults = found["best"], self._default_trial(model_type)
+        for trial in found["trials"]:
+            if trial["parameters"] == defaults != best["parameters"] and trial["state"] == "complete":
+                lead = best["values"][0] - trial["values"][0]
+                if lead < SEARCH_MUST_GAIN:
+                    self._say(
+                        f"  trial {best['number']} leads the defaults by {lead:.4f} only: the defaults are trained"
+                    )
+                    return defaults
+        return best["parameters"]
 
     def search(self, model_type: str, *, seconds: float | None = None) -> dict[str, Any]:
         """Looks for good parameters with Optuna.
@@ -1446,6 +1460,7 @@ class IntegratedMLPipeline:
             "seconds": _study_seconds(study),
             "best": {
                 "number": best.number,
+                "values": best.values,
                 "macro_f1": best.user_attrs["macro_f1"],
                 "best_epoch": best.user_attrs.get("best_epoch"),
                 "parameters": best.params,

@@ -73,6 +73,29 @@ def test_the_best_trials_weights_stay_when_the_final_training_is_worse(tiny_npz,
     assert model["validation"]["macro_f1"] == pytest.approx(best["macro_f1"], abs=1e-6)
 
 
+@pytest.mark.parametrize(("lead", "trained"), [(0.004, "defaults"), (0.02, "best")])
+def test_the_final_training_keeps_the_defaults_unless_they_are_clearly_beaten(
+    lead, trained, tiny_npz, tmp_path, monkeypatch
+):
+    def objective(self, trial, model_type):
+        trial.set_user_attr("macro_f1", 0.5 + lead * (trial.number == 1))
+        integrated_pipeline.suggest_parameters(trial, model_type, batch_size=16)
+        return 0.5 + lead * (trial.number == 1)
+
+    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", objective)
+    asked = []
+    monkeypatch.setattr(
+        IntegratedMLPipeline,
+        "train_final_model",
+        lambda self, name, parameters, **_: asked.append(parameters) or {"history": {"val_macro_f1": [0.4]}},
+    )
+    one = pipeline(tiny_npz, tmp_path)
+    found = one.search("lightning_cnn")
+    one.train_with_the_best("lightning_cnn", found)
+    assert found["best"]["number"] == 1
+    assert asked == [found["trials"][{"defaults": 0, "best": 1}[trained]]["parameters"]]
+
+
 def test_only_weights_that_can_still_win_are_kept(tiny_npz, tmp_path):
     made = pipeline(tiny_npz, tmp_path, num_optuna_trials=4)
     found = made.search("lightning_cnn")
