@@ -114,9 +114,8 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
     if arguments.tune_decision:
         config.tune_decision = True
         started = time.time()
-        pipeline.decide(pipeline.load_model(record))
-        more_seconds = time.time() - started
         (decided,), _ = pipeline.evaluate([record])
+        more_seconds = time.time() - started  # the scoring of the test part is in it too
         tuned = {
             "seconds": round(seconds + more_seconds, 1),
             "test_macro_f1": round(decided["test"]["macro_f1"], 4),

@@ -25,7 +25,7 @@ def test_the_tables_of_the_readme_say_what_the_records_say():
 def test_time_to_f1_records_each_run_once(tiny_npz, tmp_path):
     output = tmp_path / "time_to_f1.json"
     flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--minutes", 0.03, "--image-size", 16)
-    flags += ("--batch-size", 32, "--work-dir", tmp_path, "--output", output)
+    flags += ("--batch-size", 32, "--work-dir", tmp_path, "--output", output, "--tune-decision")
     run("time_to_f1.py", *flags, "--seeds", 0)
     second = run("time_to_f1.py", *flags, "--seeds", 0, 1)
     assert "done before" in second
@@ -33,6 +33,7 @@ def test_time_to_f1_records_each_run_once(tiny_npz, tmp_path):
     assert [r["seed"] for r in runs] == [0, 1]
     assert runs[0]["split"] != runs[1]["split"]
     assert all(r["seconds"] > r["train_seconds"] > 1 for r in runs)
+    assert all(r["decision"]["seconds"] > r["seconds"] for r in runs)
     assert "| lightning_cnn | 0.03 | 2 |" in run("time_to_f1.py", "--tables", output)
 
 
