@@ -35,7 +35,7 @@ def within(seconds: float, function: Callable[[], Any], *, what: str) -> Any:
         try:
             outcome["value"] = function()
         except Exception as error:  # whatever went wrong, the run goes on without these weights and says so
-            outcome["error"] = error
+            outcome["error"] = getattr(error, "reason", error)  # what urllib wraps says more, in fewer words
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

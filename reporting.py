@@ -656,6 +656,8 @@ def _variants_table(record: Record) -> Table:
     best = _best(record["variants"], lambda variant: variant["mean"])
     bars = f"in brackets: {record['interval_method']}" if any(v["interval"] for v in record["variants"]) else "one seed"
     note = f"Mean macro F1 of the test part over seeds, {bars}. Verdicts: with the component minus without it."
+    if any(effect["p_corrected"] is not None for effect in record["effects"]):
+        note += f" Shown: p below 0.05 after correction for {len(record['effects']) + 1} comparisons (Holm 1979)."
     return Table(("Configuration", "Macro F1 (mean)", "Difference to baseline", "Verdict"), rows, best=best, note=note)
 
 
@@ -670,7 +672,8 @@ def _gain(variant: Record, baseline: Record | None) -> str:
 def _effect_in_words(effect: Record) -> str:
     shown, name = effect["verdict"] != "no effect shown", effect["component"]
     verdict = f"{name} {effect['verdict']}" if shown else f"no effect of {name} shown"
-    return f"{verdict}: {_with_interval(effect['difference'], effect['interval'], '{:+.3f}')}"
+    corrected = "" if effect["p_corrected"] is None else f", p {_p_value(effect['p_corrected'])}"
+    return f"{verdict}: {_with_interval(effect['difference'], effect['interval'], '{:+.3f}')}{corrected}"
 
 
 def _effects_table(record: Record) -> Table:
@@ -725,7 +728,7 @@ def _weights(models: Sequence[Record]) -> Items:
     """What each training started from, and which of the weights that it came by were kept."""
     return Items(
         [
-            f"{model['model_type']} started from weights: {model['weights']}; its best are those of the "
+            f"{model['model_type']}: first weights {model['weights']}; final weights from the "
             f"{model.get('weights_from', 'final training')}."
             for model in models
         ]

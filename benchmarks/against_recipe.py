@@ -17,7 +17,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from measure import ClockedF1, as_text, paired_ratio, take_turns, write_image_folder, write_record
+from measure import ClockedF1, as_text, paired_ratio, prepare, take_turns, write_image_folder, write_record
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
-        pipeline = prepare(arguments)
+        pipeline = prepare(arguments, arguments.models)
         write_image_folder(pipeline.data_module(arguments.batch_size), arguments.folder / "images")
         rows = [compare(arguments, name) for name in arguments.models]
     settings = {k: getattr(arguments, k) for k in ("data", "per_class", "epochs", "batch_size", "image_size", "seed")}
@@ -62,31 +62,8 @@ def first_time(curve: list, level: float) -> float:
     return next(seconds for seconds, score in curve if score >= level)
 
 
-def prepare(arguments: argparse.Namespace):
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-
-    config = ExperimentConfig(
-        model_type=arguments.models,
-        data=arguments.data,
-        max_samples_per_class=arguments.per_class,
-        use_pretrained=False,
-        max_epochs=arguments.epochs,
-        early_stopping_patience=arguments.epochs,
-        batch_size=arguments.batch_size,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-        enable_optuna=False,
-        enable_mlflow=False,
-        output_dir=arguments.folder,
-        quiet=True,
-    )
-    pipeline = IntegratedMLPipeline(config)
-    pipeline.prepare_data()
-    return pipeline
-
-
 def ours(arguments: argparse.Namespace, model_type: str) -> dict:
-    pipeline = prepare(arguments)
+    pipeline = prepare(arguments, arguments.models)
     started = time.monotonic()
     record = pipeline.train_final_model(model_type)
     seconds = time.monotonic() - started
@@ -105,7 +82,7 @@ def recipe(arguments: argparse.Namespace, model_type: str, workers: int) -> dict
     from torchvision.datasets import ImageFolder
 
     pl.seed_everything(arguments.seed, verbose=False)
-    network = prepare(arguments).create_model(model_type).network
+    network = prepare(arguments, arguments.models).create_model(model_type).network
     clock = ClockedF1()
 
     class Recipe(pl.LightningModule):

@@ -22,7 +22,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from measure import ClockedF1, as_text, paired_ratio, take_turns, write_image_folder, write_record
+from measure import ClockedF1, as_text, paired_ratio, prepare, take_turns, write_image_folder, write_record
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
-        pipeline = prepare(arguments)
+        pipeline = prepare(arguments, "yolo_inspired")
         write_image_folder(pipeline.data_module(arguments.batch_size), arguments.folder / "images")
         ways = {way: partial(in_own_process, way, arguments) for way in ("ultralytics", "ours")}
         turns = take_turns(ways, repeats=arguments.repeats)
@@ -83,35 +83,12 @@ def in_own_process(way: str, arguments: argparse.Namespace) -> dict:
     return outcome
 
 
-def prepare(arguments: argparse.Namespace):
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-
-    config = ExperimentConfig(
-        model_type="yolo_inspired",
-        data=arguments.data,
-        max_samples_per_class=arguments.per_class,
-        use_pretrained=False,
-        max_epochs=arguments.epochs,
-        early_stopping_patience=arguments.epochs,
-        batch_size=arguments.batch_size,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-        enable_optuna=False,
-        enable_mlflow=False,
-        output_dir=arguments.folder,
-        quiet=True,
-    )
-    pipeline = IntegratedMLPipeline(config)
-    pipeline.prepare_data()
-    return pipeline
-
-
 def ours(arguments: argparse.Namespace) -> dict:
     import integrated_pipeline
     from integrated_pipeline import import_ultralytics_tasks
 
     import_ultralytics_tasks()
-    pipeline = prepare(arguments)
+    pipeline = prepare(arguments, "yolo_inspired")
     clock = ClockedF1()
     original = integrated_pipeline.History.on_train_epoch_end
 
@@ -138,7 +115,7 @@ def ultralytics(arguments: argparse.Namespace) -> dict:
 
     settings.update({name: False for name in settings if settings[name] is True})  # its trackers are not timed
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    pipeline = prepare(arguments)
+    pipeline = prepare(arguments, "yolo_inspired")
     clock = ClockedF1()
 
     def note(trainer) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from integrated_pipeline import IntegratedMLPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,9 +60,14 @@ def as_text(ratio: dict[str, Any]) -> str:
 
 
 def write_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Writes a record with the environment it was measured in; prints it where no path is given."""
+    """Writes a record with the environment it was measured in; prints it where no path is given.
+
+    Of the data it keeps the file's name only: where it lay is of no use to a reader.
+    """
     from integrated_pipeline import environment
 
+    if "data" in record:
+        record = record | {"data": Path(record["data"]).name}
     text = json.dumps({**record, "environment": environment() | {"load_average": os.getloadavg()[0]}}, indent=1)
     if path is None:
         print(text)
@@ -66,6 +75,30 @@ def write_record(path: Path | None, record: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
         print(f"written to {path}")
+
+
+def prepare(arguments: argparse.Namespace, model_type: str | list[str]) -> IntegratedMLPipeline:
+    """A pipeline with its data ready, as the flags say, that trains from random weights and tracks nothing."""
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+
+    config = ExperimentConfig(
+        model_type=model_type,
+        data=arguments.data,
+        max_samples_per_class=arguments.per_class,
+        use_pretrained=False,
+        max_epochs=arguments.epochs,
+        early_stopping_patience=arguments.epochs,
+        batch_size=arguments.batch_size,
+        image_size=arguments.image_size,
+        seed=arguments.seed,
+        enable_optuna=False,
+        enable_mlflow=False,
+        output_dir=arguments.folder,
+        quiet=True,
+    )
+    pipeline = IntegratedMLPipeline(config)
+    pipeline.prepare_data()
+    return pipeline
 
 
 def write_image_folder(data, folder: Path) -> None:

@@ -40,7 +40,6 @@ def main() -> None:
     record = {
         "benchmark": "pruning",
         **{k: v for k, v in vars(arguments).items() if k != "output"},
-        "data": Path(arguments.data).name,
         "runs": runs,
         "against_none": {name: against_none(runs, name) for name in arguments.pruners},
     }

@@ -45,8 +45,10 @@ def main() -> None:
     study = paired_ratio(*([turn[key] for turn in turns["untracked"]] for key in ("storage_seconds", "search_seconds")))
     print(f"wall time, tracked over untracked: {as_text(ratio)}")
     print(f"share of the search that keeping the study takes: {as_text(study)}")
-    settings = {name: getattr(arguments, name) for name in ("model", "trials", "epochs", "image_size", "repeats")}
-    record = {"benchmark": "tracking_cost", **settings, "data": Path(arguments.data).name}
+    settings = {
+        name: getattr(arguments, name) for name in ("data", "model", "trials", "epochs", "image_size", "repeats")
+    }
+    record = {"benchmark": "tracking_cost", **settings}
     record |= {"wall_tracked_over_untracked": ratio, "study_share_of_search": study, "turns": turns}
     write_record(arguments.output, record)
 

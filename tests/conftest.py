@@ -33,3 +33,21 @@ def tiny_npz(tmp_path, tiny_arrays):
     path = tmp_path / "tiny.npz"
     np.savez(path, **tiny_arrays)
     return path
+
+
+def tiny_settings(tiny_npz, tmp_path, **more):
+    """The fields of a configuration whose training takes a second."""
+    return {
+        "experiment_name": "tiny",
+        "model_type": "lightning_cnn",
+        "use_pretrained": False,
+        "max_epochs": 2,
+        "search_epochs": 2,
+        "num_optuna_trials": 3,
+        "batch_size": 16,
+        "image_size": 16,
+        "data": str(tiny_npz),
+        "output_dir": str(tmp_path),
+        "precision": "32-true",
+        "quiet": True,
+    } | more

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_settings
 from PIL import Image
 
 import quick_start
@@ -21,21 +23,7 @@ from wafer_data import CLASS_NAMES, DataError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def settings(tiny_npz, tmp_path, **more):
-    return {
-        "experiment_name": "tiny",
-        "model_type": "lightning_cnn",
-        "use_pretrained": False,
-        "max_epochs": 2,
-        "batch_size": 16,
-        "image_size": 24,
-        "data": str(tiny_npz),
-        "enable_optuna": False,
-        "enable_mlflow": False,
-        "output_dir": str(tmp_path),
-        "precision": "32-true",
-        "quiet": True,
-    } | more
+settings = partial(tiny_settings, image_size=24, enable_optuna=False, enable_mlflow=False)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import torch
+from conftest import tiny_settings
 
 import integrated_pipeline
 from integrated_pipeline import (
@@ -28,22 +30,7 @@ from integrated_pipeline import (
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def settings(tiny_npz, tmp_path, **more):
-    return {
-        "experiment_name": "tiny",
-        "model_type": "lightning_cnn",
-        "use_pretrained": False,
-        "max_epochs": 2,
-        "search_epochs": 2,
-        "num_optuna_trials": 3,
-        "batch_size": 16,
-        "image_size": 16,
-        "data": str(tiny_npz),
-        "enable_mlflow": False,
-        "output_dir": str(tmp_path),
-        "precision": "32-true",
-        "quiet": True,
-    } | more
+settings = partial(tiny_settings, enable_mlflow=False)
 
 
 def pipeline(tiny_npz, tmp_path, **more):

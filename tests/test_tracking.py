@@ -16,29 +16,13 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
+from conftest import tiny_settings
 
 import tracking
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 from tracking import MlflowServer, Tracking, _free_port, start_early, still_runs, this_process
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def settings(tiny_npz, tmp_path, **more):
-    return {
-        "experiment_name": "tiny",
-        "model_type": "lightning_cnn",
-        "use_pretrained": False,
-        "max_epochs": 2,
-        "search_epochs": 2,
-        "num_optuna_trials": 3,
-        "batch_size": 16,
-        "image_size": 16,
-        "data": str(tiny_npz),
-        "output_dir": str(tmp_path),
-        "precision": "32-true",
-        "quiet": True,
-    } | more
 
 
 def runs_of(tmp_path):
@@ -63,7 +47,7 @@ def tracked(tiny_arrays, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tracked")
     np.savez(folder / "tiny.npz", **tiny_arrays)
-    pipeline = IntegratedMLPipeline(ExperimentConfig(**settings(folder / "tiny.npz", folder)))
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(folder / "tiny.npz", folder)))
     pipeline._pruner = PruneTheSecond
     summary = pipeline.run_complete_pipeline()
     runs, client = runs_of(folder)
@@ -120,7 +104,7 @@ from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
 assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
 """
-    config = settings(tiny_npz, tmp_path, enable_mlflow=False, enable_optuna=False, max_epochs=1)
+    config = tiny_settings(tiny_npz, tmp_path, enable_mlflow=False, enable_optuna=False, max_epochs=1)
     subprocess.run([sys.executable, "-c", code, json.dumps(config)], cwd=ROOT, check=True)
     assert not (tmp_path / "mlflow.db").exists()
     assert not (tmp_path / "mlruns").exists()
@@ -130,7 +114,7 @@ def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tm
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    config = settings(tiny_npz, tmp_path, tracking_uri=f"http://127.0.0.1:{port}", enable_optuna=False)
+    config = tiny_settings(tiny_npz, tmp_path, tracking_uri=f"http://127.0.0.1:{port}", enable_optuna=False)
     summary = IntegratedMLPipeline(ExperimentConfig(**config)).run_complete_pipeline()
     assert summary["models"][0]["test"]["macro_f1"] >= 0
     printed = capsys.readouterr().err
@@ -153,7 +137,7 @@ def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         uri = f"http://127.0.0.1:{server.server_port}"
-        config = settings(tiny_npz, tmp_path, tracking_uri=uri, enable_optuna=False)
+        config = tiny_settings(tiny_npz, tmp_path, tracking_uri=uri, enable_optuna=False)
         IntegratedMLPipeline(ExperimentConfig(**config)).run_complete_pipeline()
     finally:
         server.shutdown()
@@ -211,7 +195,7 @@ def names_of_runs(database):
 
 
 def test_a_killed_pipelines_runs_are_closed_at_once_and_nothing_is_left_behind(tiny_npz, tmp_path):
-    child = start_and_wait_for_trial(settings(tiny_npz, tmp_path, search_epochs=200, pruner="none"), tmp_path, 0)
+    child = start_and_wait_for_trial(tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none"), tmp_path, 0)
     worker = worker_of(child)
     child.kill()
     child.wait()
@@ -225,7 +209,7 @@ def test_a_killed_pipelines_runs_are_closed_at_once_and_nothing_is_left_behind(t
 
 
 def test_after_a_breakdown_of_the_machine_the_next_start_closes_the_runs_and_resuming_goes_on(tiny_npz, tmp_path):
-    config = settings(tiny_npz, tmp_path, search_epochs=10, pruner="none")
+    config = tiny_settings(tiny_npz, tmp_path, search_epochs=10, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 1)
     worker = worker_of(child)
     worker.suspend()  # so that it cannot close anything before it is killed itself
@@ -252,7 +236,7 @@ def test_after_a_breakdown_of_the_machine_the_next_start_closes_the_runs_and_res
 
 
 def test_a_tracking_process_that_is_killed_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
-    config = settings(tiny_npz, tmp_path, enable_optuna=False)
+    config = tiny_settings(tiny_npz, tmp_path, enable_optuna=False)
     pipeline = IntegratedMLPipeline(ExperimentConfig(**config))
     worker = psutil.Process(pipeline.open_tracking()._worker._process.pid)
     train = pipeline.train_final_model
@@ -286,7 +270,7 @@ def test_a_tracking_process_that_hangs_does_not_hold_the_program_up(tmp_path, mo
 
 
 def test_a_program_without_a_main_guard_tracks(tiny_npz, tmp_path):
-    config = settings(tiny_npz, tmp_path, enable_optuna=False, max_epochs=1, registry_name=None)
+    config = tiny_settings(tiny_npz, tmp_path, enable_optuna=False, max_epochs=1, registry_name=None)
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv.append({json.dumps(config)!r})\n{CHILD}"
@@ -325,7 +309,7 @@ print(tracking._early[0]._process.pid)
 
 
 def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_path):
-    config = settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
+    config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 0)
     worker = worker_of(child)
     assert os.getpgid(worker.pid) != os.getpgid(child.pid)  # Ctrl-C goes to the whole group of the program
@@ -369,7 +353,9 @@ def registered(tiny_arrays, tmp_path_factory):
     np.savez(folder / "tiny.npz", **tiny_arrays)
     outcomes = []
     for name, epochs in (("first", 4), ("better", 25), ("worse", 1)):
-        config = settings(folder / "tiny.npz", folder, enable_optuna=False, max_epochs=epochs, experiment_name=name)
+        config = tiny_settings(
+            folder / "tiny.npz", folder, enable_optuna=False, max_epochs=epochs, experiment_name=name
+        )
         pipeline = IntegratedMLPipeline(ExperimentConfig(**config))
         outcomes.append((pipeline, pipeline.run_complete_pipeline()))
     return folder, outcomes
