@@ -103,6 +103,9 @@ def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = No
         again += [] if "--resume" in again else ["--resume"]
         print(f"\nStopped. Finished epochs are kept. To go on: python {shlex.join(again)}", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        print(f"error: {error}. Install what is needed: pip install -r requirements.txt", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError) as error:
         # The scripts import these late; by the time one of them is raised, its module is loaded.
         from integrated_pipeline import ConfigError, SearchFailedError

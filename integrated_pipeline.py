@@ -46,6 +46,7 @@ from pretrained_weights import (
     sum_first_layer,
 )
 from simple_model import LightningCNN, WaferClassifier
+from small_convolutions import quicken_small_convolutions
 from tracking import NoTracking, TrackedRun, Tracking, still_runs, this_process
 from training_callbacks import CheckpointFiles, History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
 from wafer_data import (
@@ -370,6 +371,7 @@ class TorchvisionLightningModel(AdaptedModel):
         self.network = builder(**options)
         self._replace_first_layer()
         self._replace_head(dropout, num_classes)
+        quicken_small_convolutions(self.network)
         self.start_from_pretrained(pretrained, pretrained_wait)
         if freeze_backbone:
             head = set(self.network.get_submodule(self._head_name()).parameters())

@@ -27,8 +27,7 @@ def train_and_report(arguments: argparse.Namespace) -> None:
         experiment_name="quick_start",
         model_type="torchvision_resnet",
         max_epochs=5,
-        batch_size=64,  # with twice the learning rate: the same score on validation as 32, six seconds sooner
-        learning_rate=2e-3,
+        image_size=32,  # a ResNet18 halves it to a single pixel: half the time of 40, and no lower score in 5 epochs
         balance_by="loss",  # generated classes are equally frequent: drawing with replacement would only miss some maps
         enable_optuna=False,
         enable_mlflow=not arguments.no_mlflow,

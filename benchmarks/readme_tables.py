@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,10 +61,11 @@ def ratio_text(ratio: dict) -> str:
 
 def throughput(record: dict) -> list[str]:
     return rows(
-        "model, maps a second (ours), speed over a bare PyTorch loop",
+        "model, maps a second (ours), speed over a bare PyTorch loop, over one with PyTorch's own convolutions",
         [
-            [m["model_type"], f"{sorted(m['ours_maps_per_second'])[len(m['ours_maps_per_second']) // 2]:,.0f}",
-             ratio_text(m["speed_over_bare_loop"])]
+            [m["model_type"], f"{statistics.median(m['ours_maps_per_second']):,.0f}",
+             ratio_text(m["speed_over_bare_loop"]),
+             ratio_text(m["speed_over_plain_loop"]) if "speed_over_plain_loop" in m else "the same"]
             for m in record["models"]
         ],
     )  # fmt: skip
@@ -117,16 +119,75 @@ def pruning(record: dict) -> list[str]:
     return rows("pruner, times faster, times fewer epochs, best value, best value without, difference", cells)
 
 
+def score_text(score: float, interval: list[float]) -> str:
+    return f"{score:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def quick_start(record: dict) -> list[str]:
+    whole, tests = record["quick_start"]["quick_start, whole"], record["quick_start_test"]
+    scores = sorted({score_text(test["macro_f1"], test["interval"]) for test in tests})
+    return [
+        f"`python quick_start.py` takes {whole['median']:.1f} s (median of {record['repeats']}, {whole['low']:.1f} to "
+        f"{whole['high']:.1f}): test macro F1 {' or '.join(scores)} on {tests[0]['maps']} generated test maps, seed 0."
+    ]
+
+
+def production(record: dict) -> list[str]:
+    ranked = sorted(record["models"], key=lambda m: -m["validation"]["macro_f1"])
+    return rows(
+        "model, validation F1, test F1, its plain answers, accuracy, trials, epochs, training (s), latency (ms)",
+        [
+            [m["model_type"], f"{m['validation']['macro_f1']:.3f}",
+             score_text(m["test"]["macro_f1"], m["test"]["intervals"]["macro_f1"]),
+             f"{m['decision']['test_macro_f1_before']:.3f}", f"{m['test']['accuracy']:.3f}",
+             str(len(m["search"]["trials"])), str(m["epochs"]), f"{m['train_seconds']:,.0f}", f"{m['latency_ms']:.1f}"]
+            for m in ranked
+        ],
+    )  # fmt: skip
+
+
+def champion(record: dict) -> list[str]:
+    best = next(m for m in record["models"] if m["model_type"] == record["best_model"])
+    return rows(
+        "class, F1, precision, recall, test maps",
+        [
+            [name, score_text(c["f1"], c["f1_interval"]), f"{c['precision']:.3f}", f"{c['recall']:.3f}",
+             f"{c['support']:,}"]
+            for name, c in best["test"]["per_class"].items()
+        ],
+    )  # fmt: skip
+
+
 def comparison(record: dict) -> list[str]:
     from reporting import comparison_markdown
 
-    return comparison_markdown(record).strip().splitlines()
+    return [*comparison_markdown(record).strip().splitlines(), "", record["verdict"]]
 
 
 def ablation(record: dict) -> list[str]:
     from reporting import ablation_markdown
 
-    return ablation_markdown(record).strip().splitlines()
+    return [*ablation_markdown(record).strip().splitlines(), "", record["verdict"]]
+
+
+def tracking_cost(record: dict) -> list[str]:
+    share = record["study_share_of_search"]
+    return rows(
+        "search, wall time with MLflow over without, share of the search that the study takes",
+        [[f"{record['model']}, {record['trials']} trials", ratio_text(record["wall_tracked_over_untracked"]),
+          f"{share['median']:.1%} ({share['low']:.1%} to {share['high']:.1%})"]],
+    )  # fmt: skip
+
+
+def image_sizes(runs: list[dict]) -> list[str]:
+    return rows(
+        "pixels, validation F1, test F1, epochs, latency (ms)",
+        [
+            [str(r["image_size"]), f"{r['validation_macro_f1']:.3f}",
+             score_text(r["test_macro_f1"], r["test_macro_f1_interval"]), str(r["epochs"]), f"{r['latency_ms']:.1f}"]
+            for r in sorted(runs, key=lambda r: r["image_size"])
+        ],
+    )  # fmt: skip
 
 
 def pretraining(record: dict) -> list[str]:
@@ -148,6 +209,8 @@ def pretraining(record: dict) -> list[str]:
 
 
 TABLES: dict[str, Callable[..., list[str]]] = {
+    "comparison_real": comparison,
+    "ablation": ablation,
     "runs": table_of_runs,
     "levels": table_of_levels,
     "training_throughput": throughput,
@@ -157,7 +220,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "wafer_pretraining": pretraining,
     "pruning": pruning,
 }
-RECORD_OF = {"runs": "time_to_f1", "levels": "time_to_f1"}
+RECORD_OF = {"champion": "production", "quick_start": "start_up", "runs": "time_to_f1", "levels": "time_to_f1"}
 
 if __name__ == "__main__":
     sys.exit(main())

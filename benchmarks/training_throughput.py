@@ -3,8 +3,9 @@
 Measured: seconds from the first batch to the end of the last epoch, on the same network from the same seed, the same
 batches in the same order, augmentation, precision, memory format, optimiser, schedule and threads. Both validate after
 each epoch by macro F1 and save the best weights and a state to resume from. Ours has Lightning's Trainer, its
-callbacks and torchmetrics around that; the bare loop has nothing. They take turns. Left out of the clock: imports,
-data, building the network.
+callbacks and torchmetrics around that; the bare loop has nothing. Where ours swaps convolutions for quicker ones
+(`small_convolutions.py`), a second bare loop has PyTorch's own, as a loop written by hand would. They take turns. Left
+out of the clock: imports, data, building the network.
 
     python benchmarks/training_throughput.py --output benchmarks/results/training_throughput.json
 """
@@ -58,18 +59,21 @@ def main() -> None:
 
 
 def compare(prepared, model_type: str, folder: Path, repeats: int) -> dict:
-    ways = {"ours": partial(ours, prepared, model_type), "bare loop": partial(bare_loop, prepared, model_type, folder)}
+    from small_convolutions import SmallImageConv2d
+
+    ways = {"ours": partial(ours, prepared, model_type), "bare": partial(bare_loop, prepared, model_type, folder)}
+    if any(isinstance(module, SmallImageConv2d) for module in prepared.create_model(model_type).modules()):
+        ways["plain"] = partial(bare_loop, prepared, model_type, folder, plain_convolutions=True)
     take_turns(ways, repeats=1)  # the first time, torch picks kernels and the disk cache is cold
     turns = take_turns(ways, repeats=repeats)
     maps = prepared.config.max_epochs * len(prepared.split.train)
-    ratio = paired_ratio(turns["bare loop"], turns["ours"])
-    print(f"{model_type}: speed of ours over the bare loop {as_text(ratio)}", flush=True)
-    return {
-        "model_type": model_type,
-        "ours_maps_per_second": [round(maps / s, 1) for s in turns["ours"]],
-        "bare_maps_per_second": [round(maps / s, 1) for s in turns["bare loop"]],
-        "speed_over_bare_loop": ratio,
-    }
+    row = {"model_type": model_type}
+    for name, seconds in turns.items():
+        row[f"{name}_maps_per_second"] = [round(maps / s, 1) for s in seconds]
+    for name in [name for name in ways if name != "ours"]:
+        ratio = row[f"speed_over_{name}_loop"] = paired_ratio(turns[name], turns["ours"])
+        print(f"{model_type}: speed of ours over the {name} loop {as_text(ratio)}", flush=True)
+    return row
 
 
 def ours(prepared, model_type: str) -> float:
@@ -80,16 +84,20 @@ def ours(prepared, model_type: str) -> float:
     return pipeline.train_final_model(model_type)["train_seconds"]
 
 
-def bare_loop(prepared, model_type: str, folder: Path) -> float:
+def bare_loop(prepared, model_type: str, folder: Path, *, plain_convolutions: bool = False) -> float:
     import numpy as np
     import torch
     from sklearn.metrics import f1_score
 
+    from small_convolutions import SmallImageConv2d
     from wafer_data import augment, encode
 
     data = prepared.data_module(prepared.config.batch_size)
     torch.manual_seed(prepared.config.seed)
     model = prepared.create_model(model_type, class_weights=data.class_weights).to(memory_format=torch.channels_last)
+    for module in model.modules() if plain_convolutions else ():
+        if isinstance(module, SmallImageConv2d):
+            module.__class__ = torch.nn.Conv2d
     bf16 = "bf16" in str(prepared.precision(model_type))
     batches, validation = data.train_dataloader(), data.val_dataloader()
     steps = prepared.config.max_epochs * len(batches)
