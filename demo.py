@@ -38,6 +38,7 @@ def search_and_report(arguments: argparse.Namespace) -> None:
     config = replace(
         {"ultra": ultra, "quick": quick, "full": full}[arguments.mode](),
         enable_mlflow=not arguments.no_mlflow,
+        image_size=32,  # in so little time, seeing more maps is worth more than seeing larger ones
         balance_by="loss",  # generated classes are equally frequent: drawing with replacement would only miss some maps
         data=arguments.data,
         max_samples_per_class=None if arguments.data == "synthetic" else 250,

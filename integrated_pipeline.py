@@ -1751,6 +1751,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "lightning": pl.__version__,
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the vector instructions that PyTorch uses
         "cpu_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -106,6 +106,7 @@ def demo() -> ExperimentConfig:
 
     return ExperimentConfig(
         experiment_name="experiment_demo",
+        image_size=32,  # in so little time, seeing more maps is worth more than seeing larger ones
         num_optuna_trials=6,
         search_epochs=5,
         max_epochs=30,

@@ -180,7 +180,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, channels_in, H, W] to [B, channels_out, H / stride, W / stride]."""
-        return F.relu(self.body(x) + self.shortcut(x))
+        return F.relu(self.body(x) + self.shortcut(x), inplace=True)
 
 
 class AverageAndMaxPool(nn.Module):

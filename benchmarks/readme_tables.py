@@ -128,7 +128,8 @@ def quick_start(record: dict) -> list[str]:
     scores = sorted({score_text(test["macro_f1"], test["interval"]) for test in tests})
     return [
         f"`python quick_start.py` takes {whole['median']:.1f} s (median of {record['repeats']}, {whole['low']:.1f} to "
-        f"{whole['high']:.1f}): test macro F1 {' or '.join(scores)} on {tests[0]['maps']} generated test maps, seed 0."
+        f"{whole['high']:.1f}, {record['environment']['cpu_capability']}): test macro F1 {' or '.join(scores)} on "
+        f"{tests[0]['maps']} generated test maps, seed 0."
     ]
 
 
@@ -216,6 +217,8 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "training_throughput": throughput,
     "against_ultralytics": against,
     "start_up": start_up,
+    "quick_start": quick_start,
+    "image_sizes": image_sizes,
     "scale": scale,
     "wafer_pretraining": pretraining,
     "pruning": pruning,

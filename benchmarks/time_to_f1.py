@@ -169,15 +169,18 @@ def draw(runs: list[dict], path: Path) -> None:
 
 
 def table_of_runs(runs: list[dict]) -> list[str]:
-    """Markdown: one line for each model and training time; the bar of one seed is its bootstrap interval over lots."""
+    """Markdown: one line for each machine, model, training time and image size.
+
+    The bar of one seed is its bootstrap interval over lots.
+    """
     lines = [
-        "| model | minutes | seeds | test macro F1 | decision tuned | accuracy | epochs | parameters |",
-        "|---|---|---|---|---|---|---|---|",
+        "| CPU | model | minutes | pixels | seeds | test macro F1 | decision tuned | accuracy | epochs | parameters |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (model_type, minutes), some in grouped(runs).items():
+    for (cpu, model_type, minutes, image_size), some in grouped(runs).items():
         tuned = [run["decision"]["test_macro_f1"] for run in some if run.get("decision")]
         cells = [
-            model_type, f"{minutes:g}", str(len(some)), score_text(some),
+            cpu, model_type, f"{minutes:g}", str(image_size), str(len(some)), score_text(some),
             mean_and_deviation(tuned) if len(tuned) == len(some) else "-",
             f"{statistics.mean(run['test_accuracy'] for run in some):.3f}",
             "-".join(str(e) for e in sorted({min(r["epochs"] for r in some), max(r["epochs"] for r in some)})),
@@ -201,30 +204,32 @@ def mean_and_deviation(scores: list[float]) -> str:
 
 
 def table_of_levels(runs: list[dict]) -> list[str]:
-    """Markdown: seconds from the start of the process to each score, where it was reached."""
-    models = list(dict.fromkeys(run["model_type"] for run in runs))
+    """Markdown: for each machine and model, seconds from the start of the process to each score, where reached."""
+    groups = grouped(runs)
     lines = [
-        "| model | " + " | ".join(f"{level:.2f}" for level in LEVELS) + " |",
-        "|---" * (len(LEVELS) + 1) + "|",
+        "| CPU | model | " + " | ".join(f"{level:.2f}" for level in LEVELS) + " |",
+        "|---" * (len(LEVELS) + 2) + "|",
     ]
-    for model_type in models:
-        some = {minutes: group for (name, minutes), group in grouped(runs).items() if name == model_type}
-        cells = [seconds_to(level, some) for level in LEVELS]
-        lines.append(f"| {model_type} | {' | '.join(cells)} |")
+    for row in dict.fromkeys((cpu, model_type) for cpu, model_type, _, _ in groups):
+        some = [group for key, group in groups.items() if key[:2] == row]
+        lines.append(f"| {' | '.join([*row, *(seconds_to(level, some) for level in LEVELS)])} |")
     return lines
 
 
-def seconds_to(level: float, by_minutes: dict[float, list[dict]]) -> str:
-    for _, runs in sorted(by_minutes.items()):
-        if statistics.mean(run["test_macro_f1"] for run in runs) >= level:
-            return f"{statistics.mean(run['seconds'] for run in runs):.0f} s (n={len(runs)})"
-    return "not reached"
+def seconds_to(level: float, groups: list[list[dict]]) -> str:
+    reached = [g for g in groups if statistics.mean(run["test_macro_f1"] for run in g) >= level]
+    if not reached:
+        return "not reached"
+    soonest = min(reached, key=lambda group: statistics.mean(run["seconds"] for run in group))
+    return f"{statistics.mean(run['seconds'] for run in soonest):.0f} s (n={len(soonest)})"
 
 
-def grouped(runs: list[dict]) -> dict[tuple[str, float], list[dict]]:
-    groups: dict[tuple[str, float], list[dict]] = {}
-    for run in sorted(runs, key=lambda run: run["minutes"]):
-        groups.setdefault((run["model_type"], run["minutes"]), []).append(run)
+def grouped(runs: list[dict]) -> dict[tuple[str, str, float, int], list[dict]]:
+    """Runs by CPU, model, minutes and image size."""
+    groups: dict[tuple[str, str, float, int], list[dict]] = {}
+    for run in sorted(runs, key=lambda run: (run["environment"]["cpu_capability"], run["minutes"])):
+        key = run["environment"]["cpu_capability"], run["model_type"], run["minutes"], run["image_size"]
+        groups.setdefault(key, []).append(run)
     return groups
 
 

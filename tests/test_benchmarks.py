@@ -34,7 +34,7 @@ def test_time_to_f1_records_each_run_once(tiny_npz, tmp_path):
     assert runs[0]["split"] != runs[1]["split"]
     assert all(r["seconds"] > r["train_seconds"] > 1 for r in runs)
     assert all(r["decision"]["seconds"] > r["seconds"] for r in runs)
-    assert "| lightning_cnn | 0.03 | 2 |" in run("time_to_f1.py", "--tables", output)
+    assert "| lightning_cnn | 0.03 | 16 | 2 |" in run("time_to_f1.py", "--tables", output)
 
 
 def test_training_throughput_compares_with_a_loop_that_learns_the_same(tiny_npz, tmp_path):

@@ -237,6 +237,14 @@ def test_help_shows_examples_and_loads_nothing_heavy():
     assert "torch" not in done.stderr and "numpy" not in done.stderr
 
 
+def test_a_library_that_is_not_installed_is_named_with_the_remedy(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-S", ROOT / "quick_start.py", "--output-dir", tmp_path], capture_output=True, text=True
+    )  # -S: as in an environment where nothing has been installed
+    assert done.returncode == 1
+    assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
