@@ -544,18 +544,31 @@ MODEL_REGISTRY: dict[str, ModelSpec] = {}
 
 # What every search chooses beside an architecture's own parameters.
 SHARED_SEARCH_SPACE = ("learning_rate", "batch_size", "dropout", "weight_decay")
+# To freeze random weights would leave the head to learn from noise, and short trials do not always show it.
+NEEDS_PRETRAINED = ("freeze_backbone",)
 
 
-def suggest_parameters(trial: optuna.trial.BaseTrial, model_type: str, *, batch_size: int) -> dict[str, Any]:
-    """Asks a trial for the shared parameters and for the architecture's own; `batch_size` is one more to choose."""
+def suggest_parameters(
+    trial: optuna.trial.BaseTrial, model_type: str, *, batch_size: int, pretrained: bool = True
+) -> dict[str, Any]:
+    """Asks a trial for the shared parameters and for the architecture's own; `batch_size` is one more to choose.
+
+    Without `pretrained` weights to start from, it is not asked for what makes no sense without them.
+    """
     shared = {
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True),
         "batch_size": trial.suggest_categorical("batch_size", tuple(sorted({16, 32, 64, batch_size}))),
         "dropout": trial.suggest_float("dropout", 0.1, 0.6),
         "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True),
     }
-    own = MODEL_REGISTRY[model_type].search_space
+    own = own_search_space(model_type, pretrained=pretrained)
     return shared | {name: trial.suggest_categorical(name, values) for name, values in own.items()}
+
+
+def own_search_space(model_type: str, *, pretrained: bool) -> dict[str, tuple]:
+    """The parameters that only this architecture has, as far as they make sense for the weights it starts from."""
+    space = MODEL_REGISTRY[model_type].search_space
+    return {name: values for name, values in space.items() if pretrained or name not in NEEDS_PRETRAINED}
 
 
 def register_model(name: str, spec: ModelSpec) -> None:
@@ -736,6 +749,7 @@ class IntegratedMLPipeline:
         self._search_deadline: float | None = None
         self._trial_seconds = float("inf")
         self._studies: dict[str, optuna.Study] = {}
+        self._pretrained: dict[str, bool] = {}
         self.tracking: Tracking | NoTracking = NoTracking()
         self._parent_run = TrackedRun("")
         self._model_runs: dict[str, TrackedRun] = {}
@@ -1317,7 +1331,8 @@ class IntegratedMLPipeline:
             optuna.TrialPruned: stopped as unpromising by the pruner, through Lightning's callback.
             TrialFailedError: the loss was no number or the memory did not suffice; the study goes on.
         """
-        params = suggest_parameters(trial, model_type, batch_size=self.config.batch_size)
+        pretrained = self._starts_pretrained(model_type)
+        params = suggest_parameters(trial, model_type, batch_size=self.config.batch_size, pretrained=pretrained)
         trial.set_user_attr("process", this_process())
         run = self.tracking.start(f"trial {trial.number}", parent=self._model_runs.get(model_type))
         self.tracking.params(run, **params)
@@ -1365,6 +1380,14 @@ class IntegratedMLPipeline:
         best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
         trial.set_user_attr("best_epoch", best["epoch"])
         return model, best["val_macro_f1"]
+
+    def _starts_pretrained(self, model_type: str) -> bool:
+        """Whether pre-trained weights can really be had, where the search depends on it; tried once for all trials."""
+        if not set(NEEDS_PRETRAINED) & set(MODEL_REGISTRY[model_type].search_space):
+            return True
+        if model_type not in self._pretrained:
+            self._pretrained[model_type] = not self.create_model(model_type).weights_source.startswith("random")
+        return self._pretrained[model_type]
 
     def _search_time_left(self) -> float:
         return float("inf") if self._search_deadline is None else self._search_deadline - time.monotonic()
@@ -1429,12 +1452,13 @@ class IntegratedMLPipeline:
 
     def _default_trial(self, model_type: str) -> dict[str, Any]:
         """The parameters that would be used without a search, as far as the search space has them."""
-        spec = MODEL_REGISTRY[model_type]
-        defaults = {"batch_size": self.config.batch_size, "weight_decay": 0.05, **spec.defaults}
+        defaults = MODEL_REGISTRY[model_type].defaults
+        defaults = {"batch_size": self.config.batch_size, "weight_decay": 0.05, **defaults}
         if self.config.learning_rate is not None:
             defaults["learning_rate"] = self.config.learning_rate
-        own = {name: values[0] for name, values in spec.search_space.items()}
-        space = {*SHARED_SEARCH_SPACE, *spec.search_space}
+        own_space = own_search_space(model_type, pretrained=self._starts_pretrained(model_type))
+        own = {name: values[0] for name, values in own_space.items()}
+        space = {*SHARED_SEARCH_SPACE, *own_space}
         return {name: value for name, value in (own | defaults).items() if name in space}
 
     def _forget_beaten_trials(self, study: optuna.Study, model_type: str) -> None:

@@ -349,6 +349,27 @@ def test_every_architectures_space_can_be_searched():
         assert np.isfinite(params["learning_rate"])
 
 
+@pytest.mark.parametrize("weights", ["random (its host does not answer)", "torchvision ResNet18_Weights"])
+def test_a_search_freezes_the_backbone_only_where_pretrained_weights_were_had(weights, tiny_npz, tmp_path, monkeypatch):
+    made, create = pipeline(tiny_npz, tmp_path, model_type="torchvision_resnet"), IntegratedMLPipeline.create_model
+    asked = []
+
+    def create_model(self, *args, **kwargs):
+        model = create(self, *args, **kwargs)
+        model.weights_source = weights
+        return model
+
+    def train_trial(self, trial, model_type, params, run):
+        asked.append(params)
+        return self.create_model(model_type), 0.5
+
+    monkeypatch.setattr(IntegratedMLPipeline, "create_model", create_model)
+    monkeypatch.setattr(IntegratedMLPipeline, "_train_trial", train_trial)
+    made.search("torchvision_resnet")
+    frozen = {params.get("freeze_backbone") for params in asked}
+    assert frozen == {None} if weights.startswith("random") else frozen <= {False, True}
+
+
 def test_ctrl_c_while_the_journals_lock_is_given_back_is_still_ctrl_c(tiny_npz, tmp_path, monkeypatch):
     made, unlink, done = pipeline(tiny_npz, tmp_path, num_optuna_trials=2), os.unlink, []
 
