@@ -1370,6 +1370,7 @@ class IntegratedMLPipeline:
         pl.seed_everything(self.config.seed, verbose=False)
         data = self.data_module(params["batch_size"])
         model = self.create_model(model_type, params, class_weights=data.class_weights)
+        self.tracking.tags(run, weights=model.weights_source, seed=str(self.config.seed))
         history, folder = History(log=partial(self.tracking.metrics, run)), self._trials_folder(model_type)
         callbacks = [history, self._best_weights(folder, str(trial.number))]
         if len(self.config.objectives) == 1:  # several values cannot be pruned on

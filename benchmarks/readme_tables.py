@@ -219,6 +219,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "start_up": start_up,
     "quick_start": quick_start,
     "image_sizes": image_sizes,
+    "tracking_cost": tracking_cost,
     "scale": scale,
     "wafer_pretraining": pretraining,
     "pruning": pruning,

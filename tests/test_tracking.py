@@ -71,6 +71,13 @@ def test_every_run_ends_as_what_became_of_it(tracked):
     assert {run.info.status for name, run in runs.items() if name != "trial 1"} == {"FINISHED"}
 
 
+def test_every_run_names_its_seed_and_every_training_the_weights_it_started_from(tracked):
+    _, _, runs, _ = tracked
+    for name, run in runs.items():
+        assert "0" in (run.data.tags.get("seed"), run.data.params.get("seed"))
+        assert name == "tiny" or run.data.tags["weights"] == "random (not asked for)"
+
+
 def test_runs_hold_what_the_summary_says(tracked):
     _, summary, runs, client = tracked
     (model,) = summary["models"]
