@@ -749,7 +749,7 @@ class IntegratedMLPipeline:
         self._search_deadline: float | None = None
         self._trial_seconds = float("inf")
         self._studies: dict[str, optuna.Study] = {}
-        self._pretrained: dict[str, bool] = {}
+        self._starts: dict[str, tuple[str, float]] = {}
         self.tracking: Tracking | NoTracking = NoTracking()
         self._parent_run = TrackedRun("")
         self._model_runs: dict[str, TrackedRun] = {}
@@ -1382,13 +1382,15 @@ class IntegratedMLPipeline:
         trial.set_user_attr("best_epoch", best["epoch"])
         return model, best["val_macro_f1"]
 
+    def _start_without_search(self, model_type: str) -> tuple[str, float]:
+        """The weights that a training really starts from, and its learning rate then; tried once for all trials."""
+        if model_type not in self._starts:
+            model = self.create_model(model_type)
+            self._starts[model_type] = model.weights_source, model.learning_rate
+        return self._starts[model_type]
+
     def _starts_pretrained(self, model_type: str) -> bool:
-        """Whether pre-trained weights can really be had, where the search depends on it; tried once for all trials."""
-        if not set(NEEDS_PRETRAINED) & set(MODEL_REGISTRY[model_type].search_space):
-            return True
-        if model_type not in self._pretrained:
-            self._pretrained[model_type] = not self.create_model(model_type).weights_source.startswith("random")
-        return self._pretrained[model_type]
+        return not self._start_without_search(model_type)[0].startswith("random")
 
     def _search_time_left(self) -> float:
         return float("inf") if self._search_deadline is None else self._search_deadline - time.monotonic()
@@ -1453,10 +1455,8 @@ class IntegratedMLPipeline:
 
     def _default_trial(self, model_type: str) -> dict[str, Any]:
         """The parameters that would be used without a search, as far as the search space has them."""
-        defaults = MODEL_REGISTRY[model_type].defaults
-        defaults = {"batch_size": self.config.batch_size, "weight_decay": 0.05, **defaults}
-        if self.config.learning_rate is not None:
-            defaults["learning_rate"] = self.config.learning_rate
+        defaults = {"batch_size": self.config.batch_size, "weight_decay": 0.05, **MODEL_REGISTRY[model_type].defaults}
+        defaults["learning_rate"] = self._start_without_search(model_type)[1]  # weights to fine-tune have their own
         own_space = own_search_space(model_type, pretrained=self._starts_pretrained(model_type))
         own = {name: values[0] for name, values in own_space.items()}
         space = {*SHARED_SEARCH_SPACE, *own_space}

@@ -123,7 +123,7 @@ def production() -> ExperimentConfig:
         experiment_name="production",
         num_optuna_trials=12,
         search_epochs=8,
-        search_share=0.4,
+        search_share=0.3,
         favourite_share=0.7,
         max_epochs=200,
         early_stopping_patience=40,

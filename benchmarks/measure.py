@@ -8,11 +8,15 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from integrated_pipeline import IntegratedMLPipeline
+    from wafer_data import Split
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -99,6 +103,40 @@ def prepare(arguments: argparse.Namespace, model_type: str | list[str]) -> Integ
     pipeline = IntegratedMLPipeline(config)
     pipeline.prepare_data()
     return pipeline
+
+
+def few_maps(pipeline: IntegratedMLPipeline, per_class: int, validation_per_class: int, *, seed: int) -> Split:
+    """The pipeline's split with at most so many maps of each class to train on and to validate; test stays whole."""
+    import numpy as np
+
+    rng, labels, split = np.random.default_rng(seed), pipeline.maps.labels, pipeline.split
+
+    def draw(part: np.ndarray, per_class: int) -> np.ndarray:
+        shuffled = rng.permutation(part)
+        return np.sort(np.concatenate([shuffled[labels[shuffled] == c][:per_class] for c in range(9)]))
+
+    return replace(
+        split,
+        train=draw(split.train, per_class),
+        validation=draw(split.validation, validation_per_class),
+        fingerprint=f"{split.fingerprint}-{per_class}",
+    )
+
+
+def score_on(pipeline: IntegratedMLPipeline, record: dict, indices: np.ndarray) -> dict:
+    """What a trained model (any record with model_type, parameters and checkpoint) scores on maps of the pipeline."""
+    import evaluation
+    from integrated_pipeline import predict_probabilities
+    from wafer_data import CLASS_NAMES, resize_maps
+
+    maps = pipeline.maps.select(indices)
+    predicted = evaluation.Predictions(
+        probabilities=predict_probabilities(pipeline.load_model(record), resize_maps(maps, pipeline.config.image_size)),
+        labels=maps.labels,
+        groups=maps.groups,
+        class_names=CLASS_NAMES,
+    )
+    return evaluation.compute_metrics(predicted, seed=pipeline.config.seed)
 
 
 def write_image_folder(data, folder: Path) -> None:

@@ -21,10 +21,9 @@ import argparse
 import math
 import statistics
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
-from measure import ROOT, write_record
+from measure import ROOT, few_maps, score_on, write_record
 
 WAYS = {"from scratch": False, "pre-trained on generated maps": True}
 
@@ -96,7 +95,8 @@ def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[d
             if prepared is None:
                 pipeline.prepare_data()
                 prepared = pipeline
-                few, scored = few_maps(prepared, arguments, seed)
+                few = few_maps(prepared, arguments.per_class, arguments.validation_per_class, seed=seed)
+                scored = getattr(prepared.split, arguments.score)
             pipeline.maps, pipeline.split = prepared.maps, few
             record = pipeline.train_final_model(model_type)
             if pretrained and record["weights"].startswith("random"):
@@ -120,40 +120,6 @@ def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[d
         )
         print(f"{model_type}, seed {seed}, {way}: macro F1 {score['macro_f1']:.3f}", flush=True)
     return runs
-
-
-def few_maps(pipeline, arguments: argparse.Namespace, seed: int):
-    """The split with few maps of each class in training and validation, and the maps to score on."""
-    import numpy as np
-
-    rng, labels, split = np.random.default_rng(seed), pipeline.maps.labels, pipeline.split
-
-    def draw(part: np.ndarray, per_class: int) -> np.ndarray:
-        shuffled = rng.permutation(part)
-        return np.sort(np.concatenate([shuffled[labels[shuffled] == c][:per_class] for c in range(9)]))
-
-    few = replace(
-        split,
-        train=draw(split.train, arguments.per_class),
-        validation=draw(split.validation, arguments.validation_per_class),
-        fingerprint=f"{split.fingerprint}-{arguments.per_class}",
-    )
-    return few, getattr(split, arguments.score)
-
-
-def score_on(pipeline, record: dict, indices) -> dict:
-    import evaluation
-    from integrated_pipeline import predict_probabilities
-    from wafer_data import CLASS_NAMES, resize_maps
-
-    maps = pipeline.maps.select(indices)
-    predicted = evaluation.Predictions(
-        probabilities=predict_probabilities(pipeline.load_model(record), resize_maps(maps, pipeline.config.image_size)),
-        labels=maps.labels,
-        groups=maps.groups,
-        class_names=CLASS_NAMES,
-    )
-    return evaluation.compute_metrics(predicted, seed=pipeline.config.seed)
 
 
 def summarise(model_type: str, runs: list[dict]) -> dict:

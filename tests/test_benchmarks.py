@@ -105,3 +105,20 @@ def test_wafer_pretraining_compares_both_starts_on_the_same_few_maps(tiny_npz, t
     second = record["runs"][2:]
     differences = [tuned["macro_f1"] - scratch["macro_f1"], second[1]["macro_f1"] - second[0]["macro_f1"]]
     assert outcome["difference"] == pytest.approx(sum(differences) / 2, abs=1e-4)
+
+
+def test_pruning_scores_what_was_found_on_the_test_lots_and_a_second_call_adds_to_the_record(tiny_npz, tmp_path):
+    output = tmp_path / "pruning.json"
+    flags = ("--data", tiny_npz, "--per-class", 5, "--validation-per-class", 2, "--trials", 2, "--epochs", 2)
+    flags = (*flags, "--model", "lightning_cnn", "--image-size", 16, "--output", output)
+    run("pruning.py", *flags, "--seeds", 0)
+    first = json.loads(output.read_text())
+    run("pruning.py", *flags, "--seeds", 0, 1)
+    both = json.loads(output.read_text())
+    assert both["runs"][:2] == first["runs"] and len(both["runs"]) == 4
+    assert all(0 < r["test_macro_f1"] <= 1 and r["epochs"] + 2 * r["failed"] <= 4 for r in both["runs"])
+    found = both["against_none"]["halving"]
+    assert found["seeds"] == [0, 1] and found["times_faster"]["turns"] == 2
+    none, halving = ([r["test_macro_f1"] for r in both["runs"] if r["pruner"] == name] for name in ("none", "halving"))
+    mean = sum(b - a for a, b in zip(none, halving, strict=True)) / 2
+    assert found["test_macro_f1"]["mean"] == pytest.approx(mean, abs=1e-4)

@@ -272,6 +272,13 @@ def test_fine_tuning_takes_a_share_of_the_learning_rate_unless_one_is_chosen(mad
     assert pipeline(made.parent).create_model("lightning_cnn", {"learning_rate": 0.02}).learning_rate == 0.02
 
 
+def test_a_search_begins_with_the_learning_rate_of_fine_tuning(made, tiny_npz, tmp_path):
+    searches = {"data": str(tiny_npz), "num_optuna_trials": 1, "search_epochs": 1, "output_dir": tmp_path}
+    (trial,) = pipeline(made.parent, enable_optuna=True, **searches).search("lightning_cnn")["trials"]
+    own = MODEL_REGISTRY["lightning_cnn"].defaults["learning_rate"]
+    assert trial["parameters"]["learning_rate"] == FINE_TUNING_SHARE * own
+
+
 def test_a_resumed_fine_tuning_keeps_its_learning_rate_and_the_name_of_its_weights(made, tiny_npz, tmp_path):
     settings = {"model_type": "lightning_cnn", "data": str(tiny_npz), "max_epochs": 1, "output_dir": tmp_path}
     first = pipeline(made.parent, **settings)
