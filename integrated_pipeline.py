@@ -1400,7 +1400,7 @@ class IntegratedMLPipeline:
 
     def _open_study(self, model_type: str) -> optuna.Study:
         """Creates the study, or takes it up again when resuming or when it is shared."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # of a trial that fails, our own line gives the reason
         config, name = self.config, f"{self.config.experiment_name}/{model_type}"
         directions = [OBJECTIVES[objective] for objective in config.objectives]
         storage = self._study_storage()

@@ -107,16 +107,25 @@ def scale(record: dict) -> list[str]:
 
 
 def pruning(record: dict) -> list[str]:
-    runs = record["runs"]
     cells = []
     for name, found in record["against_none"].items():
-        low, high = found["best_value"]["interval"]
-        best = {n: sum(run["best_macro_f1"] for run in runs[n]) / len(runs[n]) for n in (name, "none")}
+        runs = [run for run in record["runs"] if run["seed"] in found["seeds"]]
+        scores = {n: [run["test_macro_f1"] for run in runs if run["pruner"] == n] for n in (name, "none")}
         cells.append(
-            [name, ratio_text(found["times_faster"]), ratio_text(found["times_fewer_epochs"]), f"{best[name]:.3f}",
-             f"{best['none']:.3f}", f"{found['best_value']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"]
+            [name, str(len(found["seeds"])), ratio_text(found["times_faster"]), ratio_text(found["times_fewer_epochs"]),
+             difference_text(found["best_macro_f1"]), *(f"{statistics.mean(some):.3f}" for some in scores.values()),
+             difference_text(found["test_macro_f1"])]
         )  # fmt: skip
-    return rows("pruner, times faster, times fewer epochs, best value, best value without, difference", cells)
+    return rows(
+        "pruner, seeds, times faster, times fewer epochs, best validation F1: difference, test F1 with, without, "
+        "difference",
+        cells,
+    )
+
+
+def difference_text(difference: dict) -> str:
+    low, high = difference["interval"]
+    return f"{difference['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def score_text(score: float, interval: list[float]) -> str:
@@ -165,6 +174,12 @@ def comparison(record: dict) -> list[str]:
     return [*comparison_markdown(record).strip().splitlines(), "", record["verdict"]]
 
 
+def comparison_models(record: dict) -> list[str]:
+    """Without the table of differences, which the verdict sums up."""
+    first, _, _ = "\n".join(comparison(record)).partition("\n| Models ")
+    return [*first.strip().splitlines(), "", record["verdict"]]
+
+
 def ablation(record: dict) -> list[str]:
     from reporting import ablation_markdown
 
@@ -210,6 +225,9 @@ def pretraining(record: dict) -> list[str]:
 
 
 TABLES: dict[str, Callable[..., list[str]]] = {
+    "production": production,
+    "champion": champion,
+    "comparison_generated": comparison_models,
     "comparison_real": comparison,
     "ablation": ablation,
     "runs": table_of_runs,
