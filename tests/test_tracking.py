@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -152,6 +153,22 @@ def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_
     printed = capsys.readouterr().err
     assert printed.count("goes on without MLflow") == 1
     assert "the disk is full" in printed
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
+def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, enable_optuna=False)))
+    worker, train = pipeline.open_tracking()._worker._process.pid, pipeline.train_final_model
+
+    def fill_the_disk_and_train(*args, **kwargs):
+        resource.prlimit(worker, resource.RLIMIT_FSIZE, (4096, 4096))  # no file of the tracker's can grow any more
+        return train(*args, **kwargs)
+
+    pipeline.train_final_model = fill_the_disk_and_train
+    summary = pipeline.run_complete_pipeline()
+    assert summary["models"][0]["epochs"] == 2
+    printed = capsys.readouterr().err
+    assert printed.count("goes on without MLflow") == 1 and "disk" in printed and "Traceback" not in printed
 
 
 CHILD = """
