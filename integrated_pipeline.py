@@ -1180,6 +1180,8 @@ class IntegratedMLPipeline:
         if champion is not None:
             theirs = replace(predictions, probabilities=OnnxClassifier(champion[1]).predict(test_maps))
             comparison = evaluation.compare_macro_f1(ours, theirs, seed=self.config.seed)
+            if np.array_equal(theirs.probabilities, ours.probabilities):  # as when a run is resumed after it registered
+                return self._already_champion(champion[0], apart)
             alias = "champion" if comparison["difference"] > 0 else "challenger"
         verdict = _verdict(model_type, alias, comparison, champion)
         version = self.tracking.register(
@@ -1200,6 +1202,18 @@ class IntegratedMLPipeline:
             "alias": alias,
             "verdict": verdict,
             "comparison": comparison,
+            "largest_difference_to_checkpoint": apart,
+        }
+
+    def _already_champion(self, version: str, apart: float) -> dict[str, Any]:
+        name, verdict = self.config.registry_name, f"Version {version}, the champion, is this very model."
+        self._say(f"Registered before as models:/{name}@champion. {verdict}")
+        return {
+            "name": name,
+            "version": version,
+            "alias": "champion",
+            "verdict": verdict,
+            "comparison": None,
             "largest_difference_to_checkpoint": apart,
         }
 

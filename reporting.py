@@ -765,7 +765,8 @@ def _decision_table(models: Sequence[Record]) -> Table:
 def _offsets_table(models: Sequence[Record]) -> Table:
     """What the decision rule adds to each class's log probability."""
     names = list(models[0]["test"]["per_class"])
-    rows = [[model["model_type"], *map("{:+.3f}".format, model["decision"]["offsets"])] for model in models]
+    nothing = [0.0] * len(names)  # a rule that leans to no class lists no offsets
+    rows = [[model["model_type"], *map("{:+.3f}".format, model["decision"]["offsets"] or nothing)] for model in models]
     return Table(("Offset", *names), rows)
 
 

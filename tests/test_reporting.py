@@ -124,7 +124,9 @@ def make_ablation(*, n_seeds: int = 3, components=("pretraining", "augmentation"
 def make_summary(**changes) -> dict:
     """What a pipeline's run leaves, with two models; the metrics are real ones of made-up predictions."""
     models = []
-    for name, sharpness in (("lightning_cnn", 3.0), ("yolo_inspired", 2.0)):
+    leaning = {"prior_strength": 0.55, "offsets": [0.0] * 8 + [-0.707]}
+    rules = (leaning, {"prior_strength": 0.0, "offsets": []})  # as `choose_decision` gives them
+    for (name, sharpness), rule in zip((("lightning_cnn", 3.0), ("yolo_inspired", 2.0)), rules, strict=True):
         predictions = make_predictions(sharpness=sharpness)
         metrics = json.loads(json.dumps(evaluation.compute_metrics(predictions, n_bootstrap=50)))
         models.append(
@@ -139,7 +141,7 @@ def make_summary(**changes) -> dict:
                     "trials": [{"state": "complete"}, {"state": "pruned"}, {"state": "complete"}],
                 },
                 "decision": {
-                    "views": 8, "temperature": 1.314, "prior_strength": 0.55, "offsets": [0.0] * 8 + [-0.707],
+                    "views": 8, "temperature": 1.314, **rule,
                     "validation_macro_f1_before": 0.811, "validation_macro_f1_after": 0.822,
                     "calibration_error_before": 0.0931, "calibration_error_after": 0.0317,
                 },

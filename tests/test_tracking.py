@@ -1,6 +1,7 @@
 """Promises about tracking: the tree of runs, their statuses, and that nothing depends on it."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import os
@@ -398,6 +399,19 @@ def test_only_a_better_model_becomes_champion_and_the_reason_is_written(register
     challenger = client.get_model_version_by_alias(name, "challenger")
     assert "So it is challenger" in challenger.description
     assert f"version {better['version']}" in challenger.description
+
+
+def test_a_run_that_is_resumed_after_it_registered_makes_no_second_version(registered):
+    from mlflow import MlflowClient
+
+    folder, outcomes = registered
+    pipeline, summary = outcomes[1]
+    again = IntegratedMLPipeline(dataclasses.replace(pipeline.config, resume=True)).run_complete_pipeline()
+    before, after = summary["registered"], again["registered"]
+    assert (after["version"], after["alias"]) == (before["version"], "champion")
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    assert len(client.search_model_versions(f"name='{before['name']}'")) == 3
+    assert "version 1" in client.get_model_version_by_alias(before["name"], "champion").description  # as it was
 
 
 def test_checkpoint_file_and_registered_model_agree(registered):
