@@ -719,6 +719,8 @@ def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
             a.xaxis.set_minor_formatter(NullFormatter())
         elif a.get_xlabel() == "Trial":
             a.xaxis.set_major_locator(MaxNLocator(integer=True))
+        elif a.get_xlabel() == "Hyperparameter Importance" and a.get_legend():
+            a.get_legend().remove()  # it names one colour only, and covers the last label
     figure.suptitle(title)
     figure.set_layout_engine("constrained")
     try:

@@ -1183,11 +1183,12 @@ class IntegratedMLPipeline:
             if np.array_equal(theirs.probabilities, ours.probabilities):  # as when a run is resumed after it registered
                 return self._already_champion(champion[0], apart)
             alias = "champion" if comparison["difference"] > 0 else "challenger"
-        verdict = _verdict(model_type, alias, comparison, champion)
+        verdict = _verdict(result, alias, comparison, champion)
         version = self.tracking.register(
             self._model_runs[model_type],
             file,
             name=name,
+            about=ABOUT_THE_MODEL,
             alias=alias,
             description=verdict,
             example=test_maps[0][None],
@@ -1797,10 +1798,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _verdict(model_type: str, alias: str, comparison: dict[str, Any] | None, champion: tuple[str, Path] | None) -> str:
+ABOUT_THE_MODEL = (
+    "Names the defect pattern of wafer maps. In: `maps`, uint8 [N, rows, columns] of any size, 0 no die, 1 pass, 2 fail. "
+    f"Out: `probabilities`, float32 [N, {NUM_CLASSES}], of {', '.join(CLASS_NAMES)}."
+)
+
+
+def _verdict(
+    result: dict[str, Any], alias: str, comparison: dict[str, Any] | None, champion: tuple[str, Path] | None
+) -> str:
     """Why a version is champion or challenger, for its description."""
+    model_type, test = result["model_type"], result["test"]
     if comparison is None or champion is None:
-        return f"{model_type}: the first version, so it is champion."
+        return (
+            f"{model_type}: test macro F1 {test['macro_f1']:.4f} on {test['n_samples']:,} maps. The first version, so it "
+            "is champion."
+        )
     low, high = comparison["interval"]
     return (
         f"{model_type}: test macro F1 {comparison['new']:.4f} against {comparison['old']:.4f} of version "

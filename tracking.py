@@ -150,7 +150,16 @@ class Tracking:
         return None if found is None else (found[0], Path(found[1]))
 
     def register(
-        self, run: TrackedRun, file: Path, *, name: str, alias: str, description: str, example: Any, classes: int
+        self,
+        run: TrackedRun,
+        file: Path,
+        *,
+        name: str,
+        about: str,
+        alias: str,
+        description: str,
+        example: Any,
+        classes: int,
     ) -> str | None:
         """Registers an ONNX file as the next version of a model, under an alias.
 
@@ -158,6 +167,7 @@ class Tracking:
             run: that the file comes from.
             file: to register.
             name: of the registered model.
+            about: what it does, in Markdown, for its page.
             alias: "champion" or "challenger".
             description: of the version, in Markdown.
             example: input, uint8 [N, rows, columns].
@@ -170,8 +180,8 @@ class Tracking:
             return None
         return self._wait(
             self._later(
-                "register", run=run.number, file=str(file.resolve()), name=name, alias=alias, description=description,
-                example=example.tolist(), classes=classes,
+                "register", run=run.number, file=str(file.resolve()), name=name, about=about, alias=alias,
+                description=description, example=example.tolist(), classes=classes,
             )
         )  # fmt: skip
 

@@ -170,7 +170,7 @@ class MlflowRuns:
         return str(version.version), str(next(Path(folder).glob("*.onnx")))
 
     def register(
-        self, run: int, file: str, name: str, alias: str, description: str, example: list, classes: int
+        self, run: int, file: str, name: str, about: str, alias: str, description: str, example: list, classes: int
     ) -> str:
         """Registers an ONNX file as the next version of a model and returns the version."""
         import mlflow
@@ -195,6 +195,7 @@ class MlflowRuns:
                 save_as_external_data=False,
             )
         version = str(logged.registered_model_version)
+        self._client.update_registered_model(name, description=about)
         self._client.update_model_version(name, version, description=description)
         self._client.set_registered_model_alias(name, alias, version)
         return version

@@ -157,15 +157,21 @@ def production(record: dict) -> list[str]:
 
 
 def champion(record: dict) -> list[str]:
-    best = next(m for m in record["models"] if m["model_type"] == record["best_model"])
+    test = next(m for m in record["models"] if m["model_type"] == record["best_model"])["test"]
     return rows(
-        "class, F1, precision, recall, test maps",
+        "class, F1, precision, recall, test maps, most often taken for",
         [
             [name, score_text(c["f1"], c["f1_interval"]), f"{c['precision']:.3f}", f"{c['recall']:.3f}",
-             f"{c['support']:,}"]
-            for name, c in best["test"]["per_class"].items()
+             f"{c['support']:,}", taken_for(name, list(test["per_class"]), counts)]
+            for (name, c), counts in zip(test["per_class"].items(), test["confusion_matrix"], strict=True)
         ],
     )  # fmt: skip
+
+
+def taken_for(name: str, names: list[str], counts: list[int]) -> str:
+    """The two classes that maps of a class were most often called instead of their own."""
+    wrong = sorted(((n, other) for n, other in zip(counts, names, strict=True) if n and other != name), reverse=True)
+    return ", ".join(f"{other} ({n})" for n, other in wrong[:2]) or "-"
 
 
 def comparison(record: dict) -> list[str]:

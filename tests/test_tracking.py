@@ -399,6 +399,9 @@ def test_only_a_better_model_becomes_champion_and_the_reason_is_written(register
     challenger = client.get_model_version_by_alias(name, "challenger")
     assert "So it is challenger" in challenger.description
     assert f"version {better['version']}" in challenger.description
+    score = outcomes[0][1]["models"][0]["test"]["macro_f1"]
+    assert f"test macro F1 {score:.4f}" in client.get_model_version(name, "1").description
+    assert "uint8 [N, rows, columns]" in client.get_registered_model(name).description
 
 
 def test_a_run_that_is_resumed_after_it_registered_makes_no_second_version(registered):
