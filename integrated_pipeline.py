@@ -1799,8 +1799,8 @@ def environment() -> dict[str, Any]:
 
 
 ABOUT_THE_MODEL = (
-    "Names the defect pattern of wafer maps. In: `maps`, uint8 [N, rows, columns] of any size, 0 no die, 1 pass, 2 fail. "
-    f"Out: `probabilities`, float32 [N, {NUM_CLASSES}], of {', '.join(CLASS_NAMES)}."
+    "Names the defect pattern of wafer maps. In: `maps`, uint8 [N, rows, columns] of any size, 0 no die, 1 pass, 2 "
+    f"fail. Out: `probabilities`, float32 [N, {NUM_CLASSES}], of {', '.join(CLASS_NAMES)}."
 )
 
 
@@ -1811,8 +1811,8 @@ def _verdict(
     model_type, test = result["model_type"], result["test"]
     if comparison is None or champion is None:
         return (
-            f"{model_type}: test macro F1 {test['macro_f1']:.4f} on {test['n_samples']:,} maps. The first version, so it "
-            "is champion."
+            f"{model_type}: test macro F1 {test['macro_f1']:.4f} on {test['n_samples']:,} maps. The first version, so "
+            "it is champion."
         )
     low, high = comparison["interval"]
     return (
