@@ -18,7 +18,9 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -31,13 +33,17 @@ import numpy as np
 import optuna
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import TrialState
 from rich.console import Console
 from torch import nn
 
 import evaluation
 import reporting
+from checkpoints import CheckpointFiles, TrainingFolder, checkpoint_digest, hold_folder, read_checkpoint
 from decision import VIEWS, Decision, choose_decision
+from errors import ConfigError, DamagedFileError, RunError, SearchFailedError, TrainingDivergedError
 from pretrained_weights import (
     WeightsUnavailableError,
     fetch_weights,
@@ -45,10 +51,10 @@ from pretrained_weights import (
     read_weights,
     sum_first_layer,
 )
-from simple_model import LightningCNN, WaferClassifier
+from simple_model import LightningCNN, WaferClassifier, macro_f1
 from small_convolutions import quicken_small_convolutions
 from tracking import NoTracking, TrackedRun, Tracking, still_runs, this_process
-from training_callbacks import CheckpointFiles, History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
+from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget
 from wafer_data import (
     CLASS_NAMES,
     IMAGE_LEVELS,
@@ -79,12 +85,9 @@ PRUNERS = ("auto", "median", "halving", "hyperband", "none")
 TRACKERS = ("mlflow", "wandb")
 PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
 FINE_TUNING_SHARE = 0.1  # of a model's own learning rate, when it starts from weights made on generated maps
+TPE_STARTS_AFTER = 10  # finished trials, Optuna's own default; until then it draws at random
 SEARCH_MUST_GAIN = 0.01  # validation macro F1; so much lies between two trainings that differ in their seed alone
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the value, the reason and the remedy."""
 
 
 @dataclass(kw_only=True)
@@ -114,6 +117,8 @@ class ExperimentConfig:
             than one, nothing is pruned and the summary lists the Pareto front.
         storage: where studies are kept: None for a journal file beside the results, or any Optuna storage URL, which
             several processes and machines may share.
+        artifacts: folder that all who share `storage` can reach, in which trials leave their weights for whoever
+            trains the winner; None for `<file>_weights` beside the file of an SQLite storage, else for none.
         enable_mlflow: track the runs, with MLflow unless `tracker` says otherwise.
         tracker: "mlflow", or "wandb" for offline runs of Weights & Biases in wandb/ in the output folder.
         tracking_uri: MLflow server or store; None for mlflow.db and mlruns/ in the output folder.
@@ -133,7 +138,7 @@ class ExperimentConfig:
         early_stopping_patience: epochs without a better validation macro F1.
         time_limit: seconds for all training together, shared equally; the learning rate is annealed to end with it.
         accelerator: passed to Lightning.
-        devices: passed to Lightning.
+        devices: "auto" or 1 for one device, or its number in a list, [1] for the second; passed to Lightning.
         precision: passed to Lightning; "auto" takes bf16-mixed where the hardware computes in it, else 32-true.
         accumulate_grad_batches: passed to Lightning.
         pretrained_wait: seconds to wait for the host of pre-trained weights to answer.
@@ -159,6 +164,7 @@ class ExperimentConfig:
     pruner: str = "auto"
     objectives: Sequence[str] = ("macro_f1",)
     storage: str | None = None
+    artifacts: str | Path | None = None
     enable_mlflow: bool = True
     tracker: str = "mlflow"
     tracking_uri: str | None = None
@@ -205,6 +211,7 @@ class ExperimentConfig:
             ("pretrained_wait", 0.1, 600),
         ):
             self._check_range(name, low, high)
+        self._check_one_device()
         self._check_choice("balance_by", ("sampler", "loss"))
         self._check_choice("image_levels", IMAGE_LEVELS)
         self._check_choice("sampler", SAMPLERS)
@@ -234,6 +241,15 @@ class ExperimentConfig:
         if not right_type or not low <= value <= high:
             kind = "a whole number" if integral else "a number"
             raise ConfigError(f"{name}={value!r} is out of range. Allowed: {kind} from {low:,} to {high:,}.")
+
+    def _check_one_device(self) -> None:
+        devices = self.devices
+        one = devices in ("auto", "1", 1) or (isinstance(devices, list) and len(devices) == 1)
+        if not one or isinstance(devices, bool):
+            raise ConfigError(
+                f"devices={devices!r}: a run trains on one device. Allowed: 'auto', 1, or a list of one device's "
+                "number. To use several, run an experiment on each."
+            )
 
     def _check_choice(self, name: str, allowed: Sequence[str]) -> None:
         if getattr(self, name) not in allowed:
@@ -274,6 +290,14 @@ class ExperimentConfig:
             return Path(self.pretrained_dir)
         return Path(self.output_dir) / "checkpoints" / "pretrained"
 
+    @property
+    def shared_weights_dir(self) -> Path | None:
+        """Where those who share a study leave their trials' weights; None if there is no such place."""
+        if self.storage is None or self.artifacts is not None:
+            return None if self.storage is None else Path(self.artifacts)
+        file = self.storage.removeprefix("sqlite:///").partition("?")[0]
+        return Path(f"{file}_weights") if file and self.storage.startswith("sqlite:///") else None
+
     def training_fingerprint(self) -> str:
         """Changes with any setting that a resumed training depends on."""
         free = {
@@ -288,6 +312,7 @@ class ExperimentConfig:
             "tracking_uri",
             "registry_name",
             "storage",
+            "artifacts",
             "data",
             "tune_decision",
         }
@@ -647,8 +672,37 @@ class TrialFailedError(RuntimeError):
     """A trial that cannot give a value: its reason is kept, the study goes on."""
 
 
-class SearchFailedError(RuntimeError):
-    """A search without a single finished trial."""
+def _proposed_by(trial: optuna.Trial) -> str:
+    """Where a trial's parameters come from; TPE itself draws at random until it has seen enough trials."""
+    if "proposed_by" in trial.user_attrs:  # it was put into the queue
+        return trial.user_attrs["proposed_by"]
+    seen = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    tpe = isinstance(trial.study.sampler, optuna.samplers.TPESampler)
+    return "TPE" if tpe and len(seen) >= TPE_STARTS_AFTER else "chance"
+
+
+def _mend_journal(journal: Path) -> None:
+    """Cuts off a last line that a crash left unfinished: the next one would be written behind it, and lost with it.
+
+    Raises:
+        DamagedFileError: a line before the last is no longer what was written.
+    """
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    whole, _, rest = content.rpartition(b"\n")
+    lines = whole.split(b"\n") if whole else []
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise DamagedFileError(
+                f"Line {number} of {journal} is damaged ({error}). Move the file away; with --resume the models that "
+                "are finished are kept, and the others are searched for anew."
+            ) from error
+    if rest:
+        with journal.open("r+b") as file:
+            file.truncate(len(content) - len(rest))
 
 
 def _completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -691,7 +745,8 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _run_again(study: optuna.Study, trial: optuna.trial.BaseTrial) -> None:
     """Puts the parameters of a trial that was cut off first in the queue."""
-    study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+    again = {"again": trial.number, "proposed_by": "a trial that was cut off"}
+    study.enqueue_trial(trial.params, user_attrs=again)
 
 
 def _trial_record(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
@@ -705,7 +760,7 @@ def _trial_record(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         "epochs": len(reported),
         "parameters": trial.params,
         "seconds": trial.duration.total_seconds() if trial.duration else None,
-        **{key: trial.user_attrs[key] for key in ("reason", "again") if key in trial.user_attrs},
+        **{key: trial.user_attrs[key] for key in ("reason", "again", "proposed_by") if key in trial.user_attrs},
     }
 
 
@@ -754,6 +809,8 @@ class IntegratedMLPipeline:
         self._parent_run = TrackedRun("")
         self._model_runs: dict[str, TrackedRun] = {}
         self._data: WaferMapDataModule | None = None
+        self._failed: dict[str, Exception] = {}
+        self._problems: list[str] = []
 
     def run_complete_pipeline(self) -> dict[str, Any]:
         """Runs the chain and returns the summary that is also written to experiment_summary.json.
@@ -761,11 +818,18 @@ class IntegratedMLPipeline:
         Raises:
             ConfigError: a setting cannot be used here.
             DataError: the data cannot be used.
-            TrainingDivergedError: the loss of a model is no longer a number.
+            FolderInUseError: another run works in the same folder.
+            TrainingDivergedError: the loss of the only model is no longer a number.
+            RunError: no model could be trained, or a file of the run that is gone on with is damaged.
             KeyboardInterrupt: interrupted; finished epochs and models are kept for `resume=True`.
         """
         self._check_this_can_run()
+        with hold_folder(self.config.results_dir), hold_folder(self.config.checkpoints_dir):
+            return self._run_tracked()
+
+    def _run_tracked(self) -> dict[str, Any]:
         self._print_configuration()
+        self._failed, self._problems, self.seconds = {}, [], {}
         with self._timed("data"):
             self.prepare_data()
         self.open_tracking()
@@ -782,37 +846,75 @@ class IntegratedMLPipeline:
         return summary
 
     def _run(self) -> dict[str, Any]:
+        """Trains, scores and writes down what came out, before anything is tried that may fail for another reason."""
         trained = self._train_all()
         with self._timed("evaluation"):
             results, predictions = self.evaluate(trained)
         best = max(range(len(results)), key=lambda i: results[i]["validation"]["macro_f1"])
-        with self._timed("pictures"):
-            self._draw(results, predictions[best], best)
         summary = self._summarise(results, results[best]["model_type"])
-        with self._timed("registration"):
+        self._write(summary, registered=None, not_registered_because="it was not tried yet")
+        with self._timed("pictures"), self._or_a_line("pictures could not be drawn"):
+            self._draw(results, predictions[best], best)
+        with self._or_a_line("the report could not be written"):
+            self._report(summary)
+        with self._timed("registration"), self._or_a_line("the model could not be registered"):
             summary["registered"] = self.register_best(results[best], predictions[best])
-        if summary["registered"] is None:
-            summary["not_registered_because"] = self._why_not_registered()
-        evaluation.write_summary(self.config.results_dir / "experiment_summary.json", summary)
-        self._report(summary)
+            summary["not_registered_because"] = None if summary["registered"] else self._why_not_registered()
+        self._write(summary)
+        with self._or_a_line("the report could not be written"):
+            self._report(summary)
         self._track_outcome(summary)
         self._print_outcome(results, summary)
         return summary
 
+    def _write(self, summary: dict[str, Any], **more: Any) -> None:
+        summary |= {**more, "problems": self._problems}
+        evaluation.write_summary(self.config.results_dir / "experiment_summary.json", summary)
+
+    @contextmanager
+    def _or_a_line(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong in the block becomes a line in the terminal and the summary: the results are safe."""
+        try:
+            yield
+        except Exception as error:
+            self._problems.append(f"{what} ({type(error).__name__}: {error})")
+            self._say(f"warning: {self._problems[-1]}", style="yellow")
+
     def _train_all(self) -> list[dict[str, Any]]:
-        config, trained, found = self.config, [], {}
-        if config.favours_the_best():
-            for model_type in config.model_types():
-                self._say(f"\n[bold]{model_type}[/bold], search")
-                found[model_type] = self.start_and_search(model_type)
-        for model_type in config.model_types():
-            self._say(f"\n[bold]{model_type}[/bold]")
-            if found:
-                seconds = self._seconds_by_merit(model_type, found)
-                trained.append(self.train_with_the_best(model_type, found[model_type], seconds=seconds))
-            else:
-                trained.append(self.search_and_train(model_type))
+        """Searches and trains all models; one that fails becomes a row with its reason, unless all of them do."""
+        names, trained, found = self.config.model_types(), [], {}
+        if self.config.favours_the_best():
+            for name in names:
+                with self._or_a_row(name):
+                    self._say(f"\n{name}, search", style="bold")
+                    found[name] = self.start_and_search(name)
+        for name in [name for name in names if name not in self._failed]:
+            with self._or_a_row(name):
+                self._say(f"\n{name}", style="bold")
+                if found:
+                    seconds = self._seconds_by_merit(name, found)
+                    trained.append(self.train_with_the_best(name, found[name], seconds=seconds))
+                else:
+                    trained.append(self.search_and_train(name))
+        if not trained:
+            reasons = "; ".join(f"{name}: {error}" for name, error in self._failed.items())
+            only = next(iter(self._failed.values()))
+            raise only if len(names) == 1 else RunError(f"No model could be trained. {reasons}")
         return trained
+
+    @contextmanager
+    def _or_a_row(self, model_type: str) -> Iterator[None]:
+        """A model that diverges, finds nothing or has no memory ends alone; the others go on."""
+        try:
+            yield
+        except (TrainingDivergedError, SearchFailedError, MemoryError, RuntimeError) as error:
+            of_this_model = isinstance(error, RunError | MemoryError) or _out_of_memory(error)
+            if not of_this_model or isinstance(error, DamagedFileError):
+                raise
+            self._failed[model_type] = error
+            self._say(f"  {model_type} is left out: {error}", style="yellow")
+            if model_type in self._model_runs:
+                self.tracking.end(self._model_runs[model_type], "FAILED", reason=str(error))
 
     # --- before training
 
@@ -948,23 +1050,39 @@ class IntegratedMLPipeline:
         """
         if self.split is None:
             self.prepare_data()
-        folder = self.config.checkpoints_dir / model_type
-        fingerprint = self._fingerprint(params)
-        record = self._finished(folder, fingerprint) if self.config.resume else None
+        folder = TrainingFolder(self.config.checkpoints_dir / model_type, self._fingerprint(params))
+        record = folder.finished() if self.config.resume else None
         if record is not None:
-            self._say(f"  finished before, taken from {folder}")
+            self._say(f"  finished before, taken from {folder.folder}")
             return record
         pl.seed_everything(self.config.seed, verbose=False)
         params = params or {}
         data = self.data_module(params.get("batch_size"))
-        resume_from = self._resume_point(folder, fingerprint)
+        resume_from = folder.resume_point() if self.config.resume else None
+        if resume_from is None:
+            folder.start_afresh()
         model = self.create_model(
             model_type, params, class_weights=data.class_weights, pretrained=None if resume_from is None else False
         )
         weights = self._weights_source(model, folder, resumed=resume_from is not None)
-        history = self._fit_final(model_type, model, data, folder, resume_from, seconds)
+        history = self._fit_final(model_type, model, data, folder.folder, resume_from, seconds)
+        record = self._training_record(model_type, model, data, history, weights=weights, checkpoint=folder.best)
+        folder.finish(record)
+        return record
+
+    def _training_record(
+        self,
+        model_type: str,
+        model: WaferClassifier,
+        data: WaferMapDataModule,
+        history: History,
+        *,
+        weights: str,
+        checkpoint: Path,
+    ) -> dict[str, Any]:
+        """All that is to be known of a training; it describes the weights in its checkpoint and goes where they go."""
         best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
-        record = {
+        return {
             "model_type": model_type,
             "parameters": {"batch_size": data.batch_size} | _plain(model.hparams),
             "weights": weights,
@@ -974,11 +1092,9 @@ class IntegratedMLPipeline:
             "best_epoch": best["epoch"],
             "train_seconds": history.seconds(),
             "history": history.series(),
-            "checkpoint": "best.ckpt",
-            "fingerprint": fingerprint,
+            "checkpoint": str(checkpoint.relative_to(self.config.checkpoints_dir / model_type)),
+            "checkpoint_sha256": checkpoint_digest(checkpoint),
         }
-        evaluation.write_summary(folder / "finished.json", record)
-        return record
 
     def _fit_final(
         self,
@@ -1021,7 +1137,8 @@ class IntegratedMLPipeline:
         """What all trainings have in common: Lightning's Trainer as the configuration wants it."""
         config, interrupt = self.config, KeepInterrupt()
         trainer = pl.Trainer(
-            max_epochs=max_epochs, accelerator=config.accelerator, devices=config.devices,
+            max_epochs=max_epochs, accelerator=config.accelerator,
+            devices=1 if config.devices == "auto" else config.devices,
             precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
             callbacks=[interrupt, *callbacks], logger=False, enable_progress_bar=False, enable_model_summary=False,
             num_sanity_val_steps=0, default_root_dir=config.checkpoints_dir, plugins=[CheckpointFiles()],
@@ -1044,43 +1161,14 @@ class IntegratedMLPipeline:
         text = f"{self.config.training_fingerprint()} {self.split.fingerprint} {sorted((params or {}).items())}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _finished(self, folder: Path, fingerprint: str) -> dict[str, Any] | None:
-        file = folder / "finished.json"
-        if not file.exists():
-            return None
-        record = json.loads(file.read_text())
-        if record["fingerprint"] != fingerprint:
-            raise ConfigError(
-                f"{folder} was trained with other settings or data. Repeat the settings of that run, or leave out "
-                "--resume to train anew."
-            )
-        return {key: value for key, value in record.items() if key != "schema_version"}
-
-    def _resume_point(self, folder: Path, fingerprint: str) -> Path | None:
-        """The checkpoint to go on from; without `resume`, clears what an earlier run left and starts afresh."""
-        mark, checkpoint = folder / "started.json", folder / "resume.ckpt"
-        if self.config.resume and mark.exists() and checkpoint.exists():
-            if json.loads(mark.read_text())["fingerprint"] != fingerprint:
-                raise ConfigError(
-                    f"{checkpoint} comes from other settings or data. Repeat the settings of that run, or leave out "
-                    "--resume to train anew."
-                )
-            return checkpoint
-        for name in ("finished.json", "started.json", "resume.ckpt", "best.ckpt"):
-            (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        evaluation.write_summary(mark, {"fingerprint": fingerprint})
-        return None
-
-    def _weights_source(self, model: WaferClassifier, folder: Path, *, resumed: bool) -> str:
+    def _weights_source(self, model: WaferClassifier, folder: TrainingFolder, *, resumed: bool) -> str:
         """What the training really started from; remembered beside the checkpoint, since a resumed run cannot tell."""
-        mark = folder / "started.json"
-        started = json.loads(mark.read_text())
         if resumed:
+            started = folder.started()
             model.set_learning_rate(started["learning_rate"])
             return started["weights"]
         source = model.weights_source
-        evaluation.write_summary(mark, started | {"weights": source, "learning_rate": model.learning_rate})
+        folder.remember_start(weights=source, learning_rate=model.learning_rate)
         if not source.startswith("random"):
             self._say(f"  starts from {source}")
         elif self.config.use_pretrained:
@@ -1349,6 +1437,7 @@ class IntegratedMLPipeline:
         pretrained = self._starts_pretrained(model_type)
         params = suggest_parameters(trial, model_type, batch_size=self.config.batch_size, pretrained=pretrained)
         trial.set_user_attr("process", this_process())
+        trial.set_user_attr("proposed_by", _proposed_by(trial))
         run = self.tracking.start(f"trial {trial.number}", parent=self._model_runs.get(model_type))
         self.tracking.params(run, **params)
         try:
@@ -1374,6 +1463,7 @@ class IntegratedMLPipeline:
         self.tracking.end(run)
         for name, value in values.items():  # for objectives that are built on this one
             trial.set_user_attr(name, value)
+        self._share_weights(trial, model_type)
         chosen = tuple(values[name] for name in self.config.objectives)
         return chosen if len(chosen) > 1 else chosen[0]
 
@@ -1386,16 +1476,17 @@ class IntegratedMLPipeline:
         data = self.data_module(params["batch_size"])
         model = self.create_model(model_type, params, class_weights=data.class_weights)
         self.tracking.tags(run, weights=model.weights_source, seed=str(self.config.seed))
-        history, folder = History(log=partial(self.tracking.metrics, run)), self._trials_folder(model_type)
-        callbacks = [history, self._best_weights(folder, str(trial.number))]
+        history, file = History(log=partial(self.tracking.metrics, run)), self._trial_file(model_type, trial.number)
+        callbacks = [history, self._best_weights(file.parent, file.stem)]
         if len(self.config.objectives) == 1:  # several values cannot be pruned on
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
         if self._search_deadline is not None:
             callbacks.insert(0, TimeBudget(max(1.0, min(self._search_time_left(), self._trial_seconds))))
+        weights = model.weights_source
         self.fit(model_type, model, data, callbacks, max_epochs=self.config.search_epochs)
-        best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
-        trial.set_user_attr("best_epoch", best["epoch"])
-        return model, best["val_macro_f1"]
+        record = self._training_record(model_type, model, data, history, weights=weights, checkpoint=file)
+        trial.set_user_attr("record", record)  # should these weights stay, this is what describes them
+        return model, max(record["history"]["val_macro_f1"])
 
     def _start_without_search(self, model_type: str) -> tuple[str, float]:
         """The weights that a training really starts from, and its learning rate then; tried once for all trials."""
@@ -1410,8 +1501,31 @@ class IntegratedMLPipeline:
     def _search_time_left(self) -> float:
         return float("inf") if self._search_deadline is None else self._search_deadline - time.monotonic()
 
-    def _trials_folder(self, model_type: str) -> Path:
-        return self.config.checkpoints_dir / model_type / "trials"
+    def _trial_file(self, model_type: str, number: int) -> Path:
+        return self.config.checkpoints_dir / model_type / "trials" / f"{number}.ckpt"
+
+    def _shared_weights(self) -> FileSystemArtifactStore | None:
+        """Where the processes that share a study leave their trials' weights for each other."""
+        folder = self.config.shared_weights_dir
+        if folder is None:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileSystemArtifactStore(folder)
+
+    def _share_weights(self, trial: optuna.Trial, model_type: str) -> None:
+        file, store = self._trial_file(model_type, trial.number), self._shared_weights()
+        if store is not None and file.exists():
+            shared = upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial)
+            trial.set_user_attr("artifact", shared)
+
+    def _fetch_weights(self, trial: optuna.trial.FrozenTrial, model_type: str) -> Path | None:
+        """The weights of a trial, if they are here or another process has left them where we can fetch them."""
+        file, store = self._trial_file(model_type, trial.number), self._shared_weights()
+        if not file.exists() and store is not None and "artifact" in trial.user_attrs:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(ArtifactNotFound):
+                download_artifact(artifact_store=store, artifact_id=trial.user_attrs["artifact"], file_path=str(file))
+        return file if file.exists() else None
 
     def _open_study(self, model_type: str) -> optuna.Study:
         """Creates the study, or takes it up again when resuming or when it is shared."""
@@ -1422,11 +1536,11 @@ class IntegratedMLPipeline:
         fingerprint = self._fingerprint({"model_type": model_type})
         if config.storage is None and not config.resume and name in optuna.get_all_study_names(storage):
             optuna.delete_study(study_name=name, storage=storage)
-        parts = {"study_name": name, "storage": storage, "sampler": self._sampler(), "pruner": self._pruner()}
+        parts = {"study_name": name, "storage": storage, "pruner": self._pruner()}
         try:  # of several processes on one study, exactly one makes it
             study = optuna.create_study(directions=directions, **parts)
             study.set_user_attr("fingerprint", fingerprint)
-            study.enqueue_trial(self._default_trial(model_type))
+            study.enqueue_trial(self._default_trial(model_type), user_attrs={"proposed_by": "the defaults"})
         except optuna.exceptions.DuplicatedStudyError:
             study = optuna.load_study(**parts)
         if study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
@@ -1434,6 +1548,7 @@ class IntegratedMLPipeline:
                 f"The study {name} was made with other settings or data. Repeat the settings of that run, leave out "
                 "--resume to search anew, or choose another experiment_name."
             )
+        study.sampler = self._sampler(len(study.get_trials(deepcopy=False)))
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             if not still_runs(trial.user_attrs.get("process", "? 0 0")):
                 study.tell(trial.number, state=TrialState.FAIL)
@@ -1447,13 +1562,18 @@ class IntegratedMLPipeline:
         from optuna.storages.journal import JournalFileBackend
 
         self.config.results_dir.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(self.config.results_dir / "optuna_journal.log")))
+        journal = self.config.results_dir / "optuna_journal.log"
+        _mend_journal(journal)
+        return JournalStorage(JournalFileBackend(str(journal)))
 
-    def _sampler(self) -> optuna.samplers.BaseSampler:
+    def _sampler(self, trials_so_far: int) -> optuna.samplers.BaseSampler:
+        """Seeded by the trials so far, too: one made anew on resuming would else propose again what it did before."""
+        seed = int(np.random.SeedSequence([self.config.seed, trials_so_far]).generate_state(1)[0])
+        if self.config.storage is not None:
+            seed = None  # a shared study must not draw the same proposals in each process
         if self.config.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=self.config.seed)
-        # A shared study must not draw the same proposals in each process.
-        return optuna.samplers.TPESampler(seed=self.config.seed if self.config.storage is None else None)
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=TPE_STARTS_AFTER)
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         name = self.config.pruner
@@ -1479,11 +1599,17 @@ class IntegratedMLPipeline:
 
     def _forget_beaten_trials(self, study: optuna.Study, model_type: str) -> None:
         """Deletes the weights of trials that can no longer win."""
-        keep = {f"{trial.number}.ckpt" for trial in study.best_trials} if _completed(study) else set()
-        keep |= {f"{trial.number}.ckpt" for trial in study.get_trials(states=(TrialState.RUNNING,))}
-        for file in self._trials_folder(model_type).glob("*.ckpt"):
-            if file.name not in keep:
+        trials, store = study.get_trials(deepcopy=False), self._shared_weights()
+        done = any(trial.state == TrialState.COMPLETE for trial in trials)
+        keep = {trial.number for trial in study.best_trials} if done else set()
+        keep |= {trial.number for trial in trials if trial.state == TrialState.RUNNING}
+        for file in self._trial_file(model_type, 0).parent.glob("*.ckpt"):
+            if not file.stem.isdigit() or int(file.stem) not in keep:
                 file.unlink(missing_ok=True)
+        for trial in trials:
+            if store is not None and trial.number not in keep and "artifact" in trial.user_attrs:
+                with suppress(ArtifactNotFound):  # another process may have been first
+                    store.remove(trial.user_attrs["artifact"])
 
     def _search_record(self, study: optuna.Study, model_type: str) -> dict[str, Any]:
         if not _completed(study):
@@ -1493,10 +1619,17 @@ class IntegratedMLPipeline:
                 f"{'. Reasons: ' + '; '.join(sorted(reasons)) if reasons else ''}. Give the search more time or epochs."
             )
         best = max(study.best_trials, key=lambda trial: trial.values[0])
-        checkpoint = self._trials_folder(model_type) / f"{best.number}.ckpt"
+        checkpoint = self._fetch_weights(best, model_type)
+        if checkpoint is None:
+            self._say(
+                f"  the weights of trial {best.number}, the best, are not here: its parameters are trained anew. Give "
+                "all processes that share this study a folder for them (artifacts=...)."
+            )
+        trials = study.get_trials(deepcopy=False)
         return {
             "study": study.study_name,
             "sampler": type(study.sampler).__name__,
+            "proposed_by": dict(Counter(t.user_attrs["proposed_by"] for t in trials if "proposed_by" in t.user_attrs)),
             "pruner": type(study.pruner).__name__ if len(self.config.objectives) == 1 else None,
             "objectives": list(self.config.objectives),
             "seconds": _study_seconds(study),
@@ -1504,24 +1637,31 @@ class IntegratedMLPipeline:
                 "number": best.number,
                 "values": best.values,
                 "macro_f1": best.user_attrs["macro_f1"],
-                "best_epoch": best.user_attrs.get("best_epoch"),
+                "best_epoch": best.user_attrs.get("record", {}).get("best_epoch"),
                 "parameters": best.params,
-                "checkpoint": f"trials/{checkpoint.name}" if checkpoint.exists() else None,
+                "checkpoint": None if checkpoint is None else f"trials/{checkpoint.name}",
+                "record": best.user_attrs.get("record"),
             },
             "pareto_front": [
                 {"number": t.number, "values": t.values, "parameters": t.params} for t in study.best_trials
             ],
-            "trials": [_trial_record(trial) for trial in study.get_trials()],
+            "trials": [_trial_record(trial) for trial in trials],
         }
 
     def _better_of(self, record: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-        """The final training, unless the best trial's own weights are better on validation."""
+        """The record of the final training, or of the best trial where its own weights are better on validation.
+
+        Parameters, epochs and history are those of the weights that stay; what was beaten is kept beside them.
+        """
         best, final = found["best"], max(record["history"]["val_macro_f1"])
-        record = {**record, "weights_from": "final training", "search": found}
+        search = found | {"best": {key: value for key, value in best.items() if key != "record"}}
+        more = {"search": search, "total_seconds": found["seconds"] + record["train_seconds"]}
         if best["checkpoint"] is None or best["macro_f1"] <= final:
-            return record
+            return {**record, "weights_from": "final training", **more}
         self._say(f"  trial {best['number']} stays: {best['macro_f1']:.3f} on validation, final training {final:.3f}")
-        return {**record, "weights_from": f"trial {best['number']}", "checkpoint": best["checkpoint"]}
+        beaten = ("parameters", "epochs", "best_epoch", "train_seconds", "history")
+        more["final_training"] = {key: record[key] for key in beaten}
+        return {**best["record"], "weights_from": f"trial {best['number']}", **more}
 
     # --- after training
 
@@ -1534,9 +1674,11 @@ class IntegratedMLPipeline:
         """
         results, predictions = [], []
         for record in trained:
-            self._say(f"\n[bold]{record['model_type']}[/bold], scored on the validation and the test part")
+            self._say(f"\n{record['model_type']}, scored on the validation and the test part", style="bold")
             model = self.load_model(record)
-            by_views = {part: self._probabilities(model, part) for part in ("validation", "test")}
+            by_views = {"validation": self._probabilities(model, "validation")}
+            self._check_is_what_was_trained(record, by_views["validation"][1])
+            by_views["test"] = self._probabilities(model, "test")
             decision = self._decide(by_views["validation"]) if self.config.tune_decision else Decision()
             predicted = {part: self._predictions(part, decision.of_views(p)) for part, p in by_views.items()}
             scores = {part: evaluation.compute_metrics(p, seed=self.config.seed) for part, p in predicted.items()}
@@ -1550,6 +1692,21 @@ class IntegratedMLPipeline:
                 results[-1]["decision"] = _decision_record(decision, plain, scores)
             predictions.append(predicted["test"])
         return results, predictions
+
+    def _check_is_what_was_trained(self, record: dict[str, Any], probabilities: np.ndarray) -> None:
+        """Refuses weights whose validation score is not the best of their own history.
+
+        Raises:
+            DamagedFileError: they are other weights, or no longer what they were.
+        """
+        confusion = self._predictions("validation", probabilities).confusion()
+        score, expected = float(macro_f1(torch.from_numpy(confusion))), max(record["history"]["val_macro_f1"])
+        # In bfloat16, in which training may have computed it, a few answers on the edge fall to the other side.
+        if abs(score - expected) > (0.01 if record["precision"] == "32-true" else 0.05):
+            raise DamagedFileError(
+                f"{record['model_type']}: the checkpoint scores {score:.3f} on validation, the best epoch of its "
+                f"training {expected:.3f}. It is not what was trained. Leave out --resume to train anew."
+            )
 
     def _probabilities(self, model: WaferClassifier, part: str) -> dict[int, np.ndarray]:
         views = VIEWS if self.config.tune_decision else (1,)
@@ -1577,7 +1734,8 @@ class IntegratedMLPipeline:
         if record["parameters"].get("class_weights") is None:
             model.loss.weight = None
         file = self.config.checkpoints_dir / record["model_type"] / record["checkpoint"]
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+        checkpoint = read_checkpoint(file, expected=record.get("checkpoint_sha256"))
+        model.load_state_dict(checkpoint["state_dict"])
         return model.eval()
 
     @staticmethod
@@ -1633,6 +1791,10 @@ class IntegratedMLPipeline:
             },
             "split": {"fingerprint": self.split.fingerprint, "class_counts": counts},
             "models": results,
+            "failed_models": [
+                {"model_type": name, "reason": f"{type(error).__name__}: {error}"}
+                for name, error in self._failed.items()
+            ],
             "best_model": best,
             "best_model_rule": "highest macro F1 on the validation part",
             "seconds": self.seconds,
@@ -1640,8 +1802,9 @@ class IntegratedMLPipeline:
 
     # --- the terminal
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)  # the terminal wraps; a log keeps whole lines
+    def _say(self, text: str, *, style: str | None = None) -> None:
+        """Prints a line as it is: brackets in a path are no markup. The terminal wraps; a log keeps whole lines."""
+        self.console.print(text, soft_wrap=True, markup=False, emoji=False, style=style)
 
     def _timed(self, phase: str) -> _Stopwatch:
         return _Stopwatch(self.seconds, phase)
@@ -1649,7 +1812,7 @@ class IntegratedMLPipeline:
     def _print_configuration(self) -> None:
         config = self.config
         limit = f", at most {config.time_limit:g} s of training" if config.time_limit else ""
-        self._say(f"[bold]{config.experiment_name}[/bold]")
+        self._say(config.experiment_name, style="bold")
         self._say(f"  models     {', '.join(config.model_types())}")
         self._say(f"  data       {config.data}, maps resized to {config.image_size}x{config.image_size}")
         self._say(f"  training   {config.max_epochs} epochs, batches of {config.batch_size}{limit}")
@@ -1667,6 +1830,8 @@ class IntegratedMLPipeline:
         out.print(evaluation.comparison_table(comparison_rows(results)))
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
         self._say(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
+        for failed in summary["failed_models"]:
+            self._say(f"Not trained: {failed['model_type']} ({failed['reason']})")
         self._say(f"Results and pictures: {self.config.results_dir}")
         if self.config.enable_mlflow and self.config.tracker == "wandb" and not self.tracking.broken:
             self._say(

@@ -1,24 +1,18 @@
-"""What happens around a training: time budget, history, checkpoint files, Ctrl-C, the bar that shows how far it is."""
+"""What happens around a training: time budget, history, Ctrl-C, the bar that shows how far it is."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number."""
+from errors import TrainingDivergedError
 
 
 class TimeBudget(pl.Callback):
@@ -53,34 +47,6 @@ class TimeBudget(pl.Callback):
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Takes up the clock of the run that is resumed."""
         self.used_before = state["used"]
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Writes a checkpoint straight to a file beside its place, then moves it there: whole or not at all.
-
-    Lightning's own way first builds the file in memory, copies it twice and computes check sums, which took eight times
-    as long for the 137 MB of a ResNet18: more than a second an epoch.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        """Replaces the file of that name, if there is one.
-
-        Raises:
-            OSError, RuntimeError: it cannot be written; what was there before is unharmed.
-        """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        with_sums = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            torch.save(checkpoint, unfinished)
-            os.replace(unfinished, path)
-        finally:
-            torch.serialization.set_crc32_options(with_sums)
-            unfinished.unlink(missing_ok=True)
 
 
 class KeepInterrupt(pl.Callback):
@@ -180,7 +146,7 @@ class ProgressBar(pl.Callback):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
-            TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("  {task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
             TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
         self._title = title

@@ -16,8 +16,9 @@ from conftest import tiny_settings
 from PIL import Image
 
 import quick_start
+from checkpoints import CheckpointFiles
+from errors import TrainingDivergedError
 from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
-from training_callbacks import CheckpointFiles, TrainingDivergedError
 from wafer_data import CLASS_NAMES, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -296,7 +297,7 @@ def test_a_failed_checkpoint_leaves_the_one_before_and_no_remains(tmp_path):
 def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(tmp_path):
     file, unfinished = tmp_path / "resume.ckpt", tmp_path / "resume.ckpt.unfinished"
     CheckpointFiles().save_checkpoint({"weights": torch.zeros(5)}, file)
-    program = "import sys, torch; from training_callbacks import CheckpointFiles\n"
+    program = "import sys, torch; from checkpoints import CheckpointFiles\n"
     program += "while True: CheckpointFiles().save_checkpoint({'weights': torch.ones(50_000_000)}, sys.argv[1])"
     child = subprocess.Popen([sys.executable, "-c", program, file], cwd=ROOT)
     deadline = time.monotonic() + 120
