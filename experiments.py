@@ -23,6 +23,7 @@ from typing import Any
 
 import evaluation
 import reporting
+from checkpoints import hold_folder
 from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline, command_line_used, environment
 from tracking import TrackedRun
 
@@ -96,7 +97,8 @@ class TrainingSeries:
     def run(self) -> list[dict[str, Any]]:
         """All records, seed by seed, so that a series that is cut short has whole seeds."""
         try:
-            records = self._run()
+            with hold_folder(self.config.results_dir):
+                records = self._run()
         except KeyboardInterrupt:
             self._tracking.close("KILLED", reason="interrupted")
             raise
@@ -216,7 +218,7 @@ def _short_record(variant: Variant, seed: int, result: dict[str, Any]) -> dict[s
         "accuracy": test["accuracy"],
         "per_class_f1": {name: row["f1"] for name, row in test["per_class"].items()},
         "validation_macro_f1": result["validation"]["macro_f1"],
-        "train_seconds": result["train_seconds"] + (search["seconds"] if search else 0.0),
+        "train_seconds": result.get("total_seconds", result["train_seconds"]),  # any search included
         "epochs": result["epochs"],
         "trials": len(search["trials"]) if search else 0,
         "n_parameters": result["n_parameters"],

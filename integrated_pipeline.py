@@ -860,9 +860,10 @@ class IntegratedMLPipeline:
         with self._timed("registration"), self._or_a_line("the model could not be registered"):
             summary["registered"] = self.register_best(results[best], predictions[best])
             summary["not_registered_because"] = None if summary["registered"] else self._why_not_registered()
+        if summary["registered"]:
+            with self._or_a_line("the report could not be written"):
+                self._report(summary)
         self._write(summary)
-        with self._or_a_line("the report could not be written"):
-            self._report(summary)
         self._track_outcome(summary)
         self._print_outcome(results, summary)
         return summary
@@ -1767,7 +1768,8 @@ class IntegratedMLPipeline:
         folder = self.config.results_dir
         first = ("model_comparison.png", "confusion_matrix.png", "sample_predictions.png", "training_history.png")
         searches = [file.name for r in summary["models"] for file in sorted(folder.glob(f"optuna_{r['model_type']}_*"))]
-        reporting.write_report(summary, folder=folder, pictures=[*first, *searches], path=folder / "report.html")
+        drawn = [name for name in (*first, *searches) if (folder / name).exists()]
+        reporting.write_report(summary, folder=folder, pictures=drawn, path=folder / "report.html")
         reporting.write_model_card(summary, folder=folder)
 
     def _summarise(self, results: list[dict[str, Any]], best: str) -> dict[str, Any]:

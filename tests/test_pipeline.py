@@ -1,7 +1,9 @@
 """Promises about a whole run: outputs, honesty, resume after a kill, clear errors."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +11,16 @@ import time
 from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_settings
 from PIL import Image
+from rich.console import Console
 
 import quick_start
-from checkpoints import CheckpointFiles
-from errors import TrainingDivergedError
+from errors import RunError, TrainingDivergedError
 from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
 from wafer_data import CLASS_NAMES, DataError
 
@@ -184,17 +187,94 @@ def test_bad_data_leaves_an_earlier_run_untouched(finished, tmp_path):
     assert (pipeline.config.checkpoints_dir / "lightning_cnn" / "best.ckpt").exists()
 
 
-def test_a_diverged_training_says_what_to_lower(tiny_npz, tmp_path, monkeypatch):
-    from simple_model import WaferClassifier
+def diverge(monkeypatch, *, only=None):
+    """Trainings whose loss is no number: of all models, or of those of one class."""
+    from simple_model import LightningCNN, WaferClassifier
+
+    step = WaferClassifier.training_step
 
     def step_on_nan(self, batch, batch_idx):
-        return self._step((batch[0] * float("nan"), batch[1]), "fit")
+        good = only == "others" and isinstance(self, LightningCNN)
+        return step(self, batch, batch_idx) if good else self._step((batch[0] * float("nan"), batch[1]), "fit")
 
     monkeypatch.setattr(WaferClassifier, "training_step", step_on_nan)
+
+
+def test_a_diverged_training_says_what_to_lower(tiny_npz, tmp_path, monkeypatch):
+    diverge(monkeypatch)
     config = ExperimentConfig(**settings(tiny_npz, tmp_path))
     with pytest.raises(TrainingDivergedError, match="Lower the learning rate"):
         IntegratedMLPipeline(config).run_complete_pipeline()
     assert not (tmp_path / "results/tiny/experiment_summary.json").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_one_diverging_model_of_two_is_a_row_with_its_reason(resume, tiny_npz, tmp_path, monkeypatch):
+    diverge(monkeypatch, only="others")
+    more = {"model_type": ["torchvision_resnet", "lightning_cnn"], "max_epochs": 1}
+    if resume:
+        IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, **more))).run_complete_pipeline()
+    config = ExperimentConfig(**settings(tiny_npz, tmp_path, **more, resume=resume))
+    summary = IntegratedMLPipeline(config).run_complete_pipeline()
+    assert [m["model_type"] for m in summary["models"]] == ["lightning_cnn"] == [summary["best_model"]]
+    (failed,) = summary["failed_models"]
+    assert failed["model_type"] == "torchvision_resnet" and "Lower the learning rate" in failed["reason"]
+    written = json.loads((tmp_path / "results/tiny/experiment_summary.json").read_text())
+    assert written["failed_models"] == summary["failed_models"]
+    for page in ("report.html", "MODEL_CARD.md"):
+        assert (tmp_path / "results/tiny" / page).exists()
+    assert "torchvision_resnet" in (tmp_path / "results/tiny/report.html").read_text()
+
+
+def test_all_models_diverging_is_one_error_that_names_each(tiny_npz, tmp_path, monkeypatch):
+    diverge(monkeypatch)
+    more = {"model_type": ["torchvision_resnet", "lightning_cnn"], "max_epochs": 1}
+    with pytest.raises(RunError, match=r"No model could be trained\. torchvision_resnet: .*; lightning_cnn: "):
+        IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, **more))).run_complete_pipeline()
+
+
+@pytest.mark.parametrize("step", ["register_best", "_draw", "_report"])
+def test_what_fails_after_the_scores_are_known_is_a_line_in_the_summary(step, tiny_npz, tmp_path, monkeypatch):
+    def fails(*_):
+        written = json.loads((tmp_path / "results/tiny/experiment_summary.json").read_text())
+        assert written["models"][0]["test"]["macro_f1"] > 0  # it is safe before any of this is tried
+        raise OSError("no space left")
+
+    monkeypatch.setattr(IntegratedMLPipeline, step, fails)
+    summary = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path))).run_complete_pipeline()
+    written = json.loads((tmp_path / "results/tiny/experiment_summary.json").read_text())
+    assert written["problems"] == summary["problems"]
+    assert all(problem.endswith("(OSError: no space left)") for problem in written["problems"])
+    assert written["problems"] and written["registered"] is None and written["not_registered_because"]
+
+
+def test_brackets_and_colons_in_a_path_are_printed_as_they_are(tiny_npz, tmp_path):
+    folder = tmp_path / "fab[/b]" / "lot[red] :smile:"
+    folder.mkdir(parents=True)
+    shutil.copy(tiny_npz, folder / "t.npz")
+    printed = io.StringIO()
+    config = ExperimentConfig(**settings(folder / "t.npz", folder, quiet=False, max_epochs=1))
+    IntegratedMLPipeline(config, console=Console(file=printed, highlight=False)).run_complete_pipeline()
+    assert f"data       {folder / 't.npz'}" in printed.getvalue()
+    assert f"Results and pictures: {folder / 'results/tiny'}" in printed.getvalue()
+
+
+@pytest.mark.parametrize(("devices", "taken"), [("auto", 1), (1, 1), ("1", "1"), ([1], [1])])
+def test_one_device_is_taken_however_many_there_are(devices, taken, tiny_npz, tmp_path, monkeypatch):
+    def trainer(**options):
+        assert options["devices"] == taken
+        raise InterruptedError("asked as it should be")
+
+    monkeypatch.setattr(pl, "Trainer", trainer)
+    config = ExperimentConfig(**settings(tiny_npz, tmp_path, devices=devices))
+    with pytest.raises(InterruptedError):
+        IntegratedMLPipeline(config).train_final_model("lightning_cnn")
+
+
+@pytest.mark.parametrize("devices", [2, "2", [0, 1], -1, "-1", 0, True, None, [], "all"])
+def test_more_than_one_device_is_answered_with_a_sentence(devices):
+    with pytest.raises(ConfigError, match=r"a run trains on one device\. Allowed: 'auto', 1"):
+        ExperimentConfig(devices=devices)
 
 
 @pytest.mark.parametrize(
@@ -283,27 +363,3 @@ def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz
     assert done.returncode == 0, done.stderr
     assert "epoch 1/5" not in done.stdout and "epoch 5/5" in done.stdout
     assert "torchvision_resnet Results: accuracy" in done.stdout
-
-
-def test_a_failed_checkpoint_leaves_the_one_before_and_no_remains(tmp_path):
-    file, files = tmp_path / "folder" / "resume.ckpt", CheckpointFiles()
-    files.save_checkpoint({"weights": torch.arange(5)}, file)
-    with pytest.raises(AttributeError):
-        files.save_checkpoint({"weights": torch.zeros(5), "cannot be stored": lambda: None}, file)
-    assert torch.equal(torch.load(file, weights_only=True)["weights"], torch.arange(5))
-    assert list(file.parent.iterdir()) == [file]
-
-
-def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(tmp_path):
-    file, unfinished = tmp_path / "resume.ckpt", tmp_path / "resume.ckpt.unfinished"
-    CheckpointFiles().save_checkpoint({"weights": torch.zeros(5)}, file)
-    program = "import sys, torch; from checkpoints import CheckpointFiles\n"
-    program += "while True: CheckpointFiles().save_checkpoint({'weights': torch.ones(50_000_000)}, sys.argv[1])"
-    child = subprocess.Popen([sys.executable, "-c", program, file], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not unfinished.exists() or unfinished.stat().st_size == 0:
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    child.kill()
-    child.wait()
-    assert set(torch.load(file, weights_only=True)["weights"].tolist()) in ({0.0}, {1.0})

@@ -19,13 +19,8 @@ import torch
 from conftest import tiny_settings
 
 import integrated_pipeline
-from integrated_pipeline import (
-    MODEL_REGISTRY,
-    ConfigError,
-    ExperimentConfig,
-    IntegratedMLPipeline,
-    SearchFailedError,
-)
+from errors import ConfigError, DamagedFileError, SearchFailedError
+from integrated_pipeline import MODEL_REGISTRY, ExperimentConfig, IntegratedMLPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,13 +46,41 @@ def test_the_summary_tells_every_trial_and_the_weights_are_the_better_ones(tiny_
     assert model["validation"]["macro_f1"] == pytest.approx(better, abs=1e-6)
 
 
-def test_the_best_trials_weights_stay_when_the_final_training_is_worse(tiny_npz, tmp_path, monkeypatch):
-    made = pipeline(tiny_npz, tmp_path, max_epochs=1, search_epochs=4, num_optuna_trials=2)
-    (model,) = made.run_complete_pipeline()["models"]
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_record_describes_the_weights_that_stay(resume, tiny_npz, tmp_path, monkeypatch):
+    """The defaults are trained for one epoch and lose to the trial that had four: its record takes their place."""
+
+    def suggest(trial, model_type, **_):
+        return {
+            "learning_rate": trial.suggest_float("learning_rate", 3e-3, 6e-3),
+            "base_channels": trial.suggest_categorical("base_channels", (16, 32)),
+            "batch_size": trial.suggest_categorical("batch_size", (16,)),
+        }
+
+    defaults = {"learning_rate": 4e-3, "base_channels": 16, "batch_size": 8}
+    monkeypatch.setattr(integrated_pipeline, "suggest_parameters", suggest)
+    monkeypatch.setattr(IntegratedMLPipeline, "_worth_training", lambda *_: defaults)
+    more = {"max_epochs": 1, "search_epochs": 4, "num_optuna_trials": 2}
+    (model,) = pipeline(tiny_npz, tmp_path, **more).run_complete_pipeline()["models"]
+    if resume:
+        (model,) = pipeline(tiny_npz, tmp_path, **more, resume=True).run_complete_pipeline()["models"]
     best = model["search"]["best"]
-    assert best["macro_f1"] > max(model["history"]["val_macro_f1"])  # four epochs against one
     assert model["weights_from"] == f"trial {best['number']}"
+    weights = torch.load(tmp_path / "checkpoints/tiny/lightning_cnn" / model["checkpoint"], weights_only=True)
+    said = {name: model["parameters"][name] for name in ("learning_rate", "base_channels")}
+    assert said == {name: weights["hyper_parameters"][name] for name in said}
+    assert said["base_channels"] == weights["state_dict"]["network.0.weight"].shape[0]
+    assert model["parameters"]["batch_size"] == 16 and model["epochs"] == 4
+    assert model["n_parameters"] == sum(
+        v.numel()
+        for n, v in weights["state_dict"].items()
+        if n.startswith("network") and "running" not in n and "num_batches" not in n
+    )
+    assert max(model["history"]["val_macro_f1"]) == best["macro_f1"]
     assert model["validation"]["macro_f1"] == pytest.approx(best["macro_f1"], abs=1e-6)
+    assert model["final_training"]["parameters"]["batch_size"] == 8 and model["final_training"]["epochs"] == 1
+    spent = model["search"]["seconds"] + model["final_training"]["train_seconds"]
+    assert model["total_seconds"] == pytest.approx(spent)
 
 
 @pytest.mark.parametrize(("lead", "trained"), [(0.004, "defaults"), (0.02, "best")])
@@ -74,7 +97,9 @@ def test_the_final_training_keeps_the_defaults_unless_they_are_clearly_beaten(
     monkeypatch.setattr(
         IntegratedMLPipeline,
         "train_final_model",
-        lambda self, name, parameters, **_: asked.append(parameters) or {"history": {"val_macro_f1": [0.4]}},
+        lambda self, name, parameters, **_: (
+            asked.append(parameters) or {"history": {"val_macro_f1": [0.4]}, "train_seconds": 1.0}
+        ),
     )
     one = pipeline(tiny_npz, tmp_path)
     found = one.search("lightning_cnn")
@@ -220,6 +245,91 @@ def test_resuming_a_finished_search_runs_no_trial_and_other_settings_are_refused
     assert len(anew["trials"]) == 3
 
 
+def proposals(tiny_npz, tmp_path, monkeypatch, *, cut_after=None, resume=False, **more):
+    """What a search proposes, trial by trial, without a training; interrupted before trial `cut_after`."""
+
+    def objective(self, trial, model_type):
+        trial.set_user_attr("proposed_by", integrated_pipeline._proposed_by(trial))
+        params = integrated_pipeline.suggest_parameters(trial, model_type, batch_size=16, pretrained=False)
+        if trial.number == cut_after:
+            integrated_pipeline._run_again(trial.study, trial)
+            raise KeyboardInterrupt
+        score = 1 - abs(np.log10(params["learning_rate"]) + 2.4)
+        trial.set_user_attr("macro_f1", score)
+        return score
+
+    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", objective)
+    made = pipeline(tiny_npz, tmp_path, resume=resume, **more)
+    try:
+        return made.search("lightning_cnn")
+    except KeyboardInterrupt:
+        return None
+
+
+def test_a_resumed_search_proposes_nothing_a_second_time(tiny_npz, tmp_path, monkeypatch):
+    proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=7, cut_after=4)
+    found = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=7, resume=True)
+    rates = [t["parameters"]["learning_rate"] for t in found["trials"] if t["state"] == "complete"]
+    assert len(rates) == len(set(rates)) == 7
+
+
+@pytest.mark.parametrize(("sampler", "last"), [("auto", "TPE"), ("random", "chance")])
+def test_the_record_says_who_proposed_each_trial(sampler, last, tiny_npz, tmp_path, monkeypatch):
+    asked = []
+    relative = optuna.samplers.TPESampler._sample  # what TPE calls once it does more than to draw at random
+    monkeypatch.setattr(
+        optuna.samplers.TPESampler,
+        "_sample",
+        lambda self, study, trial, space: asked.append(trial.number) or relative(self, study, trial, space),
+    )
+    found = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=12, sampler=sampler)
+    said = [trial["proposed_by"] for trial in found["trials"]]
+    assert said == ["the defaults", *["chance"] * 9, last, last]
+    assert {t["number"] for t in found["trials"] if t["proposed_by"] == "TPE"} == set(asked)
+    assert found["proposed_by"]["the defaults"] == 1
+
+
+def test_a_last_line_that_a_crash_cut_off_is_mended_and_the_search_goes_on(tiny_npz, tmp_path, monkeypatch):
+    proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=5, cut_after=3)
+    journal = tmp_path / "results/tiny/optuna_journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole.splitlines(keepends=True)[-1][:20])
+    found = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=5, resume=True)
+    assert [t["state"] for t in found["trials"]] == ["complete"] * 3 + ["fail", "complete", "complete"]
+    again = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=5, resume=True)
+    assert again["trials"] == found["trials"]
+
+
+def test_a_damaged_line_of_the_journal_is_named_with_the_remedy(tiny_npz, tmp_path, monkeypatch):
+    proposals(tiny_npz, tmp_path, monkeypatch)
+    journal = tmp_path / "results/tiny/optuna_journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:3], b"\0rubbish\n", *lines[4:]]))
+    with pytest.raises(DamagedFileError, match=r"Line 4 of .*optuna_journal.log is damaged.*Move the file away"):
+        proposals(tiny_npz, tmp_path, monkeypatch, resume=True)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_best_trials_weights_reach_whoever_trains_the_winner(shared, tiny_npz, tmp_path, monkeypatch):
+    """One process finds the best trial, another one ends the search with a final training that is much shorter."""
+    more = {"search_epochs": 4, "num_optuna_trials": 2, "max_epochs": 1, "storage": f"sqlite:///{tmp_path}/study.db"}
+    if not shared:
+        monkeypatch.setattr(ExperimentConfig, "shared_weights_dir", None)
+    first = pipeline(tiny_npz, tmp_path / "a", **more).search("lightning_cnn")
+    made = pipeline(tiny_npz, tmp_path / "b", **more)
+    said = []
+    monkeypatch.setattr(made, "_say", lambda text, **_: said.append(text))
+    (model,) = made.run_complete_pipeline()["models"]
+    assert model["search"]["best"]["macro_f1"] == first["best"]["macro_f1"] > 0.2
+    if shared:
+        assert model["weights_from"] == f"trial {first['best']['number']}"
+        assert model["validation"]["macro_f1"] == pytest.approx(first["best"]["macro_f1"], abs=1e-6)
+        assert len(list((tmp_path / "study.db_weights").iterdir())) == 1  # those of beaten trials are gone
+    else:
+        assert model["weights_from"] == "final training"
+        assert any("artifacts=" in text for text in said)
+
+
 def share_a_study(tiny_npz, tmp_path, storage):
     config = settings(tiny_npz, tmp_path, num_optuna_trials=6, storage=storage)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -313,7 +423,7 @@ def test_what_did_best_in_its_search_gets_the_longest_final_training(tiny_npz, t
 
     def no_training(name, params, *, seconds):
         given[name] = seconds
-        return {"history": {"val_macro_f1": [1.0]}}
+        return {"history": {"val_macro_f1": [1.0]}, "train_seconds": 1.0}
 
     monkeypatch.setattr(made, "train_final_model", no_training)
     made.prepare_data()

@@ -1,0 +1,216 @@
+"""Promises about what a training leaves on disk: whole or named as damaged, never another run's, one run a folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_settings
+
+from checkpoints import CheckpointFiles, TrainingFolder, checkpoint_digest, hold_folder, read_checkpoint
+from errors import ConfigError, DamagedFileError, FolderInUseError
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+
+settings = partial(tiny_settings, enable_mlflow=False, max_epochs=2)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    file = tmp_path / "model" / "best.ckpt"
+    CheckpointFiles().save_checkpoint({"state_dict": {"weight": torch.arange(1000.0)}}, file)
+    return file
+
+
+def test_a_checkpoint_is_read_back_and_opens_in_torch_too(checkpoint):
+    for read in (read_checkpoint(checkpoint), torch.load(checkpoint, weights_only=True)):
+        assert torch.equal(read["state_dict"]["weight"], torch.arange(1000.0))
+    assert read_checkpoint(checkpoint, expected=checkpoint_digest(checkpoint))
+
+
+def flip(position):
+    def damage(file):
+        content = bytearray(file.read_bytes())
+        content[position] ^= 0x41
+        file.write_bytes(bytes(content))
+
+    return damage
+
+
+DAMAGES = {
+    "a byte of the weights": flip(2000),
+    "the first byte": flip(0),
+    "the check sum": flip(-1),
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-500]),
+    "nothing left": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "no seal": lambda file: torch.save({"state_dict": {}}, file),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_any_damage_to_a_checkpoint_is_noticed_and_the_remedy_named(damage, checkpoint):
+    DAMAGES[damage](checkpoint)
+    with pytest.raises(DamagedFileError, match=r"best\.ckpt.*Delete it; with --resume"):
+        read_checkpoint(checkpoint)
+
+
+def test_another_trainings_checkpoint_is_told_from_ones_own(checkpoint):
+    with pytest.raises(DamagedFileError, match="another run has replaced it"):
+        read_checkpoint(checkpoint, expected="0" * 64)
+
+
+def test_lightning_refuses_to_go_on_from_a_damaged_checkpoint(checkpoint):
+    flip(2000)(checkpoint)
+    with pytest.raises(DamagedFileError):
+        CheckpointFiles().load_checkpoint(checkpoint)
+
+
+def test_a_training_goes_on_only_with_its_own_fingerprint(tmp_path):
+    folder = TrainingFolder(tmp_path, "ours")
+    folder.start_afresh()
+    folder.remember_start(weights="random", learning_rate=0.1)
+    for file in (folder.best, folder.resume):
+        file.write_bytes(b"some weights")
+    folder.finish({"epochs": 3})
+    assert folder.resume_point() == folder.resume and folder.finished()["epochs"] == 3
+    assert folder.started()["learning_rate"] == 0.1
+    other = TrainingFolder(tmp_path, "others")
+    for refused in (other.resume_point, other.finished, other.started):
+        with pytest.raises(ConfigError, match="other settings or data"):
+            refused()
+    folder.best.unlink()  # without its weights no training is finished
+    assert folder.finished() is None and folder.resume_point() is None
+
+
+def test_a_failed_checkpoint_leaves_the_one_before_and_no_remains(tmp_path):
+    file, files = tmp_path / "folder" / "resume.ckpt", CheckpointFiles()
+    files.save_checkpoint({"weights": torch.arange(5)}, file)
+    with pytest.raises(AttributeError):
+        files.save_checkpoint({"weights": torch.zeros(5), "cannot be stored": lambda: None}, file)
+    assert torch.equal(torch.load(file, weights_only=True)["weights"], torch.arange(5))
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(tmp_path):
+    file, unfinished = tmp_path / "resume.ckpt", tmp_path / "resume.ckpt.unfinished"
+    CheckpointFiles().save_checkpoint({"weights": torch.zeros(5)}, file)
+    program = "import sys, torch; from checkpoints import CheckpointFiles\n"
+    program += "while True: CheckpointFiles().save_checkpoint({'weights': torch.ones(50_000_000)}, sys.argv[1])"
+    child = subprocess.Popen([sys.executable, "-c", program, file], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not unfinished.exists() or unfinished.stat().st_size == 0:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    child.kill()
+    child.wait()
+    assert set(torch.load(file, weights_only=True)["weights"].tolist()) in ({0.0}, {1.0})
+
+
+# --- a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_arrays, tmp_path_factory):
+    """A finished run with a search whose winner is the final training."""
+    folder = tmp_path_factory.mktemp("finished")
+    np.savez(folder / "tiny.npz", **tiny_arrays)
+    config = settings(folder / "tiny.npz", folder, num_optuna_trials=1, search_epochs=1)
+    return config, IntegratedMLPipeline(ExperimentConfig(**config)).run_complete_pipeline()
+
+
+def rubbish(file):
+    file.write_text('{"half')
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("finished.json", rubbish),
+        ("finished.json", lambda file: file.write_text("")),
+        ("finished.json", lambda file: file.write_text("[]")),
+        ("best.ckpt", DAMAGES["a byte of the weights"]),
+        ("started.json", rubbish),
+        ("resume.ckpt", DAMAGES["cut short"]),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_and_its_remedy_works(name, damage, finished):
+    config, summary = finished
+    folder = Path(config["output_dir"]) / "checkpoints/tiny/lightning_cnn"
+    kept = {file: file.read_bytes() for file in folder.glob("*.*")}
+    try:
+        if name in ("started.json", "resume.ckpt"):
+            (folder / "finished.json").unlink()
+        damage(folder / name)
+        with pytest.raises(DamagedFileError, match=rf"{name} .*Delete it; with --resume") as error:
+            IntegratedMLPipeline(ExperimentConfig(**config, resume=True)).run_complete_pipeline()
+        assert "\n" not in str(error.value)
+        (folder / name).unlink()
+        again = IntegratedMLPipeline(ExperimentConfig(**config, resume=True)).run_complete_pipeline()
+        assert again["models"][0]["test"]["macro_f1"] == summary["models"][0]["test"]["macro_f1"]
+    finally:
+        for file, content in kept.items():
+            file.write_bytes(content)
+
+
+def test_weights_that_another_run_put_in_their_place_are_not_reported_as_ones_own(tiny_npz, tmp_path):
+    runs = [
+        IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, enable_optuna=False, seed=seed)))
+        for seed in (0, 1)
+    ]
+    first = runs[0].train_final_model("lightning_cnn")
+    runs[1].train_final_model("lightning_cnn")
+    with pytest.raises(DamagedFileError, match="another run has replaced it"):
+        runs[0].evaluate([first])
+
+
+def test_a_checkpoint_that_scores_otherwise_than_its_history_is_refused(tiny_npz, tmp_path):
+    run = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, enable_optuna=False)))
+    record = run.train_final_model("lightning_cnn")
+    run.evaluate([record])
+    better = record["history"] | {"val_macro_f1": [max(record["history"]["val_macro_f1"]) + 0.05] * 2}
+    with pytest.raises(DamagedFileError, match="It is not what was trained"):
+        run.evaluate([record | {"history": better}])
+
+
+# --- one run a folder
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from checkpoints import hold_folder
+with hold_folder(Path(sys.argv[1])):
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_one_dies(tiny_npz, tmp_path):
+    folder = tmp_path / "results" / "tiny"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "holds\n"
+        run = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path)))
+        with pytest.raises(FolderInUseError, match=rf"in use by process {holder.pid} on .*--output-dir"):
+            run.run_complete_pipeline()
+        assert not list((tmp_path / "checkpoints/tiny").glob("*/*"))
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with hold_folder(folder):
+            pass
+    finally:
+        holder.kill()
+
+
+def test_two_runs_of_one_program_do_not_share_a_folder_either(tmp_path):
+    with hold_folder(tmp_path), pytest.raises(FolderInUseError, match=f"process {os.getpid()}"), hold_folder(tmp_path):
+        pass
+    with hold_folder(tmp_path):  # and it is free again
+        pass
