@@ -1782,7 +1782,12 @@ class IntegratedMLPipeline:
             "mode": "pipeline",
             "command": command_line_used(),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "verdict": _pipeline_verdict(results, best),
+            "verdict": " ".join(
+                [
+                    _pipeline_verdict(results, best),
+                    *(f"{name} could not be trained: {error}" for name, error in self._failed.items()),
+                ]
+            ),
             "config": asdict(self.config),
             "environment": environment(),
             "data": {
