@@ -145,24 +145,27 @@ class TrainingFolder:
 
     Args:
         folder: where they are.
-        fingerprint: of all that the training depends on; what was made with another one is never gone on with.
+        fingerprint: of settings and data; what was made with another one is refused.
+        parameters: that the training was asked for, as by a search; with others than before, it begins anew.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
+    def __init__(self, folder: Path, fingerprint: str, parameters: dict[str, Any] | None = None) -> None:
+        self.folder, self.asked = folder, {"fingerprint": fingerprint, "asked_for": parameters or {}}
         self.best, self.resume = folder / "best.ckpt", folder / "resume.ckpt"
         self._finished, self._started = folder / "finished.json", folder / "started.json"
 
     def finished(self) -> dict[str, Any] | None:
         """The record of a training that came to its end and left its best weights, or None."""
-        return self._read(self._finished) if self._finished.exists() and self.best.exists() else None
+        if not (self._finished.exists() and self.best.exists()):
+            return None
+        record = self._read(self._finished)
+        return None if record is None else {key: record[key] for key in record if key not in self.asked}
 
     def resume_point(self) -> Path | None:
         """The checkpoint to go on from, or None if there is none."""
         if not (self._started.exists() and self.resume.exists() and self.best.exists()):
             return None
-        self._read(self._started)
-        return self.resume
+        return None if self._read(self._started) is None else self.resume
 
     def start_afresh(self) -> None:
         """Clears what an earlier training left."""
@@ -172,24 +175,24 @@ class TrainingFolder:
 
     def started(self) -> dict[str, Any]:
         """How the training that is gone on with started, as `remember_start` noted it."""
-        return self._read(self._started)
+        return self._read(self._started) or {}
 
     def remember_start(self, **start: Any) -> None:
         """Notes how the training starts, since a resumed one cannot tell."""
-        evaluation.write_summary(self._started, {"fingerprint": self.fingerprint, **start})
+        evaluation.write_summary(self._started, {**self.asked, **start})
 
     def finish(self, record: dict[str, Any]) -> None:
         """Notes that the training came to its end, with its record."""
-        evaluation.write_summary(self._finished, {**record, "fingerprint": self.fingerprint})
+        evaluation.write_summary(self._finished, {**record, **self.asked})
 
-    def _read(self, file: Path) -> dict[str, Any]:
+    def _read(self, file: Path) -> dict[str, Any] | None:
         record = read_json(file)
-        if record.get("fingerprint") != self.fingerprint:
+        if record.get("fingerprint") != self.asked["fingerprint"]:
             raise ConfigError(
                 f"{self.folder} was trained with other settings or data. Repeat the settings of that run, or leave out "
                 "--resume to train anew."
             )
-        return record
+        return record if record.get("asked_for") == self.asked["asked_for"] else None
 
 
 # -------------------------------------------------------------------------------------------------- one run a folder

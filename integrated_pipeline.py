@@ -694,7 +694,7 @@ def _mend_journal(journal: Path) -> None:
     lines = whole.split(b"\n") if whole else []
     for number, line in enumerate(lines, 1):
         try:
-            json.loads(line)
+            json.loads(line.decode())
         except ValueError as error:
             raise DamagedFileError(
                 f"Line {number} of {journal} is damaged ({error}). Move the file away; with --resume the models that "
@@ -1051,7 +1051,7 @@ class IntegratedMLPipeline:
         """
         if self.split is None:
             self.prepare_data()
-        folder = TrainingFolder(self.config.checkpoints_dir / model_type, self._fingerprint(params))
+        folder = TrainingFolder(self.config.checkpoints_dir / model_type, self._fingerprint(), params)
         record = folder.finished() if self.config.resume else None
         if record is not None:
             self._say(f"  finished before, taken from {folder.folder}")
@@ -1158,8 +1158,8 @@ class IntegratedMLPipeline:
             enable_version_counter=False,
         )  # fmt: skip
 
-    def _fingerprint(self, params: dict[str, Any] | None = None) -> str:
-        text = f"{self.config.training_fingerprint()} {self.split.fingerprint} {sorted((params or {}).items())}"
+    def _fingerprint(self) -> str:
+        text = f"{self.config.training_fingerprint()} {self.split.fingerprint}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _weights_source(self, model: WaferClassifier, folder: TrainingFolder, *, resumed: bool) -> str:
@@ -1534,7 +1534,7 @@ class IntegratedMLPipeline:
         config, name = self.config, f"{self.config.experiment_name}/{model_type}"
         directions = [OBJECTIVES[objective] for objective in config.objectives]
         storage = self._study_storage()
-        fingerprint = self._fingerprint({"model_type": model_type})
+        fingerprint = self._fingerprint()
         if config.storage is None and not config.resume and name in optuna.get_all_study_names(storage):
             optuna.delete_study(study_name=name, storage=storage)
         parts = {"study_name": name, "storage": storage, "pruner": self._pruner()}

@@ -86,6 +86,8 @@ def test_a_training_goes_on_only_with_its_own_fingerprint(tmp_path):
     for refused in (other.resume_point, other.finished, other.started):
         with pytest.raises(ConfigError, match="other settings or data"):
             refused()
+    anew = TrainingFolder(tmp_path, "ours", {"learning_rate": 0.2})  # a search has come to something else meanwhile
+    assert anew.finished() is None and anew.resume_point() is None
     folder.best.unlink()  # without its weights no training is finished
     assert folder.finished() is None and folder.resume_point() is None
 
