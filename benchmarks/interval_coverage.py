@@ -80,7 +80,7 @@ class Setting:
 
 
 SETTINGS = (
-    *(Setting(f"{n} lots of 16 maps, equal classes", n, 16, scored=False) for n in (5, 6, 8, 10)),
+    *(Setting(f"{n} lots of 16 maps, equal classes", n, 16, scored=False) for n in (6, 8, 10)),
     Setting("12 lots of 16 maps, equal classes", 12, 16),
     Setting("18 lots of 11 maps, equal classes", 18, 11),
     Setting("30 lots of 16 maps, equal classes", 30, 16),
@@ -119,10 +119,10 @@ def pick(rng: np.random.Generator, shares: np.ndarray) -> np.ndarray:
 
 
 def draw_models(
-    rng: np.random.Generator, setting: Setting, lead: float, n_lots: int
+    rng: np.random.Generator, lot: np.ndarray, labels: np.ndarray, lead: float
 ) -> tuple[evaluation.Predictions, evaluation.Predictions]:
-    """What two models say about the same maps; the first is better by `lead` in log odds."""
-    lot, labels = draw_maps(rng, setting, n_lots)
+    """What two models say about maps of these lots and classes; the first is better by `lead` in log odds."""
+    n_lots = lot[-1] + 1
     skill = np.array(SKILL)[labels] + DIFFICULTY * rng.standard_normal(len(lot))  # maps are hard for both models
     common = rng.standard_normal((n_lots, C + 1))
     wrong_for = rng.gamma(np.maximum(3 * normalised(CONFUSIONS), 1e-9), size=(n_lots, C, C)) + 1e-12
@@ -145,11 +145,10 @@ def data_sets(
     """Pairs of models on maps of every class."""
     rng = np.random.default_rng(seed)
     for _ in range(repeats):
-        while True:
-            pair = draw_models(rng, setting, lead, setting.lots)
-            if len(np.unique(pair[0].labels)) == C:
-                yield pair
-                break
+        lot, labels = draw_maps(rng, setting, setting.lots)
+        while len(np.unique(labels)) < C:
+            lot, labels = draw_maps(rng, setting, setting.lots)
+        yield draw_models(rng, lot, labels, lead)
 
 
 @functools.cache
@@ -157,7 +156,8 @@ def true_scores(process: Setting, lead: float, n_lots: int) -> tuple[dict[str, n
     """What both models score on very many lots, drawn a thousand at a time."""
     rng, sums = np.random.default_rng(1), [[0, 0], [0, 0]]
     for start in range(0, n_lots, 1000):
-        for model, predictions in enumerate(draw_models(rng, process, lead, min(1000, n_lots - start))):
+        maps = draw_maps(rng, process, min(1000, n_lots - start))
+        for model, predictions in enumerate(draw_models(rng, *maps, lead)):
             for kind, of_lots in enumerate(evaluation._lot_statistics(predictions)):
                 sums[model][kind] = sums[model][kind] + of_lots.sum(axis=0)
     return tuple(evaluation._scores(*of_model) for of_model in sums)
