@@ -25,7 +25,7 @@ import numpy as np
 from measure import write_record
 
 import evaluation
-from wafer_data import CLASS_NAMES
+from wafer_generator import CLASS_NAMES
 
 C = len(CLASS_NAMES)
 SCORES = ("macro_f1", "accuracy", "balanced_accuracy", "expected_calibration_error")

@@ -177,6 +177,7 @@ def test_intervals_agree_with_a_plain_slow_jackknife():
     np.testing.assert_allclose(found["expected_calibration_error"], [low, error + half])
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning")
 def test_the_interval_of_a_difference_agrees_with_a_plain_slow_jackknife():
     new = make_lots_of_few_classes()
     old = dataclasses.replace(new, probabilities=new.probabilities[:, np.r_[0, 2, 1, 3:9]])  # takes two classes amiss
@@ -281,7 +282,7 @@ def test_intervals_do_not_change_from_call_to_call_nor_with_the_numbering_of_lot
 
 def test_intervals_hold_the_truth_as_often_as_promised_where_percentiles_do_not(tmp_path):
     output, script = tmp_path / "coverage.json", Path(evaluation.__file__).parent / "benchmarks/interval_coverage.py"
-    flags = ("--lots", "18", "--repeats", "150", "--truth-lots", "5000", "--output", str(output))
+    flags = ("--lots", "18", "--repeats", "60", "--truth-lots", "2000", "--output", str(output))
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(output.read_text())

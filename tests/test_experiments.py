@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from test_reporting import make_ablation, make_comparison
 
+import reporting
 from experiments import (
     COMPONENTS,
+    DIFFERENCE_METHOD,
+    INTERVAL_METHOD,
     ablate,
     ablation_variants,
     compare_architectures,
@@ -52,7 +56,7 @@ def test_holm_corrects_as_in_a_worked_example():
 
 def test_intervals_of_differences_are_corrected_as_their_p_values():
     """Worked by hand: three differences against a reference, so factors 3, 2 and 1 from the smallest p on."""
-    gains = {"clear": [0.05, 0.06, 0.07, 0.06], "likely": [0.02, 0.05, 0.03, 0.06], "nothing": [0.03, -0.02, 0.01, 0.0]}
+    gains = {"clear": [0.05, 0.06, 0.07, 0.06], "likely": [0.03, 0.05, 0.03, 0.06], "nothing": [0.03, -0.02, 0.01, 0.0]}
     records = make_records({"reference": [0.8] * 4} | {k: [0.8 + gain for gain in v] for k, v in gains.items()})
     rows = {row["a"]: row for row in paired_differences(records, [(name, "reference") for name in gains])}
     for factor, (name, gain) in zip((3, 2, 1), gains.items(), strict=True):
@@ -70,7 +74,7 @@ def test_intervals_of_differences_are_corrected_as_their_p_values():
 def test_an_interval_leaves_out_0_exactly_where_the_corrected_p_is_significant():
     rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
-        scores = {name: 0.8 + rng.uniform(0, 0.05) + 0.02 * rng.standard_normal(4) for name in "abcd"}
+        scores = {k: (0.8 + rng.uniform(0, 0.05) + 0.02 * rng.standard_normal(4)).tolist() for k in "abcd"}
         for row in paired_differences(make_records(scores), [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c")]):
             assert (row["interval"][0] > 0 or row["interval"][1] < 0) is row["significant"]
             assert row["significant"] is (row["p_corrected"] < 0.05)
@@ -87,6 +91,22 @@ def test_differences_without_spread_or_of_one_seed_are_reported_as_they_are():
     assert single["difference"] == pytest.approx(0.1)
     assert [single[key] for key in ("interval", "level", "p", "p_corrected")] == [None] * 4
     assert single["significant"] is False
+
+
+def test_it_is_said_which_intervals_are_corrected(tmp_path):
+    methods = {"interval_method": INTERVAL_METHOD, "difference_method": DIFFERENCE_METHOD}
+    comparison, ablation = make_comparison(3) | methods, make_ablation() | methods
+    pages = [
+        reporting.write_report(
+            record, folder=tmp_path, pictures=[], path=tmp_path / f"{record['mode']}.html"
+        ).read_text()
+        for record in (comparison, ablation)
+    ]
+    for text in (reporting.comparison_markdown(comparison), *pages):
+        assert "95% t interval of one mean" in text
+        assert "p values and intervals corrected for the number of comparisons (Holm 1979)" in text
+    variants = reporting.ablation_markdown(ablation)
+    assert "the intervals in the verdicts are corrected likewise, those of the means are not" in variants
 
 
 def test_intervals_are_wider_than_for_independent_scores():

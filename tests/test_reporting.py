@@ -496,22 +496,6 @@ def test_a_class_without_test_maps_is_named_and_has_no_score(folder, zero):
     assert "No test map" not in complete.read_text()
 
 
-def test_it_is_said_which_intervals_are_corrected(folder):
-    import experiments
-
-    methods = {"interval_method": experiments.INTERVAL_METHOD, "difference_method": experiments.DIFFERENCE_METHOD}
-    comparison, ablation = make_comparison(3) | methods, make_ablation() | methods
-    for text in (
-        reporting.comparison_markdown(comparison),
-        Parsed(write_page(comparison, folder)).text,
-        Parsed(write_page(ablation, folder)).text,
-    ):
-        assert "95% t interval of one mean" in text
-        assert "p values and intervals corrected for the number of comparisons (Holm 1979)" in text
-    variants = reporting.ablation_markdown(ablation)
-    assert "the intervals in the verdicts are corrected likewise, those of the means are not" in variants
-
-
 # In a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
