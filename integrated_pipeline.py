@@ -1268,7 +1268,7 @@ class IntegratedMLPipeline:
         comparison, alias = None, "champion"
         if champion is not None:
             theirs = replace(predictions, probabilities=OnnxClassifier(champion[1]).predict(test_maps))
-            comparison = evaluation.compare_macro_f1(ours, theirs, seed=self.config.seed)
+            comparison = evaluation.compare_macro_f1(ours, theirs)
             if np.array_equal(theirs.probabilities, ours.probabilities):  # as when a run is resumed after it registered
                 return self._already_champion(champion[0], apart)
             alias = "champion" if comparison["difference"] > 0 else "challenger"
@@ -1682,13 +1682,12 @@ class IntegratedMLPipeline:
             by_views["test"] = self._probabilities(model, "test")
             decision = self._decide(by_views["validation"]) if self.config.tune_decision else Decision()
             predicted = {part: self._predictions(part, decision.of_views(p)) for part, p in by_views.items()}
-            scores = {part: evaluation.compute_metrics(p, seed=self.config.seed) for part, p in predicted.items()}
+            scores = {part: evaluation.compute_metrics(p) for part, p in predicted.items()}
             latency = measure_latency(model, self.config.image_size, views=decision.views)
             results.append({**record, **scores, "latency_ms": latency})
             if self.config.tune_decision:
                 plain = {
-                    part: evaluation.compute_metrics(self._predictions(part, p[1]), n_bootstrap=1)
-                    for part, p in by_views.items()
+                    part: evaluation.compute_metrics(self._predictions(part, p[1])) for part, p in by_views.items()
                 }
                 results[-1]["decision"] = _decision_record(decision, plain, scores)
             predictions.append(predicted["test"])

@@ -634,7 +634,7 @@ def _runs_table(record: Record) -> Table:
     ]
     headings = ("Model", "Seed", "Macro F1", "Accuracy", "Macro F1, validation")
     headings += ("Parameters", "Training (s)", "Latency (ms)", "Epochs", "Started from")
-    return Table(headings, rows, note="In brackets: 95% bootstrap interval over lots of that run's test part.")
+    return Table(headings, rows, note="In brackets: 95% interval over the lots of that run's test part.")
 
 
 def _variants_table(record: Record) -> Table:
@@ -657,7 +657,10 @@ def _variants_table(record: Record) -> Table:
     bars = f"in brackets: {record['interval_method']}" if any(v["interval"] for v in record["variants"]) else "one seed"
     note = f"Mean macro F1 of the test part over seeds, {bars}. Verdicts: with the component minus without it."
     if any(effect["p_corrected"] is not None for effect in record["effects"]):
-        note += f" Shown: p below 0.05 after correction for {len(record['effects']) + 1} comparisons (Holm 1979)."
+        note += (
+            f" Shown: p below 0.05 after correction for {len(record['effects']) + 1} comparisons (Holm 1979); the "
+            "intervals in the verdicts are corrected likewise, those of the means are not."
+        )
     return Table(("Configuration", "Macro F1 (mean)", "Difference to baseline", "Verdict"), rows, best=best, note=note)
 
 
@@ -720,8 +723,20 @@ def _pipeline_table(record: Record) -> Table:
     headings = ("Model", "Macro F1, test", "Accuracy, test", "Macro F1, validation", "Parameters", "Training (s)")
     headings += ("Latency (ms)", "Best epoch")
     best = next(i for i, model in enumerate(models) if model["model_type"] == record["best_model"])
-    note = f"Bold: {record['best_model_rule']}. In brackets: {models[best]['test']['interval_method']}."
+    test = models[best]["test"]
+    note = f"Bold: {record['best_model_rule']}. In brackets: {test['interval_method']}.{_classes_left_out(test)}"
     return Table(headings, rows, best=best if len(rows) > 1 else None, note=note)
+
+
+def _absent(test: Record) -> list[str]:
+    """The classes of which there is no test map."""
+    return [name for name, row in test["per_class"].items() if not row["support"]]
+
+
+def _classes_left_out(test: Record) -> str:
+    """A sentence, with a space before it, on classes that are in no average; nothing if all have maps."""
+    absent = _absent(test)
+    return f" No test map of {', '.join(absent)}: without a score, and in no average." if absent else ""
 
 
 def _weights(models: Sequence[Record]) -> Items:
@@ -738,12 +753,17 @@ def _weights(models: Sequence[Record]) -> Items:
 def _classes_table(model: Record) -> Table:
     classes = model["test"]["per_class"]
     rows = [
-        [name, _with_interval(row["f1"], row["f1_interval"]), f"{row['precision']:.3f}", f"{row['recall']:.3f}",
-         f"{row['support']:,}"]
+        [name, *(_of_class(row, key) for key in ("f1", "precision", "recall")), f"{row['support']:,}"]
         for name, row in classes.items()
-    ]  # fmt: skip
+    ]
     note = f"In brackets: {model['test']['interval_method']}; none where fewer than two test lots hold the class."
+    note += _classes_left_out(model["test"])
     return Table(("Class", "F1", "Precision", "Recall", "Test maps"), rows, note=note)
+
+
+def _of_class(row: Record, key: str) -> str:
+    """A score of a class, a dash if there is no map of it, which some records give as 0."""
+    return _with_interval(row[key], row.get(f"{key}_interval")) if row["support"] else "-"
 
 
 def _decision_table(models: Sequence[Record]) -> Table:
@@ -977,9 +997,10 @@ def write_model_card(summary: Record, *, folder: str | os.PathLike[str]) -> tupl
 
 def _card_lead(model: Record) -> str:
     test = model["test"]
-    score = _with_interval(test["macro_f1"], test["intervals"]["macro_f1"])
+    score, absent = _with_interval(test["macro_f1"], test["intervals"]["macro_f1"]), _absent(test)
+    over = f" (over the {len(test['per_class']) - len(absent)} with test maps)" if absent else ""
     return (
-        f"Sorts wafer maps into {len(test['per_class'])} classes: test macro F1 "
+        f"Sorts wafer maps into {len(test['per_class'])} classes: test macro F1{over} "
         f"{score}, accuracy {_with_interval(test['accuracy'], test['intervals']['accuracy'])}, on "
         f"{_count(test['n_samples'], 'map')} from {_count(test['n_groups'], 'lot')} that it had never seen."
     )
@@ -1030,21 +1051,18 @@ def _limits(summary: Record, model: Record) -> list[str]:
     test = model["test"]
     classes, config = test["per_class"], summary["config"]
     limits = [f"The test part has {_count(test['n_samples'], 'map')} from {_count(test['n_groups'], 'lot')}."]
-    few = [f"{name} ({row['support']})" for name, row in classes.items() if row["support"] < FEW_MAPS]
+    known = {name: row for name, row in classes.items() if row["support"]}
+    if absent := _absent(test):
+        limits.append(f"No test map, so nothing is known of: {', '.join(absent)}. They are in no average.")
+    few = [f"{name} ({row['support']})" for name, row in known.items() if row["support"] < FEW_MAPS]
     if few:
         limits.append(f"Fewer than {FEW_MAPS} test maps, so known only roughly: {', '.join(few)}.")
-    alone = [name for name, row in classes.items() if row["f1_interval"] is None]
+    alone = [name for name, row in known.items() if row["f1_interval"] is None]
     if alone:
         limits.append(f"In fewer than two test lots, so without an interval: {', '.join(alone)}.")
-    weakest = sorted(classes, key=lambda name: classes[name]["f1"])[:3]
+    weakest = sorted(known, key=lambda name: known[name]["f1"])[:3]
     limits.append("Weakest classes: " + ", ".join(f"{name} (F1 {classes[name]['f1']:.3f})" for name in weakest) + ".")
     limits += _confusions(test)
-    interval = test["intervals"]["macro_f1"]
-    if interval and not interval[0] <= test["macro_f1"] <= interval[1]:
-        limits.append(
-            "The macro F1 lies outside its own interval: with so few lots, resamples often miss a class, which then "
-            "counts as 0. The score is hardly known."
-        )
     if "none" in classes and test["n_samples"]:
         share = classes["none"]["support"] / test["n_samples"]
         limits.append(

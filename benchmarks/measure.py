@@ -136,7 +136,7 @@ def score_on(pipeline: IntegratedMLPipeline, record: dict, indices: np.ndarray) 
         groups=maps.groups,
         class_names=CLASS_NAMES,
     )
-    return evaluation.compute_metrics(predicted, seed=pipeline.config.seed)
+    return evaluation.compute_metrics(predicted)
 
 
 def write_image_folder(data, folder: Path) -> None:

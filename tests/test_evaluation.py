@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 from sklearn import metrics as sk
 
 import evaluation
-from evaluation import Predictions, compute_metrics, write_summary
+from evaluation import Predictions, compare_macro_f1, compute_metrics, write_summary
 
 CLASSES = ("Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Random", "Scratch", "none")
 
@@ -64,33 +65,36 @@ def assert_is_a_picture(path: Path, *, at_least: tuple[int, int] = (250, 800)) -
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning")  # scikit-learn's remark on absent classes
 @pytest.mark.parametrize("labels", [None, [0, 1, 2, 3] * 30, [4] * 50], ids=["all classes", "five absent", "one class"])
-def test_metrics_are_scikit_learns_over_all_classes(labels):
+def test_metrics_are_scikit_learns_over_the_classes_that_have_maps(labels):
     predictions = make_predictions(labels=labels)
-    metrics = compute_metrics(predictions, n_bootstrap=2)
+    metrics = compute_metrics(predictions)
     true, predicted, every = predictions.labels, predictions.predicted, range(9)
-    precision, recall, f1, support = sk.precision_recall_fscore_support(true, predicted, labels=every, zero_division=0)
+    present = np.unique(true)
+    assert set(np.unique(predicted)) == set(every), "the case is to have calls of absent classes too"
     assert metrics["accuracy"] == pytest.approx(sk.accuracy_score(true, predicted))
-    assert metrics["macro_f1"] == pytest.approx(
-        sk.f1_score(true, predicted, labels=every, average="macro", zero_division=0)
-    )
+    expected = sk.f1_score(true, predicted, labels=present, average="macro", zero_division=0)
+    assert metrics["macro_f1"] == pytest.approx(expected)
     assert metrics["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(true, predicted))
-    rows = metrics["per_class"].values()
+    rows = list(metrics["per_class"].values())
     assert list(metrics["per_class"]) == list(CLASSES)
-    for key, expected in {"precision": precision, "recall": recall, "f1": f1, "support": support}.items():
-        np.testing.assert_allclose([row[key] for row in rows], expected)
+    scores = sk.precision_recall_fscore_support(true, predicted, labels=present, zero_division=0)
+    for key, expected in zip(("precision", "recall", "f1", "support"), scores, strict=True):
+        np.testing.assert_allclose([rows[label][key] for label in present], expected)
+    for label in set(every) - set(present):
+        assert rows[label] == {"precision": None, "recall": None, "f1": None, "support": 0, "f1_interval": None}
     assert metrics["confusion_matrix"] == sk.confusion_matrix(true, predicted, labels=every).tolist()
 
 
 def test_roc_auc_is_scikit_learns_one_vs_rest():
     predictions = make_predictions()
     expected = sk.roc_auc_score(predictions.labels, predictions.probabilities, multi_class="ovr", average="macro")
-    metrics = compute_metrics(predictions, n_bootstrap=2)
+    metrics = compute_metrics(predictions)
     assert metrics["roc_auc_ovr"] == pytest.approx(expected)
     assert metrics["roc_auc_ovr_note"] is None
 
 
 def test_roc_auc_is_none_with_a_reason_when_a_class_is_absent():
-    metrics = compute_metrics(make_predictions(labels=[0, 1, 2, 3, 4, 5, 6, 7] * 9), n_bootstrap=2)
+    metrics = compute_metrics(make_predictions(labels=[0, 1, 2, 3, 4, 5, 6, 7] * 9))
     assert metrics["roc_auc_ovr"] is None
     assert "none" in metrics["roc_auc_ovr_note"]
     assert "Center" not in metrics["roc_auc_ovr_note"]
@@ -108,39 +112,129 @@ def test_roc_auc_is_none_with_a_reason_when_a_class_is_absent():
     ],
 )
 def test_calibration_error_of_toy_cases(hits, confidence, expected):
-    metrics = compute_metrics(from_hits(np.array(hits), confidence), n_bootstrap=2)
+    metrics = compute_metrics(from_hits(np.array(hits), confidence))
     assert metrics["expected_calibration_error"] == pytest.approx(expected)
 
 
 def test_metrics_are_plain_json_and_say_how_they_were_made():
-    metrics = compute_metrics(make_predictions(n_lots=12), n_bootstrap=50)
+    metrics = compute_metrics(make_predictions(n_lots=12))
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
-    assert (metrics["n_samples"], metrics["n_groups"], metrics["n_bootstrap"]) == (400, 12, 50)
-    assert "12 lots" in metrics["interval_method"]
-    assert "50 resamples" in metrics["interval_method"]
+    assert (metrics["n_samples"], metrics["n_groups"]) == (400, 12)
+    assert "95% jackknife over 12 lots" in metrics["interval_method"]
+    comparison = compare_macro_f1(make_predictions(n_lots=12), make_predictions(n_lots=12))
+    assert json.loads(json.dumps(comparison, allow_nan=False)) == comparison
+    assert "12 lots" in comparison["interval_method"]
 
 
 # Intervals
 
 
-def test_bootstrap_agrees_with_a_plain_slow_loop():
-    predictions, n_bootstrap, n_lots = make_predictions(n=150, n_lots=10), 60, 10
-    drawn = np.random.default_rng(3).integers(n_lots, size=(n_bootstrap, n_lots))
-    samples = {name: [] for name in ("accuracy", "macro_f1", "expected_calibration_error", "first_class_f1")}
-    for lots in drawn:
-        chosen = np.concatenate([np.flatnonzero(predictions.groups == lot) for lot in lots])
-        one = Predictions(
-            predictions.probabilities[chosen], predictions.labels[chosen], predictions.groups[chosen], CLASSES
-        )
-        f1 = sk.f1_score(one.labels, one.predicted, labels=range(9), average=None, zero_division=0)
-        samples["accuracy"].append(sk.accuracy_score(one.labels, one.predicted))
-        samples["macro_f1"].append(f1.mean())
-        samples["first_class_f1"].append(f1[0])
-        samples["expected_calibration_error"].append(slow_calibration_error(one))
-    metrics = compute_metrics(predictions, n_bootstrap=n_bootstrap, seed=3)
+def without_lot(predictions: Predictions, lot: int) -> Predictions:
+    kept = predictions.groups != lot
+    rest = (predictions.probabilities[kept], predictions.labels[kept], predictions.groups[kept])
+    return Predictions(*rest, predictions.class_names)
+
+
+def slow_scores(predictions: Predictions) -> dict[str, float]:
+    true, predicted = predictions.labels, predictions.predicted
+    return {
+        "accuracy": sk.accuracy_score(true, predicted),
+        "macro_f1": sk.f1_score(true, predicted, labels=np.unique(true), average="macro", zero_division=0),
+        "balanced_accuracy": sk.balanced_accuracy_score(true, predicted),
+        "first_class_f1": sk.f1_score(true, predicted, labels=[0], average="macro", zero_division=0),
+        "expected_calibration_error": slow_calibration_error(predictions),
+    }
+
+
+def make_lots_of_few_classes() -> Predictions:
+    """Ten lots; the first class is in three of them, the last in one, so that to leave that one out drops a class."""
+    predictions = make_predictions(n=300, n_lots=10, seed=4)
+    groups = predictions.groups.copy()
+    groups[predictions.labels == 0] %= 3
+    groups[predictions.labels == 8] = 7
+    return dataclasses.replace(predictions, groups=groups)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning")
+def test_intervals_agree_with_a_plain_slow_jackknife():
+    predictions = make_lots_of_few_classes()
+    all_lots, n = slow_scores(predictions), 10
+    without = [slow_scores(without_lot(predictions, lot)) for lot in range(n)]
+    metrics = compute_metrics(predictions)
     found = metrics["intervals"] | {"first_class_f1": metrics["per_class"]["Center"]["f1_interval"]}
-    for name, values in samples.items():
-        np.testing.assert_allclose(found[name], np.percentile(values, [2.5, 97.5]), err_msg=name)
+    for name, lots in {"accuracy": n, "macro_f1": n, "balanced_accuracy": n, "first_class_f1": 3}.items():
+        angle = np.arcsin(np.sqrt(all_lots[name]))
+        angles = np.arcsin(np.sqrt([scores[name] for scores in without]))
+        half = stats.t.ppf(0.975, lots - 1) * np.sqrt((n - 1) / n * np.sum((angles - angle) ** 2))
+        ends = np.clip([angle - half, angle + half], 0, np.pi / 2)
+        np.testing.assert_allclose(found[name], np.sin(ends) ** 2, err_msg=name)
+    error = all_lots["expected_calibration_error"]
+    errors = np.array([scores["expected_calibration_error"] for scores in without])
+    bias = (n - 1) * (errors.mean() - error)
+    assert bias > 0
+    half = stats.t.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.sum((errors - error) ** 2))
+    low = max(0, error - bias - half)
+    np.testing.assert_allclose(found["expected_calibration_error"], [low, error + half])
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning")
+def test_the_interval_of_a_difference_agrees_with_a_plain_slow_jackknife():
+    new = make_lots_of_few_classes()
+    old = dataclasses.replace(new, probabilities=new.probabilities[:, np.r_[0, 2, 1, 3:9]])  # takes two classes amiss
+    differences = [
+        slow_scores(without_lot(new, lot))["macro_f1"] - slow_scores(without_lot(old, lot))["macro_f1"]
+        for lot in range(10)
+    ]
+    found = compare_macro_f1(new, old)
+    scores = [slow_scores(p)["macro_f1"] for p in (new, old)]
+    assert [found["new"], found["old"]] == pytest.approx(scores)
+    assert found["difference"] == pytest.approx(scores[0] - scores[1])
+    half = stats.t.ppf(0.975, 9) * np.sqrt(0.9 * np.sum((np.array(differences) - found["difference"]) ** 2))
+    assert found["interval"] == pytest.approx([found["difference"] - half, found["difference"] + half])
+    assert found["interval"][0] > 0, "the case is to show a difference"
+
+
+def test_a_difference_that_no_lot_shows_is_not_known_to_be_nothing():
+    same = make_predictions(n_lots=18)
+    share = 1 - 0.05 ** (1 / 18)  # as many lots may differ, and 18 still be alike in one sample of twenty
+    found = compare_macro_f1(same, same)
+    assert (found["difference"], found["n_groups"]) == (0, 18)
+    assert found["interval"] == pytest.approx([-share, share])
+
+
+def test_a_difference_on_a_single_lot_may_be_any():
+    found = compare_macro_f1(make_predictions(n_lots=1), make_predictions(n_lots=1, sharpness=4.0))
+    assert found["interval"] == [-1, 1]
+    assert "single lot" in found["interval_method"]
+
+
+@pytest.mark.parametrize("change", [{"labels": np.zeros(400, int)}, {"groups": np.zeros(400, int)}])
+def test_predictions_of_different_maps_are_not_compared(change):
+    with pytest.raises(ValueError, match="not of the same maps"):
+        compare_macro_f1(make_predictions(), dataclasses.replace(make_predictions(), **change))
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 3.0, 6.0, 30.0])
+def test_every_interval_holds_its_score_and_lies_within_its_bounds(sharpness):
+    for seed in range(20):
+        predictions = make_predictions(n=60, n_lots=2 + seed % 7, seed=seed, sharpness=sharpness)
+        metrics = compute_metrics(predictions)
+        rows = [row for row in metrics["per_class"].values() if row["f1_interval"]]
+        pairs = [(metrics[name], interval) for name, interval in metrics["intervals"].items()]
+        for score, (low, high) in pairs + [(row["f1"], row["f1_interval"]) for row in rows]:
+            assert 0 <= low <= score <= high <= 1
+        worse = make_predictions(n=60, n_lots=2 + seed % 7, seed=seed, sharpness=1.0)
+        comparison = compare_macro_f1(predictions, worse)
+        assert -1 <= comparison["interval"][0] <= comparison["difference"] <= comparison["interval"][1] <= 1
+
+
+def test_a_class_without_an_error_is_known_as_well_as_its_lots_allow():
+    labels, groups = np.arange(120) % 3, np.arange(120) // 3 % 4 + np.arange(120) % 3 * 4  # each class has four lots
+    probabilities = np.where(np.eye(3)[labels] > 0, 0.8, 0.1)
+    probabilities[labels == 2] = [0.1, 0.8, 0.1]
+    rows = compute_metrics(Predictions(probabilities, labels, groups, ("a", "b", "c")))["per_class"]
+    assert rows["a"]["f1_interval"] == pytest.approx([0.05**0.25, 1])
+    assert rows["c"]["f1_interval"] == pytest.approx([0, 1 - 0.05**0.25])  # never found
 
 
 def slow_calibration_error(predictions: Predictions) -> float:
@@ -177,19 +271,31 @@ def test_a_class_seen_in_one_lot_only_has_no_interval():
     assert rows["Donut"]["f1_interval"] is not None
 
 
-def test_same_seed_gives_the_same_intervals_whatever_the_numbering_of_lots():
+def test_intervals_do_not_change_from_call_to_call_nor_with_the_numbering_of_lots():
     predictions = make_predictions()
-    renumbered = dataclasses.replace(predictions, groups=predictions.groups * 1000 + 5)
-    first = compute_metrics(predictions, seed=1)["intervals"]
-    assert first == compute_metrics(renumbered, seed=1)["intervals"]
-    assert first != compute_metrics(predictions, seed=2)["intervals"]
+    renumbered = dataclasses.replace(predictions, groups=10_000 - predictions.groups * 1000)
+    first, again, other = (compute_metrics(p) for p in (predictions, predictions, renumbered))
+    assert first == again
+    for name, interval in first["intervals"].items():
+        assert other["intervals"][name] == pytest.approx(interval)
 
 
-def test_bootstrap_in_blocks_draws_what_one_block_draws(monkeypatch):
-    predictions = make_predictions(n=3000, n_lots=2500)
-    whole = compute_metrics(predictions, n_bootstrap=100)["intervals"]
-    monkeypatch.setattr(evaluation, "BOOTSTRAP_BLOCK", 7 * 2500)
-    assert compute_metrics(predictions, n_bootstrap=100)["intervals"] == whole
+def test_intervals_hold_the_truth_as_often_as_promised_where_percentiles_do_not(tmp_path):
+    output, script = tmp_path / "coverage.json", Path(evaluation.__file__).parent / "benchmarks/interval_coverage.py"
+    flags = ("--lots", "18", "--repeats", "60", "--truth-lots", "2000", "--output", str(output))
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(output.read_text())
+    (setting,) = record["settings"]
+    scores = setting["scores"]
+    for found in (scores["macro_f1"], scores["class_f1"], *setting["differences"]):
+        assert found["product"]["coverage"] >= 0.9
+        assert 0 < found["product"]["mean_width"] < 0.75
+    assert scores["macro_f1"]["percentile"]["coverage"] < 0.8
+    assert scores["macro_f1"]["product"]["mean_width"] < scores["macro_f1"]["percentile"]["mean_width"]
+    lead, none = setting["differences"]
+    assert (lead["truth"], none["truth"]) == (pytest.approx(0.02, abs=0.005), 0)
+    assert record["fewest_lots_with_differences_covered_in_90_percent"] == 18
 
 
 # Refusals
@@ -220,11 +326,6 @@ def test_bad_predictions_are_refused_with_the_reason(change, message):
     assert Predictions(**good).confusion().tolist() == [[1, 0], [0, 1]]
     with pytest.raises(ValueError, match=message):
         Predictions(**good | change)
-
-
-def test_a_bootstrap_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="n_bootstrap is 0"):
-        compute_metrics(make_predictions(), n_bootstrap=0)
 
 
 # Tables and summary
@@ -299,14 +400,14 @@ def test_a_failed_write_leaves_the_old_summary_and_no_litter(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_per_class_table_is_csv_with_empty_cells_for_missing_intervals(tmp_path):
-    metrics = compute_metrics(make_predictions(labels=[0, 1] * 60), n_bootstrap=100)
+def test_per_class_table_is_csv_with_dashes_for_a_class_without_maps(tmp_path):
+    metrics = compute_metrics(make_predictions(labels=[0, 1] * 60))
     path = evaluation.write_per_class_table(metrics, path=tmp_path / "per_class.csv")
     rows = list(csv.DictReader(path.open()))
     assert [row["class"] for row in rows] == list(CLASSES)
     assert float(rows[0]["f1"]) == pytest.approx(metrics["per_class"]["Center"]["f1"], abs=1e-4)
     assert float(rows[0]["f1_low"]) <= float(rows[0]["f1"]) <= float(rows[0]["f1_high"])
-    assert (rows[8]["support"], rows[8]["f1_low"], rows[8]["f1_high"]) == ("0", "", "")
+    assert list(rows[8].values()) == ["none", "0", "-", "-", "-", "", ""]
 
 
 RESULTS = [

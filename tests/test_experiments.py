@@ -10,8 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from test_reporting import make_ablation, make_comparison
 
-from experiments import COMPONENTS, ablate, ablation_variants, compare_architectures, holm, mean_interval
+import reporting
+from experiments import (
+    COMPONENTS,
+    DIFFERENCE_METHOD,
+    INTERVAL_METHOD,
+    ablate,
+    ablation_variants,
+    compare_architectures,
+    holm_factors,
+    mean_interval,
+    paired_differences,
+)
 from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,9 +37,76 @@ def pipeline(data, folder, **settings):
     return IntegratedMLPipeline(ExperimentConfig(**common | settings))
 
 
+def make_records(scores):
+    """Records of a series from the macro F1 of each variant, one a seed."""
+    return [
+        {"variant": name, "seed": seed, "macro_f1": score, "maps": {"train": 400, "test": 100}}
+        for name, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+
+
 def test_holm_corrects_as_in_a_worked_example():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([None, 0.5, 0.6]) == [None, 1.0, 1.0]
+    # Sorted: 0.005 * 4, 0.01 * 3, 0.03 * 2 and 0.04, which is raised to the 0.06 before it.
+    assert holm_factors([0.01, 0.04, 0.03, 0.005]) == pytest.approx([3, 0.06 / 0.04, 2, 4])
+    assert holm_factors([None, 0.5, 0.6]) == pytest.approx([None, 2, 1 / 0.6])  # not cut off at p = 1
+    assert holm_factors([0.0, 0.02, 0.0]) == [3, 1, 2]
+    assert holm_factors([]) == []
+
+
+def test_intervals_of_differences_are_corrected_as_their_p_values():
+    """Worked by hand: three differences against a reference, so factors 3, 2 and 1 from the smallest p on."""
+    gains = {"clear": [0.05, 0.06, 0.07, 0.06], "likely": [0.03, 0.05, 0.03, 0.06], "nothing": [0.03, -0.02, 0.01, 0.0]}
+    records = make_records({"reference": [0.8] * 4} | {k: [0.8 + gain for gain in v] for k, v in gains.items()})
+    rows = {row["a"]: row for row in paired_differences(records, [(name, "reference") for name in gains])}
+    for factor, (name, gain) in zip((3, 2, 1), gains.items(), strict=True):
+        error = statistics.stdev(gain) * (1 / 4 + 100 / 400) ** 0.5
+        p = 2 * stats.t.sf(abs(statistics.mean(gain)) / error, 3)
+        half = stats.t.ppf(1 - 0.05 / factor / 2, 3) * error
+        row = rows[name]
+        assert (row["p"], row["p_corrected"]) == pytest.approx((p, factor * p))
+        assert row["level"] == pytest.approx(1 - 0.05 / factor)
+        assert row["interval"] == pytest.approx([statistics.mean(gain) - half, statistics.mean(gain) + half])
+    plain = mean_interval(gains["likely"], test_over_train=0.25)["interval"]
+    assert plain[0] > 0 > rows["likely"]["interval"][0], "95% would leave out 0 beside a corrected p of 0.05 or more"
+
+
+def test_an_interval_leaves_out_0_exactly_where_the_corrected_p_is_significant():
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(200):
+        scores = {k: (0.8 + rng.uniform(0, 0.05) + 0.02 * rng.standard_normal(4)).tolist() for k in "abcd"}
+        for row in paired_differences(make_records(scores), [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c")]):
+            assert (row["interval"][0] > 0 or row["interval"][1] < 0) is row["significant"]
+            assert row["significant"] is (row["p_corrected"] < 0.05)
+            seen.add((row["significant"], row["p"] < 0.05))
+    assert seen == {(True, True), (False, True), (False, False)}
+
+
+def test_differences_without_spread_or_of_one_seed_are_reported_as_they_are():
+    records = make_records({"a": [0.5, 0.75], "b": [0.25, 0.5], "c": [0.5, 0.75], "d": [0.4]})
+    ahead, equal, single = paired_differences(records, [("a", "b"), ("a", "c"), ("a", "d")])
+    assert (ahead["p"], ahead["p_corrected"], ahead["significant"]) == (0, 0, True)
+    assert ahead["interval"] == [0.25, 0.25]
+    assert (equal["p"], equal["p_corrected"], equal["interval"], equal["significant"]) == (1, 1, [0, 0], False)
+    assert single["difference"] == pytest.approx(0.1)
+    assert [single[key] for key in ("interval", "level", "p", "p_corrected")] == [None] * 4
+    assert single["significant"] is False
+
+
+def test_it_is_said_which_intervals_are_corrected(tmp_path):
+    methods = {"interval_method": INTERVAL_METHOD, "difference_method": DIFFERENCE_METHOD}
+    comparison, ablation = make_comparison(3) | methods, make_ablation() | methods
+    pages = [
+        reporting.write_report(
+            record, folder=tmp_path, pictures=[], path=tmp_path / f"{record['mode']}.html"
+        ).read_text()
+        for record in (comparison, ablation)
+    ]
+    for text in (reporting.comparison_markdown(comparison), *pages):
+        assert "95% t interval of one mean" in text
+        assert "p values and intervals corrected for the number of comparisons (Holm 1979)" in text
+    variants = reporting.ablation_markdown(ablation)
+    assert "the intervals in the verdicts are corrected likewise, those of the means are not" in variants
 
 
 def test_intervals_are_wider_than_for_independent_scores():

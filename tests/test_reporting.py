@@ -128,7 +128,7 @@ def make_summary(**changes) -> dict:
     rules = (leaning, {"prior_strength": 0.0, "offsets": []})  # as `choose_decision` gives them
     for (name, sharpness), rule in zip((("lightning_cnn", 3.0), ("yolo_inspired", 2.0)), rules, strict=True):
         predictions = make_predictions(sharpness=sharpness)
-        metrics = json.loads(json.dumps(evaluation.compute_metrics(predictions, n_bootstrap=50)))
+        metrics = json.loads(json.dumps(evaluation.compute_metrics(predictions)))
         models.append(
             {
                 "model_type": name, "parameters": {"batch_size": 32, "learning_rate": 0.004, "class_weights": None},
@@ -474,12 +474,26 @@ def test_the_code_on_the_model_card_can_be_compiled(folder):
     assert "not registered" in markdown.read_text()
 
 
-def test_a_score_outside_its_own_interval_is_explained(folder):
+@pytest.mark.parametrize("zero", [None, 0.0], ids=["as it is computed", "as older records have it"])
+def test_a_class_without_test_maps_is_named_and_has_no_score(folder, zero):
     summary = make_summary()
-    assert "outside its own interval" not in reporting.write_model_card(summary, folder=folder)[0].read_text()
-    test = summary["models"][0]["test"]
-    test["intervals"]["macro_f1"] = [0.1, test["macro_f1"] - 0.01]
-    assert "outside its own interval" in reporting.write_model_card(summary, folder=folder)[0].read_text()
+    few = make_predictions(labels=[0, 1, 2, 3, 4, 5, 6] * 30)  # no Scratch, no none
+    test = summary["models"][0]["test"] = json.loads(json.dumps(evaluation.compute_metrics(few)))
+    for name in CLASSES[7:]:
+        test["per_class"][name] |= dict.fromkeys(("precision", "recall", "f1"), zero)
+    markdown, card = reporting.write_model_card(summary, folder=folder)
+    page = Parsed(write_page(summary, folder))
+    for text in (markdown.read_text(), Parsed(card.read_text()).text, page.text):
+        assert "No test map of Scratch, none: without a score, and in no average." in text
+    for text in (markdown.read_text(), Parsed(card.read_text()).text):
+        assert "No test map, so nothing is known of: Scratch, none." in text
+        assert "9 classes: test macro F1 (over the 7 with test maps)" in text
+        assert "Scratch (F1" not in text and "Scratch (0)" not in text
+    assert "| Scratch | - | - | - | 0 |" in markdown.read_text()
+    at = page.cells.index("Scratch")
+    assert page.cells[at : at + 5] == ["Scratch", "-", "-", "-", "0"]
+    _, complete = (write_page(make_summary(), folder), reporting.write_model_card(make_summary(), folder=folder)[0])
+    assert "No test map" not in complete.read_text()
 
 
 # In a browser
