@@ -24,7 +24,14 @@ from typing import Any
 import evaluation
 import reporting
 from checkpoints import hold_folder
-from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline, command_line_used, environment
+from errors import ConfigError, RunError
+from integrated_pipeline import (
+    ExperimentConfig,
+    IntegratedMLPipeline,
+    command_line_used,
+    ends_one_model,
+    environment,
+)
 from tracking import TrackedRun
 
 COMPONENTS = {
@@ -89,6 +96,7 @@ class TrainingSeries:
                 f"time_limit={config.time_limit:g} leaves {self.seconds_each:.2g} s for each of {total} trainings. "
                 f"Give {total / TRAINING_SHARE:.0f} s or more, or fewer seeds or models."
             )
+        self.failed: list[dict[str, Any]] = []  # variant, seed and reason of trainings that gave no record
         self._maps_and_split: tuple[int, Any, Any] | None = None  # of the seed at work
 
     def budget(self) -> str:
@@ -119,7 +127,13 @@ class TrainingSeries:
             record = self._finished(variant, seed)
             again = record is not None
             if record is None:
-                record = self._train(variant, seed)
+                try:
+                    record = self._train(variant, seed)
+                except (RuntimeError, MemoryError) as error:
+                    if not ends_one_model(error):
+                        raise
+                    self._leave_out(variant, seed, error)
+                    continue
                 trained += 1
             records.append(record)
             left = (len(jobs) - number) * (time.monotonic() - started) / max(1, trained)
@@ -127,11 +141,21 @@ class TrainingSeries:
                 f"  {number}/{len(jobs)}  {variant.name}, seed {seed}: macro F1 {record['macro_f1']:.3f}"
                 + (", finished before" if again else f", {record['epochs']} epochs, about {left / 60:.0f} min left")
             )
+        if not records:
+            raise RunError(f"None of {len(jobs)} trainings came to its end. {self.failures()}")
         return records
+
+    def _leave_out(self, variant: Variant, seed: int, error: BaseException) -> None:
+        self.failed.append({"variant": variant.name, "seed": seed, "reason": f"{type(error).__name__}: {error}"})
+        self.say(f"  {variant.name}, seed {seed}, is left out: {error}")
+
+    def failures(self) -> str:
+        """A sentence for each training that failed; empty if all came to their end."""
+        return " ".join(f"{f['variant']}, seed {f['seed']}, failed ({f['reason']})." for f in self.failed)
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False, emoji=False)
 
     def close(self, note: str, files: Sequence[Path]) -> None:
         """Ends the series' run in MLflow with a table on its page and the pictures as artifacts."""
@@ -335,11 +359,13 @@ def compare_architectures(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int
     series = TrainingSeries(pipeline, variants, seeds)
     series.say(f"Comparison of {len(variants)} architectures, {len(series.seeds)} seeds; {series.budget()}")
     records = series.run()
-    models = [_model_row(records, name) for name in config.model_types()]
-    differences = paired_differences(records, list(itertools.combinations(config.model_types(), 2)))
+    seeds_of = {name: set(_scores(records, name)) for name in config.model_types()}
+    models = [_model_row(records, name) for name, seeds in seeds_of.items() if seeds]
+    pairs = [(a, b) for a, b in itertools.combinations(seeds_of, 2) if seeds_of[a] & seeds_of[b]]
+    differences = paired_differences(records, pairs)
     record = {
         **_head(config, "comparison", series, records),
-        "verdict": _comparison_verdict(models, differences),
+        "verdict": f"{_comparison_verdict(models, differences)} {series.failures()}".strip(),
         "runs": records,
         "models": models,
         "interval_method": INTERVAL_METHOD,
@@ -377,6 +403,7 @@ def _head(
         "environment": environment(),
         "data": {"source": Path(str(config.data)).name, **records[0]["data"]},
         "seeds": series.seeds,
+        "failed_runs": series.failed,
     }
 
 
@@ -432,6 +459,11 @@ def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str,
     series = TrainingSeries(pipeline, variants, seeds)
     series.say(f"Ablation of {model_type}, {len(variants)} variants, {len(series.seeds)} seeds; {series.budget()}")
     records = series.run()
+    if series.failed:
+        raise RunError(
+            f"An ablation needs all of its trainings. {series.failures()} The others are kept: repeat the command with "
+            "--resume once the reason is mended."
+        )
     *effects, together = _effects(records)
     record = {
         **_head(config, "ablation", series, records),

@@ -743,6 +743,13 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
+def ends_one_model(error: BaseException) -> bool:
+    """Whether an error is one model's own affair: it diverged, found nothing or had no memory; others can go on."""
+    if isinstance(error, DamagedFileError):  # somebody has to look at that first
+        return False
+    return isinstance(error, RunError | MemoryError) or _out_of_memory(error)
+
+
 def _run_again(study: optuna.Study, trial: optuna.trial.BaseTrial) -> None:
     """Puts the parameters of a trial that was cut off first in the queue."""
     again = {"again": trial.number, "proposed_by": "a trial that was cut off"}
@@ -908,9 +915,8 @@ class IntegratedMLPipeline:
         """A model that diverges, finds nothing or has no memory ends alone; the others go on."""
         try:
             yield
-        except (TrainingDivergedError, SearchFailedError, MemoryError, RuntimeError) as error:
-            of_this_model = isinstance(error, RunError | MemoryError) or _out_of_memory(error)
-            if not of_this_model or isinstance(error, DamagedFileError):
+        except (RuntimeError, MemoryError) as error:
+            if not ends_one_model(error):
                 raise
             self._failed[model_type] = error
             self._say(f"  {model_type} is left out: {error}", style="yellow")

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from test_reporting import make_ablation, make_comparison
 
+import experiments
 import reporting
+from errors import RunError
 from experiments import (
     COMPONENTS,
     DIFFERENCE_METHOD,
@@ -166,6 +169,37 @@ def test_an_ablation_switches_what_it_says(tiny_npz, tmp_path, monkeypatch):
         assert left_out["difference"] == pytest.approx(means["everything"] - means[f"everything but {one}"])
         assert alone["verdict"] == "no effect shown"  # one seed shows nothing
     assert "no pre-trained weights" in record["verdict"]
+
+
+@pytest.fixture
+def diverging(monkeypatch):
+    """Trainings with seed 1 diverge."""
+    from simple_model import WaferClassifier
+
+    step = WaferClassifier.training_step
+
+    def step_on_nan(self, batch, batch_idx):
+        bad = torch.initial_seed() % 10 == 1 and self.current_epoch == 0
+        return step(self, (batch[0] * float("nan"), batch[1]) if bad else batch, batch_idx)
+
+    monkeypatch.setattr(WaferClassifier, "training_step", step_on_nan)
+
+
+def test_a_training_that_diverges_is_named_and_the_others_are_compared(diverging, tiny_npz, tmp_path):
+    models = ["lightning_cnn", "vision_transformer"]
+    record = compare_architectures(pipeline(tiny_npz, tmp_path, model_type=models), seeds=(0, 1))
+    assert [(r["variant"], r["seed"]) for r in record["runs"]] == [(m, 0) for m in models]
+    assert [(r["variant"], r["seed"]) for r in record["failed_runs"]] == [(m, 1) for m in models]
+    assert [m["n"] for m in record["models"]] == [1, 1]
+    assert "lightning_cnn, seed 1, failed (TrainingDivergedError: the training loss is nan" in record["verdict"]
+
+
+def test_an_ablation_without_all_of_its_trainings_says_which_failed(diverging, tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ablation_variants", lambda: {"baseline": (), "everything": ()})
+    with pytest.raises(RunError, match=r"needs all of its trainings\. baseline, seed 1, failed .* --resume"):
+        ablate(pipeline(tiny_npz, tmp_path, model_type="lightning_cnn"), seeds=(1, 2))
+    with pytest.raises(RunError, match="None of 2 trainings came to its end"):
+        ablate(pipeline(tiny_npz, tmp_path, model_type="lightning_cnn"), seeds=(1,))
 
 
 def test_an_ablation_takes_one_model(tiny_npz, tmp_path):
