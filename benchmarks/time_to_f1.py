@@ -10,7 +10,8 @@ is a training of its own: a score is reached in the shortest time whose mean ove
         --output benchmarks/results/time_to_f1.json
     python benchmarks/time_to_f1.py --tables benchmarks/results/time_to_f1.json
 
-Runs that are in the output already are not done again. The same command uses a GPU where there is one.
+Runs that are in the output already, made by today's code, are not done again. The same command uses a GPU where there
+is one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import sys
 import time
 from pathlib import Path
 
-from measure import ROOT
+from measure import odd_groups_macro_f1, plain_config
+from provenance import BATCHES, FAMILY, ROOT, SCORES, SPLIT, TRAINING, changed, digests
 
+MEASURES = (*SPLIT, *BATCHES, *TRAINING, *SCORES, "time_to_f1.measure")
 LEVELS = (0.80, 0.85, 0.88, 0.90, 0.91)
 
 
@@ -67,12 +70,13 @@ def run_all(arguments: argparse.Namespace) -> None:
         for seed in arguments.seeds:
             for model_type in models:
                 key = {"model_type": model_type, "minutes": minutes, "seed": seed, **settings}
-                if any(all(run[k] == v for k, v in key.items()) for run in runs):
+                before = [run for run in runs if all(run[k] == v for k, v in key.items())]
+                if any(not changed(run["code"]) for run in before):
                     print(f"done before: {key}")
                     continue
                 run = key | in_own_process(arguments, model_type, minutes, seed)
                 print(f"{key}: {run['seconds']:.0f} s, test macro F1 {run['test_macro_f1']:.3f}", flush=True)
-                runs.append(run)
+                runs = [*(other for other in runs if other not in before), run]  # in place of what older code measured
                 if arguments.output:
                     arguments.output.write_text(json.dumps(runs, indent=1) + "\n")
     print("\n".join([*table_of_runs(runs), "", *table_of_levels(runs)]))
@@ -87,29 +91,24 @@ def in_own_process(arguments: argparse.Namespace, model_type: str, minutes: floa
 
 
 def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed: int, started: float) -> dict:
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline, environment
+    from integrated_pipeline import IntegratedMLPipeline, environment
 
-    config = ExperimentConfig(
+    config = plain_config(
         experiment_name=f"{model_type}_{minutes:g}min_seed{seed}",
         model_type=model_type,
         data=arguments.data,
-        use_pretrained=False,
         max_epochs=1000,
-        early_stopping_patience=1000,
         time_limit=60 * minutes,
         batch_size=arguments.batch_size,
         image_size=arguments.image_size,
         seed=seed,
-        enable_optuna=False,
-        enable_mlflow=False,
         output_dir=arguments.work_dir,
-        quiet=True,
     )
     pipeline = IntegratedMLPipeline(config)
     pipeline.prepare_data()
     record = pipeline.train_final_model(model_type)
     seconds = time.time() - started
-    (result,), _ = pipeline.evaluate([record])
+    (result,), (predicted,) = pipeline.evaluate([record])
     tuned = None
     if arguments.tune_decision:
         config.tune_decision = True
@@ -129,6 +128,8 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
         "train_seconds": round(record["train_seconds"], 1),
         "test_macro_f1": round(test["macro_f1"], 4),
         "test_macro_f1_interval": [round(v, 4) for v in test["intervals"]["macro_f1"]],
+        "interval_method": test["interval_method"],
+        "test_macro_f1_odd_groups": odd_groups_macro_f1(pipeline, predicted, pipeline.split.test),
         "test_accuracy": round(test["accuracy"], 4),
         "decision": tuned,
         "validation_macro_f1": round(result["validation"]["macro_f1"], 4),
@@ -143,6 +144,7 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
         "maps": {part: len(indices) for part, indices in pipeline.split.parts().items()},
         "split": pipeline.split.fingerprint,
         "environment": environment(),
+        "code": digests((*MEASURES, *FAMILY.get(model_type, ()))),
     }
 
 
