@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -22,6 +23,29 @@ if TYPE_CHECKING:
 from provenance import ROOT, digests
 
 sys.path.insert(0, str(ROOT))
+
+
+NOT_RECORDED = "not recorded"
+# Until then, a resample without a class scored 0 for it, so that the intervals of few lots lay too low.
+OLD_INTERVALS = r"95% percentile bootstrap over [\d,]+ lots, \d+ resamples"
+
+
+def rows(heading: str, cells: list[list[str]]) -> list[str]:
+    """A Markdown table; `heading` has its columns, between commas."""
+    columns = heading.split(", ")
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in cells)]
+
+
+def interval_holds(method: str | None) -> bool:
+    """Whether an interval over lots is one to publish: its method is recorded and not the old one."""
+    return method is not None and re.fullmatch(OLD_INTERVALS, method) is None
+
+
+def score_text(score: float, interval: list[float] | None, method: str | None) -> str:
+    """A score, and its interval in brackets where that holds."""
+    if interval is None or not interval_holds(method):
+        return f"{score:.3f}"
+    return f"{score:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def take_turns(ways: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[Any]]:

@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from measure import odd_groups_macro_f1, plain_config
+from measure import NOT_RECORDED, interval_holds, odd_groups_macro_f1, plain_config, rows, score_text
 from provenance import BATCHES, FAMILY, ROOT, SCORES, SPLIT, TRAINING, changed, digests
 
 MEASURES = (*SPLIT, *BATCHES, *TRAINING, *SCORES)
@@ -148,56 +148,60 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
     }
 
 
+def longest(runs: list[dict]) -> list[dict]:
+    """Of each model the first seed of its longest training."""
+    found: dict[str, dict] = {}
+    for run in sorted(runs, key=lambda run: (run["minutes"], -run["seed"])):
+        found[run["model_type"]] = run
+    return list(found.values())
+
+
 def draw(runs: list[dict], path: Path) -> None:
-    """The models beside each other, each by the first seed of its longest training."""
+    """The models beside each other."""
     from evaluation import plot_model_comparison
 
-    longest: dict[str, dict] = {}
-    for run in sorted(runs, key=lambda run: (run["minutes"], -run["seed"])):
-        longest[run["model_type"]] = run
-    rows = [
+    results = [
         {
             "model_type": run["model_type"],
             "accuracy": run["test_accuracy"],
             "macro_f1": run["test_macro_f1"],
-            "macro_f1_interval": run["test_macro_f1_interval"],
+            "macro_f1_interval": run["test_macro_f1_interval"] if interval_holds(run.get("interval_method")) else None,
             "n_parameters": run["n_parameters"],
             "train_seconds": run["train_seconds"],
             "latency_ms": run["latency_ms"],
         }
-        for run in longest.values()
+        for run in longest(runs)
     ]
-    plot_model_comparison(rows, path=path, title="Real wafer maps: the longest training of each model")
+    plot_model_comparison(results, path=path, title="Real wafer maps: the longest training of each model")
 
 
 def table_of_runs(runs: list[dict]) -> list[str]:
     """Markdown: one line for each machine, model, training time and image size.
 
-    The bar of one seed is its bootstrap interval over lots.
+    The bracket of one seed is its interval over lots, where today's method made it.
     """
-    lines = [
-        "| CPU | model | minutes | pixels | seeds | test macro F1 | decision tuned | accuracy | epochs | parameters |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (cpu, model_type, minutes, image_size), some in grouped(runs).items():
+    heading = "machine, model, minutes, pixels, seeds, test macro F1, of odd groups, decision tuned, accuracy, epochs, "
+    heading += "parameters"
+    cells = []
+    for (machine, model_type, minutes, image_size), some in grouped(runs).items():
         tuned = [run["decision"]["test_macro_f1"] for run in some if run.get("decision")]
-        cells = [
-            cpu, model_type, f"{minutes:g}", str(image_size), str(len(some)), score_text(some),
+        odd = [run["test_macro_f1_odd_groups"] for run in some if run.get("test_macro_f1_odd_groups") is not None]
+        epochs = [run["epochs"] for run in some]
+        cells.append([
+            machine, model_type, f"{minutes:g}", str(image_size), str(len(some)), score_of_seeds(some),
+            mean_and_deviation(odd) if len(odd) == len(some) else NOT_RECORDED,
             mean_and_deviation(tuned) if len(tuned) == len(some) else "-",
             f"{statistics.mean(run['test_accuracy'] for run in some):.3f}",
-            "-".join(str(e) for e in sorted({min(r["epochs"] for r in some), max(r["epochs"] for r in some)})),
+            "-".join(str(e) for e in sorted({min(epochs), max(epochs)})),
             f"{some[0]['n_parameters']:,}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        ])  # fmt: skip
+    return rows(heading, cells)
 
 
-def score_text(runs: list[dict]) -> str:
-    scores = [run["test_macro_f1"] for run in runs]
+def score_of_seeds(runs: list[dict]) -> str:
     if len(runs) == 1:
-        low, high = runs[0]["test_macro_f1_interval"]
-        return f"{scores[0]:.3f} [{low:.3f}, {high:.3f}]"
-    return mean_and_deviation(scores)
+        return score_text(runs[0]["test_macro_f1"], runs[0]["test_macro_f1_interval"], runs[0].get("interval_method"))
+    return mean_and_deviation([run["test_macro_f1"] for run in runs])
 
 
 def mean_and_deviation(scores: list[float]) -> str:
@@ -207,15 +211,11 @@ def mean_and_deviation(scores: list[float]) -> str:
 
 def table_of_levels(runs: list[dict]) -> list[str]:
     """Markdown: for each machine and model, seconds from the start of the process to each score, where reached."""
-    groups = grouped(runs)
-    lines = [
-        "| CPU | model | " + " | ".join(f"{level:.2f}" for level in LEVELS) + " |",
-        "|---" * (len(LEVELS) + 2) + "|",
-    ]
-    for row in dict.fromkeys((cpu, model_type) for cpu, model_type, _, _ in groups):
+    groups, cells = grouped(runs), []
+    for row in dict.fromkeys((machine, model_type) for machine, model_type, _, _ in groups):
         some = [group for key, group in groups.items() if key[:2] == row]
-        lines.append(f"| {' | '.join([*row, *(seconds_to(level, some) for level in LEVELS)])} |")
-    return lines
+        cells.append([*row, *(seconds_to(level, some) for level in LEVELS)])
+    return rows(f"machine, model, {', '.join(f'{level:.2f}' for level in LEVELS)}", cells)
 
 
 def seconds_to(level: float, groups: list[list[dict]]) -> str:
@@ -227,12 +227,16 @@ def seconds_to(level: float, groups: list[list[dict]]) -> str:
 
 
 def grouped(runs: list[dict]) -> dict[tuple[str, str, float, int], list[dict]]:
-    """Runs by CPU, model, minutes and image size."""
+    """Runs by machine, model, minutes and image size."""
     groups: dict[tuple[str, str, float, int], list[dict]] = {}
-    for run in sorted(runs, key=lambda run: (run["environment"]["cpu_capability"], run["minutes"])):
-        key = run["environment"]["cpu_capability"], run["model_type"], run["minutes"], run["image_size"]
-        groups.setdefault(key, []).append(run)
+    for run in sorted(runs, key=lambda run: (machine_of(run), run["minutes"])):
+        groups.setdefault((machine_of(run), run["model_type"], run["minutes"], run["image_size"]), []).append(run)
     return groups
+
+
+def machine_of(run: dict) -> str:
+    made = run["environment"]
+    return f"{made['cpu_capability']}, {made['torch_threads']} threads on {made['cpu_cores']} cores, {run['precision']}"
 
 
 if __name__ == "__main__":
