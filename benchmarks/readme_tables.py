@@ -197,7 +197,7 @@ def throughput(record: dict) -> list[str]:
 
 def against(*records: dict) -> list[str]:
     cells = [
-        [name, model["model_type"], f"{other['reads']}, {other['channels']}",
+        [name, model["model_type"], f"{other['reads']}, {count_text(other['channels'], 'channel')}",
          ratio_text(other["seconds_to_finish_over_ours"]),
          f"{ratio_text(other['seconds_to_level_over_ours'])} (F1 {model['level']:.2f})"]
         for record in records
@@ -205,7 +205,7 @@ def against(*records: dict) -> list[str]:
         for name, other in model.items()
         if isinstance(other, dict) and "reads" in other
     ]  # fmt: skip
-    heading = "alternative, network, its images and their channels, time to finish over ours, "
+    heading = "alternative, network, its images, time to finish over ours, "
     return rows(f"{heading}time to the same validation macro F1 over ours", cells)
 
 
