@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import tiny_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root, which has a wafer_pretraining of its own
@@ -149,7 +150,7 @@ def test_the_experiments_are_measured_by_definitions_that_there_are():
 def test_every_record_names_its_commit_and_the_code_that_it_measures(file):
     record = json.loads(file.read_text())
     for one in record if isinstance(record, list) else [record]:
-        assert len(one["environment"]["commit"]) == 40 and one["code"]
+        assert len(one["environment"]["commit"]) == 40 and "code" in one
         assert "training" in one or "config" in one or "weights" in one
 
 
@@ -198,6 +199,19 @@ def test_an_experiment_becomes_a_record_only_if_a_commit_holds_its_code(tmp_path
     keep_experiment.main()
     kept = json.loads(record.read_text())
     assert kept["code"] == {"split_by_lot": "c" * 40} and kept["config"] == {"data": "maps.npz"}
+
+
+def test_a_pipeline_run_is_scored_on_odd_groups_by_its_own_checkpoints(tiny_npz, tmp_path):
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+
+    settings = tiny_settings(tiny_npz, tmp_path, enable_optuna=False, enable_mlflow=False, max_epochs=1)
+    IntegratedMLPipeline(ExperimentConfig(**settings)).run_complete_pipeline()
+    summary = json.loads((tmp_path / "results/tiny/experiment_summary.json").read_text())
+    keep_experiment.score_odd_groups(summary, str(tiny_npz))
+    assert 0 <= summary["models"][0]["test_macro_f1_odd_groups"] <= 1
+    summary["models"][0]["test"]["macro_f1"] += 0.1  # of another run
+    with pytest.raises(SystemExit, match="its checkpoint scores"):
+        keep_experiment.score_odd_groups(summary, str(tiny_npz))
 
 
 # ------------------------------------------------------------------------------------------------- honest tables
