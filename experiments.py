@@ -251,6 +251,7 @@ def _short_record(variant: Variant, seed: int, result: dict[str, Any]) -> dict[s
         "n_parameters": result["n_parameters"],
         "latency_ms": result["latency_ms"],
         "weights": result["weights"],
+        "precision": result["precision"],
         "parameters": result["parameters"],
         "decision": result.get("decision"),
     }

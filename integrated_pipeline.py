@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 import warnings
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -1962,8 +1963,15 @@ def _pipeline_verdict(results: Sequence[dict[str, Any]], best: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware that figures depend on."""
+    """Code, versions and hardware that figures depend on.
+
+    Returns:
+        commit: of this code; None where git or the repository is missing, as in an installed copy.
+        uncommitted_changes: whether its tracked Python files differed from that commit; None where that is not known.
+        python, torch, lightning, processor, cpu_capability, cpu_cores, torch_threads, gpu.
+    """
     return {
+        **_commit_of_this_code(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": pl.__version__,
@@ -1973,6 +1981,21 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+@cache  # it does not change while the program runs
+def _commit_of_this_code() -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if git("ls-files", "--", Path(__file__).name):  # else it lies in a repository that is not its own
+            changes = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+            return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(changes)}
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return {"commit": None, "uncommitted_changes": None}
 
 
 ABOUT_THE_MODEL = (

@@ -1,10 +1,15 @@
-"""Our training against the ordinary recipe: Lightning, ImageFolder, torchvision transforms, DataLoader.
+"""Our training against the ordinary recipe: Lightning, torchvision transforms, DataLoader.
 
 Measured: seconds from having the files (recipe) or the maps (ours) to the end of the last epoch, on the same network
-from random weights, same maps, image size, batch size, epochs and threads, in turn; and the seconds until validation
-macro F1 first reaches what both reach. The recipe reads PNG files, flips and turns each image by torchvision
-transforms, logs torchmetrics' macro F1 and keeps the best checkpoint. `--workers` are its worker processes: with 0 all
-is done in the training process; with 2 a core does both. Left out of the clock: imports and writing the PNG files.
+from random weights, same maps, one channel, image size, batch size, epochs, precision and threads, in turn, after a
+turn that is left out; and the seconds until validation macro F1 first reaches what all reach. The recipe flips and
+turns each image by torchvision transforms, logs macro F1 and keeps the best checkpoint. It comes in two kinds:
+
+- from files, as tutorials have it: ImageFolder decodes a PNG for each map in each epoch;
+- in memory: the maps lie there as one uint8 tensor, resized before the clock starts, so that it decodes nothing.
+
+`--workers` are the recipe's worker processes: with 0 all is done in the training process; with 2 a core does both. Left
+out of the clock: imports, writing the PNG files. Ours resizes its maps within the clock.
 
     python benchmarks/against_recipe.py --data wm811k.npz --output benchmarks/results/against_recipe.json
 """
@@ -17,7 +22,18 @@ import time
 from functools import partial
 from pathlib import Path
 
-from measure import ClockedF1, as_text, paired_ratio, prepare, take_turns, write_image_folder, write_record
+from measure import (
+    ClockedF1,
+    against_ours,
+    prepare,
+    repeats_in_words,
+    take_warm_turns,
+    write_image_folder,
+    write_record,
+)
+from provenance import BATCHES, FAMILY, TRAINING
+
+MEASURES = (*BATCHES, *TRAINING, "CheckpointFiles", "History", "against_recipe.recipe", "against_recipe.datasets")
 
 
 def main() -> None:
@@ -28,6 +44,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--image-size", type=int, default=40)
+    parser.add_argument("--precision", default="32-true", help="of both, as Lightning names it")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="worker processes of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
@@ -41,25 +58,25 @@ def main() -> None:
         rows = [compare(arguments, name) for name in arguments.models]
     settings = {k: getattr(arguments, k) for k in ("data", "per_class", "epochs", "batch_size", "image_size", "seed")}
     maps = {part: len(indices) for part, indices in pipeline.split.parts().items()}
-    write_record(arguments.output, {"benchmark": "against_recipe", **settings, "maps": maps, "models": rows})
+    write_record(
+        arguments.output,
+        {"benchmark": "against_recipe", **settings, "maps": maps, "models": rows},
+        measures=(*MEASURES, *(name for model in arguments.models for name in FAMILY.get(model, ()))),
+        repeats=repeats_in_words(arguments.repeats),
+        precision=[arguments.precision],
+    )
 
 
 def compare(arguments: argparse.Namespace, model_type: str) -> dict:
-    ways = {f"recipe, {n} workers": partial(recipe, arguments, model_type, n) for n in arguments.workers}
+    kinds = ("PNG files", "memory")
+    reads = {f"Lightning recipe, {kind}, {n} workers": (kind, n) for kind in kinds for n in arguments.workers}
+    ways = {name: partial(recipe, arguments, model_type, *how) for name, how in reads.items()}
     ways["ours"] = partial(ours, arguments, model_type)
-    turns = take_turns(ways, repeats=arguments.repeats)
-    level = min(max(score for _, score in run["curve"]) for runs in turns.values() for run in runs)
-    row = {"model_type": model_type, "level": level, "runs": turns}
-    for name in [name for name in ways if name != "ours"]:
-        to_finish = paired_ratio(*([run["seconds"] for run in turns[way]] for way in (name, "ours")))
-        to_level = paired_ratio(*([first_time(run["curve"], level) for run in turns[way]] for way in (name, "ours")))
-        print(f"{model_type}: {name} over ours, to finish {as_text(to_finish)}, to {level:.3f} {as_text(to_level)}")
-        row[name] = {"seconds_to_finish_over_ours": to_finish, "seconds_to_level_over_ours": to_level}
-    return row
-
-
-def first_time(curve: list, level: float) -> float:
-    return next(seconds for seconds, score in curve if score >= level)
+    print(model_type)
+    row = against_ours(take_warm_turns(ways, repeats=arguments.repeats))
+    for name, (kind, _) in reads.items():
+        row[name] |= {"reads": kind, "channels": 1}
+    return {"model_type": model_type} | row
 
 
 def ours(arguments: argparse.Namespace, model_type: str) -> dict:
@@ -72,17 +89,17 @@ def ours(arguments: argparse.Namespace, model_type: str) -> dict:
     return {"seconds": seconds, "curve": curve}
 
 
-def recipe(arguments: argparse.Namespace, model_type: str, workers: int) -> dict:
+def recipe(arguments: argparse.Namespace, model_type: str, reads: str, workers: int) -> dict:
     """What one finds in tutorials, written with care."""
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
     from torch.utils.data import DataLoader
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
 
     pl.seed_everything(arguments.seed, verbose=False)
-    network = prepare(arguments, arguments.models).create_model(model_type).network
+    pipeline = prepare(arguments, arguments.models)
+    network = pipeline.create_model(model_type).network
+    train, validation = datasets(pipeline, arguments, reads)
     clock = ClockedF1()
 
     class Recipe(pl.LightningModule):
@@ -109,22 +126,50 @@ def recipe(arguments: argparse.Namespace, model_type: str, workers: int) -> dict
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    grey = [transforms.Grayscale(), transforms.Resize(arguments.image_size)]
-    flips = [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip(), transforms.RandomRotation(15)]
-    to_tensor = [transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
-    images = arguments.folder / "images"
     started = time.monotonic()
     clock.__init__()
-    train = ImageFolder(images / "train", transforms.Compose([*grey, *flips, *to_tensor]))
-    validation = ImageFolder(images / "val", transforms.Compose([*grey, *to_tensor]))
     options = {"batch_size": arguments.batch_size, "num_workers": workers, "persistent_workers": workers > 0}
     trainer = pl.Trainer(
-        max_epochs=arguments.epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=arguments.folder,
+        max_epochs=arguments.epochs, accelerator="cpu", precision=arguments.precision, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        default_root_dir=arguments.folder,
         callbacks=[ModelCheckpoint(arguments.folder / "recipe", monitor="val_macro_f1", mode="max")],
     )  # fmt: skip
     trainer.fit(Recipe(), DataLoader(train, shuffle=True, **options), DataLoader(validation, **options))
     return {"seconds": time.monotonic() - started, "curve": clock.points}
+
+
+def datasets(pipeline, arguments: argparse.Namespace, reads: str) -> list:
+    """The recipe's training and validation maps, from PNG files or from memory; each is transformed when asked for."""
+    import torch
+    from torch.utils.data import Dataset
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    class InMemory(Dataset):
+        def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform) -> None:
+            self.images, self.labels, self.transform = images, labels, transform
+
+        def __len__(self) -> int:
+            return len(self.labels)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.transform(self.images[index]), self.labels[index]
+
+    flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.RandomRotation(15)]
+    to_floats = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+    if reads == "memory":
+        data = pipeline.data_module(arguments.batch_size)
+        sources = (data.train_dataloader().dataset, data.val_dataloader().dataset)
+        return [
+            InMemory(source.images, source.labels, v2.Compose([*augment, *to_floats]))
+            for source, augment in zip(sources, (flips, []), strict=True)
+        ]
+    grey = [v2.Grayscale(), v2.Resize(arguments.image_size)]
+    return [
+        ImageFolder(arguments.folder / "images" / part, v2.Compose([*grey, *augment, v2.ToImage(), *to_floats]))
+        for part, augment in (("train", flips), ("val", []))
+    ]
 
 
 if __name__ == "__main__":

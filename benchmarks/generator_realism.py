@@ -1,6 +1,7 @@
-"""Measures how real generated wafer maps are: a CNN trained on them alone is tested on real WM-811K maps.
+r"""Measures how real generated wafer maps are: a CNN trained on them alone is tested on real WM-811K maps.
 
-    python benchmarks/generator_realism.py --data wm811k.npz --per-class 2500 --epochs 6
+    python benchmarks/generator_realism.py --data wm811k.npz --per-class 2500 --epochs 6 \
+        --output benchmarks/results/generator_realism.json
 
 The figure is the macro F1 over the nine classes on the real maps of the even or the odd groups. Tune the generator on
 the even half, report on the odd half.
@@ -9,7 +10,6 @@ the even half, report on the odd half.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import write_record
+from provenance import GENERATOR
 from sklearn.metrics import confusion_matrix, f1_score
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wafer_generator import CLASS_NAMES, generate_wafer_maps
 
+MEASURES = (*GENERATOR, *(f"generator_realism.{name}" for name in ("Residual", "create_model", "train", "MIX")))
 SIDE = 32
 # Maps of each class, in units of --per-class: real maps are mostly none, and few are Near-full.
 MIX = (1.0, 0.6, 1.2, 1.0, 1.5, 0.4, 0.6, 1.2, 4.0)
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--half", choices=("even", "odd"), default="odd", help="groups of real maps to test on")
     parser.add_argument("--save", type=Path, help="where to keep the logits")
+    parser.add_argument("--output", type=Path, help="JSON record to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -131,11 +134,26 @@ def main() -> None:
     if options.save:
         np.savez(options.save, logits=logits, truth=truth)
     guess = logits.argmax(1)
+    accuracy = float((guess == truth).mean())
     scores = f1_score(truth, guess, labels=range(9), average=None, zero_division=0)
     print(f"trained on {len(maps)} maps in {seconds:.0f} s; tested on {len(truth)} real maps, {options.half} half")
-    print(f"macro F1 {scores.mean():.3f}, accuracy {(guess == truth).mean():.3f}")
+    print(f"macro F1 {scores.mean():.3f}, accuracy {accuracy:.3f}")
     print("  ".join(f"{name} {score:.3f}" for name, score in zip(CLASS_NAMES, scores, strict=True)))
     print(confusion_matrix(truth, guess, labels=range(9)))
+    record = {
+        "benchmark": "generator_realism",
+        "data": options.data,
+        "half": options.half,
+        "per_class": options.per_class,
+        "epochs": options.epochs,
+        "generated_maps": len(maps),
+        "real_maps": len(truth),
+        "train_seconds": round(seconds, 1),
+        "macro_f1": round(float(scores.mean()), 4),
+        "accuracy": round(accuracy, 4),
+        "per_class_f1": {name: round(float(score), 3) for name, score in zip(CLASS_NAMES, scores, strict=True)},
+    }
+    write_record(options.output, record, measures=MEASURES, repeats="one seed", precision=["bf16-mixed"])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from measure import write_record
 import evaluation
 from wafer_generator import CLASS_NAMES
 
+MEASURES = ("compute_metrics", "compare_macro_f1")
 C = len(CLASS_NAMES)
 SCORES = ("macro_f1", "accuracy", "balanced_accuracy", "expected_calibration_error")
 EQUAL = (1 / C,) * C
@@ -335,7 +336,14 @@ def main() -> None:
         "fewest_lots_with_differences_covered_in_90_percent": fewest_lots(settings),
         "settings": settings,
     }
-    write_record(arguments.output, record)
+    write_record(
+        arguments.output,
+        record,
+        measures=MEASURES,
+        repeats=f"{arguments.repeats:,} data sets",
+        weights=None,
+        search=None,
+    )
 
 
 if __name__ == "__main__":

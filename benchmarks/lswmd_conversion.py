@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -27,8 +26,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from measure import ROOT, write_record
 
-ROOT = Path(__file__).resolve().parent.parent
+MEASURES = ("convert_lswmd",)
 ROWS = 811_457
 LABELLED = {  # of the 811,457 rows
     "none": 147_431, "Edge-Ring": 9_680, "Edge-Loc": 5_189, "Center": 4_294, "Loc": 3_593,
@@ -134,7 +134,6 @@ def measure(folder: Path, *, rows: int) -> dict[str, object]:
             "labelled": labelled,
             "pickle_bytes": path.stat().st_size,
             **json.loads(child.stdout),
-            "python": platform.python_version(),
             "numpy": np.__version__,
         }
     finally:
@@ -153,10 +152,8 @@ def main() -> None:
         print(json.dumps(convert(arguments.convert)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        report = json.dumps(measure(Path(folder), rows=arguments.rows), indent=2)
-    print(report)
-    if arguments.output:
-        arguments.output.write_text(report + "\n")
+        record = measure(Path(folder), rows=arguments.rows)
+    write_record(arguments.output, record, measures=MEASURES, repeats="one run", weights=None, search=None)
 
 
 if __name__ == "__main__":

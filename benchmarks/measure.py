@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from integrated_pipeline import IntegratedMLPipeline
+    from evaluation import Predictions
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
     from wafer_data import Split
 
-ROOT = Path(__file__).resolve().parent.parent
+from provenance import ROOT, digests
+
 sys.path.insert(0, str(ROOT))
+
+
+NOT_RECORDED = "not recorded"
+# Until then, a resample without a class scored 0 for it, so that the intervals of few lots lay too low.
+OLD_INTERVALS = r"95% percentile bootstrap over [\d,]+ lots, \d+ resamples"
+
+
+def rows(heading: str, cells: list[list[str]]) -> list[str]:
+    """A Markdown table; `heading` has its columns, between commas."""
+    columns = heading.split(", ")
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in cells)]
+
+
+def interval_holds(method: str | None) -> bool:
+    """Whether an interval over lots is one to publish: its method is recorded and not the old one."""
+    return method is not None and re.fullmatch(OLD_INTERVALS, method) is None
+
+
+def score_text(score: float, interval: list[float] | None, method: str | None) -> str:
+    """A score, and its interval in brackets where that holds."""
+    if interval is None or not interval_holds(method):
+        return f"{score:.3f}"
+    return f"{score:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def take_turns(ways: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[Any]]:
@@ -63,16 +89,37 @@ def as_text(ratio: dict[str, Any]) -> str:
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['turns']} turns)"
 
 
-def write_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Writes a record with the environment it was measured in; prints it where no path is given.
+def write_record(
+    path: Path | None,
+    record: dict[str, Any],
+    *,
+    measures: Iterable[str],
+    repeats: str,
+    precision: Iterable[str] = (),
+    weights: str | None = "random weights",
+    search: str | None = "no search",
+) -> None:
+    """Writes a record with all that its figures depend on; prints it where no path is given.
 
     Of the data it keeps the file's name only: where it lay is of no use to a reader.
+
+    Args:
+        path: the JSON to write.
+        record: the figures.
+        measures: the definitions that could move them, as `provenance.digests` takes them.
+        repeats: how often it was measured, in words: "5 seeds".
+        precision: of each training, as Lightning names it.
+        weights: what the trainings started from; None where nothing is trained.
+        search: how parameters were chosen; None where nothing is trained.
     """
     from integrated_pipeline import environment
 
     if "data" in record:
         record = record | {"data": Path(record["data"]).name}
-    text = json.dumps({**record, "environment": environment() | {"load_average": os.getloadavg()[0]}}, indent=1)
+    training = {"repeats": repeats, "precision": sorted({*precision}), "weights": weights, "search": search}
+    surroundings = environment() | {"load_average": os.getloadavg()[0]}
+    made = {"training": training, "environment": surroundings, "code": digests(measures)}
+    text = json.dumps(record | made, indent=1)
     if path is None:
         print(text)
     else:
@@ -81,24 +128,43 @@ def write_record(path: Path | None, record: dict[str, Any]) -> None:
         print(f"written to {path}")
 
 
+def plain_config(**settings: Any) -> ExperimentConfig:
+    """Random weights, no search, no tracking, nothing printed, all epochs trained, unless `settings` say otherwise."""
+    from integrated_pipeline import ExperimentConfig
+
+    plain = {"use_pretrained": False, "enable_optuna": False, "enable_mlflow": False, "quiet": True}
+    if "max_epochs" in settings:
+        plain["early_stopping_patience"] = settings["max_epochs"]
+    return ExperimentConfig(**plain | settings)
+
+
+def how_proposed(trials: int) -> str:
+    """How the parameters of so many trials are chosen: Optuna's TPE begins with random ones, before it can learn."""
+    import inspect
+
+    from optuna.samplers import TPESampler
+
+    at_random = inspect.signature(TPESampler).parameters["n_startup_trials"].default
+    first = "the first with the defaults"
+    if trials <= at_random:
+        return f"{first}, the others at random (TPE proposes from trial {at_random + 1} on)"
+    return f"{first}, up to trial {at_random} at random, then by TPE"
+
+
 def prepare(arguments: argparse.Namespace, model_type: str | list[str]) -> IntegratedMLPipeline:
     """A pipeline with its data ready, as the flags say, that trains from random weights and tracks nothing."""
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from integrated_pipeline import IntegratedMLPipeline
 
-    config = ExperimentConfig(
+    config = plain_config(
         model_type=model_type,
         data=arguments.data,
         max_samples_per_class=arguments.per_class,
-        use_pretrained=False,
         max_epochs=arguments.epochs,
-        early_stopping_patience=arguments.epochs,
         batch_size=arguments.batch_size,
         image_size=arguments.image_size,
+        precision=arguments.precision,
         seed=arguments.seed,
-        enable_optuna=False,
-        enable_mlflow=False,
         output_dir=arguments.folder,
-        quiet=True,
     )
     pipeline = IntegratedMLPipeline(config)
     pipeline.prepare_data()
@@ -124,7 +190,10 @@ def few_maps(pipeline: IntegratedMLPipeline, per_class: int, validation_per_clas
 
 
 def score_on(pipeline: IntegratedMLPipeline, record: dict, indices: np.ndarray) -> dict:
-    """What a trained model (any record with model_type, parameters and checkpoint) scores on maps of the pipeline."""
+    """What a trained model (any record with model_type, parameters and checkpoint) scores on maps of the pipeline.
+
+    As `evaluation.compute_metrics`, and `macro_f1_odd_groups` beside it.
+    """
     import evaluation
     from integrated_pipeline import predict_probabilities
     from wafer_data import CLASS_NAMES, resize_maps
@@ -136,7 +205,68 @@ def score_on(pipeline: IntegratedMLPipeline, record: dict, indices: np.ndarray) 
         groups=maps.groups,
         class_names=CLASS_NAMES,
     )
-    return evaluation.compute_metrics(predicted)
+    odd = {"macro_f1_odd_groups": odd_groups_macro_f1(pipeline, predicted, indices)}
+    return evaluation.compute_metrics(predicted) | odd
+
+
+def odd_groups_macro_f1(pipeline: IntegratedMLPipeline, predicted: Predictions, indices: np.ndarray) -> float | None:
+    """Macro F1 on those of the maps `indices` whose `group` in the .npz is odd; None where there are no such numbers.
+
+    The map generator was tuned on the real maps with even numbers, so networks that start from generated maps are
+    better there than on maps that nobody has looked at.
+    """
+    import numpy as np
+    from sklearn.metrics import f1_score
+
+    path = Path(pipeline.config.data)
+    if path.suffix != ".npz":
+        return None
+    with np.load(path, allow_pickle=False) as file:  # as the file has them, whatever numbers the pipeline gives lots
+        groups = file["group"] if "group" in file.files else np.empty(0)
+    if len(groups) != len(pipeline.maps) or not np.issubdtype(groups.dtype, np.integer):
+        return None
+    odd = groups[indices] % 2 == 1
+    if not odd.any():
+        return None
+    truth, answers = predicted.labels[odd], predicted.predicted[odd]
+    return round(float(f1_score(truth, answers, average="macro", labels=np.unique(truth), zero_division=0)), 4)
+
+
+def against_ours(turns: dict[str, list[dict]]) -> dict[str, Any]:
+    """Ways to train, of which one is "ours": seconds over ours to finish, and to the macro F1 that all reach.
+
+    Args:
+        turns: for each way its turns, each with `seconds` and `curve`, pairs of seconds and validation macro F1.
+
+    Returns:
+        level, that macro F1; runs, the turns; and for each other way its two ratios.
+    """
+    level = min(max(score for _, score in run["curve"]) for runs in turns.values() for run in runs)
+    ends = {way: [run["seconds"] for run in runs] for way, runs in turns.items()}
+    reached = {
+        way: [next(seconds for seconds, score in run["curve"] if score >= level) for run in runs]
+        for way, runs in turns.items()
+    }
+    row: dict[str, Any] = {"level": level, "runs": turns}
+    for way in [way for way in turns if way != "ours"]:
+        row[way] = {
+            "seconds_to_finish_over_ours": (finish := paired_ratio(ends[way], ends["ours"])),
+            "seconds_to_level_over_ours": (same := paired_ratio(reached[way], reached["ours"])),
+        }
+        print(f"{way} over ours: to finish {as_text(finish)}, to macro F1 {level:.3f} {as_text(same)}")
+    return row
+
+
+def take_warm_turns(ways: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[Any]]:
+    """As `take_turns`, after one turn that is thrown away, where there is more than one to come."""
+    if repeats > 1:
+        take_turns(ways, repeats=1)  # the first time, torch picks kernels and the disk cache is cold
+    return take_turns(ways, repeats=repeats)
+
+
+def repeats_in_words(repeats: int) -> str:
+    """What `take_warm_turns` does, for the record."""
+    return f"{repeats} turns after one to warm up" if repeats > 1 else "1 turn, not warmed up"
 
 
 def write_image_folder(data, folder: Path) -> None:

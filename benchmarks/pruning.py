@@ -4,7 +4,8 @@ Measured: seconds of a whole search with each pruner and with none, the best val
 weights of its best trial score on all real maps of the test lots. The last is the fair one: the best of N noisy
 validation scores flatters the search that finishes more trials. Maps, split, sampler, seed and number of trials are
 the same, in turn; a seed changes the split, the proposals and the weights. Left out of the clock: imports, reading the
-maps, scoring. Tracking is off. A second call with the same output file adds its seeds or pruners to the record.
+maps, scoring. Tracking is off. The first trial has the default parameters, the next nine are drawn at random, and TPE,
+Optuna's default, proposes the rest. A second call with the same output file adds its seeds or pruners to the record.
 
     python benchmarks/pruning.py --data wm811k.npz --output benchmarks/results/pruning.json
 """
@@ -18,11 +19,22 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from measure import as_text, few_maps, paired_difference, paired_ratio, score_on, write_record
+from measure import (
+    as_text,
+    few_maps,
+    how_proposed,
+    paired_difference,
+    paired_ratio,
+    plain_config,
+    score_on,
+    write_record,
+)
+from provenance import BATCHES, FAMILY, SCORES, SEARCH, SPLIT, TRAINING, changed
 
 if TYPE_CHECKING:
-    from integrated_pipeline import IntegratedMLPipeline
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 
+MEASURES = (*SPLIT, *BATCHES, *TRAINING, *SEARCH, *SCORES, "measure.few_maps")
 SETTINGS = ("data", "per_class", "validation_per_class", "model", "trials", "epochs", "batch_size", "image_size")
 
 
@@ -52,43 +64,52 @@ def main() -> None:
             print(json.dumps(runs[-1]), flush=True)
         names = sorted({run["pruner"] for run in runs} - {"none"})
         record = {"benchmark": "pruning", **settings, "runs": runs}
-        write_record(arguments.output, record | {"against_none": {name: against_none(runs, name) for name in names}})
+        record["against_none"] = {name: against_none(runs, name) for name in names}
+        write_record(
+            arguments.output,
+            record,
+            measures=(*MEASURES, *FAMILY.get(arguments.model, ())),
+            repeats=f"{len({run['seed'] for run in runs})} seeds",
+            precision=[str(pipeline.precision(arguments.model))],
+            search=f"searches of {arguments.trials} trials, {how_proposed(arguments.trials)}",
+        )
     for name in names:
         found = against_none(runs, name)
         print(f"{name}: {as_text(found['times_faster'])} times faster, test macro F1 {found['test_macro_f1']}")
 
 
 def earlier_runs(output: Path | None, settings: dict) -> list[dict]:
-    """The runs that the output file has from an earlier call with the same settings."""
+    """The runs that the output file has from an earlier call with the same settings and the same code."""
     if output is None or not output.exists():
         return []
     record = json.loads(output.read_text())
-    return record["runs"] if {name: record.get(name) for name in settings} == settings else []
+    if {name: record.get(name) for name in settings} != settings or "code" not in record or changed(record["code"]):
+        print(f"{output} has other settings or was made by other code: all seeds are measured anew")
+        return []
+    return record["runs"]
 
 
-def configuration(arguments: argparse.Namespace, pruner: str, seed: int, folder: str) -> dict:
-    """The fields that all searches of a call share."""
-    return {
-        "model_type": arguments.model,
-        "data": arguments.data,
-        "use_pretrained": False,
-        "pruner": pruner,
-        "num_optuna_trials": arguments.trials,
-        "search_epochs": arguments.epochs,
-        "batch_size": arguments.batch_size,
-        "image_size": arguments.image_size,
-        "seed": seed,
-        "enable_mlflow": False,
-        "output_dir": folder,
-        "quiet": True,
-    }
+def configuration(arguments: argparse.Namespace, pruner: str, seed: int, folder: str) -> ExperimentConfig:
+    """What all searches of a call share."""
+    return plain_config(
+        model_type=arguments.model,
+        data=arguments.data,
+        enable_optuna=True,
+        pruner=pruner,
+        num_optuna_trials=arguments.trials,
+        search_epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        image_size=arguments.image_size,
+        seed=seed,
+        output_dir=folder,
+    )
 
 
 def prepared(arguments: argparse.Namespace, seed: int) -> IntegratedMLPipeline:
     """A pipeline whose maps are read and split; its training and validation parts hold few maps of each class."""
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from integrated_pipeline import IntegratedMLPipeline
 
-    pipeline = IntegratedMLPipeline(ExperimentConfig(**configuration(arguments, "none", seed, ".")))
+    pipeline = IntegratedMLPipeline(configuration(arguments, "none", seed, "."))
     pipeline.prepare_data()
     pipeline.split = few_maps(pipeline, arguments.per_class, arguments.validation_per_class, seed=seed)
     return pipeline
@@ -96,10 +117,10 @@ def prepared(arguments: argparse.Namespace, seed: int) -> IntegratedMLPipeline:
 
 def search(source: IntegratedMLPipeline, arguments: argparse.Namespace, pruner: str, seed: int) -> dict:
     """One search in an empty folder."""
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from integrated_pipeline import IntegratedMLPipeline
 
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = IntegratedMLPipeline(ExperimentConfig(**configuration(arguments, pruner, seed, folder)))
+        pipeline = IntegratedMLPipeline(configuration(arguments, pruner, seed, folder))
         pipeline.maps, pipeline.split = source.maps, source.split
         pipeline.data_module()
         started = time.monotonic()
@@ -110,6 +131,7 @@ def search(source: IntegratedMLPipeline, arguments: argparse.Namespace, pruner: 
         "seconds": round(seconds, 1),
         "best_macro_f1": round(found["best"]["macro_f1"], 4),
         "test_macro_f1": round(tested["macro_f1"], 4),
+        "test_macro_f1_odd_groups": tested["macro_f1_odd_groups"],
         "epochs": sum(trial["epochs"] for trial in found["trials"]),
         "pruned": sum(trial["state"] == "pruned" for trial in found["trials"]),
         "failed": sum(trial["state"] == "fail" for trial in found["trials"]),

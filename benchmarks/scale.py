@@ -19,8 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import write_record
+from measure import plain_config, write_record
+from provenance import BATCHES, CNN, GENERATOR, SPLIT, TRAINING
 
+MEASURES = (*GENERATOR, "pack_maps", *SPLIT, *BATCHES, *TRAINING, *CNN, "CheckpointFiles", "History")
 PHASES = ("generate", "split", "resize", "train_one_epoch")
 
 
@@ -41,15 +43,17 @@ def main() -> None:
         flags = [f"--one={n}", f"--batch-size={arguments.batch_size}", f"--image-size={arguments.image_size}"]
         done = subprocess.run([sys.executable, __file__, *flags], check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(", ".join(f"{k} {v:,.2f}" for k, v in rows[-1].items()), flush=True)
+        print(", ".join(f"{k} {v:,.2f}" for k, v in rows[-1].items() if k != "precision"), flush=True)
     settings = {"batch_size": arguments.batch_size, "image_size": arguments.image_size}
-    write_record(arguments.output, {"benchmark": "scale", **settings, "sizes": rows})
+    precision = [row.pop("precision") for row in rows]
+    record = {"benchmark": "scale", **settings, "sizes": rows}
+    write_record(arguments.output, record, measures=MEASURES, repeats="one run of each size", precision=precision)
     if arguments.picture:
         draw(rows, arguments.picture)
 
 
-def measure(n: int, arguments: argparse.Namespace) -> dict[str, float]:
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+def measure(n: int, arguments: argparse.Namespace) -> dict[str, float | str]:
+    from integrated_pipeline import IntegratedMLPipeline
     from wafer_data import load_wafer_maps, split_by_lot
 
     seconds = {}
@@ -61,17 +65,19 @@ def measure(n: int, arguments: argparse.Namespace) -> dict[str, float]:
         return result
 
     with tempfile.TemporaryDirectory() as folder:
-        config = ExperimentConfig(
-            model_type="lightning_cnn", max_epochs=1, batch_size=arguments.batch_size, quiet=True,
-            image_size=arguments.image_size, enable_optuna=False, enable_mlflow=False, output_dir=folder,
+        config = plain_config(
+            model_type="lightning_cnn", max_epochs=1, batch_size=arguments.batch_size,
+            image_size=arguments.image_size, output_dir=folder,
         )  # fmt: skip
         pipeline = IntegratedMLPipeline(config)
         pipeline.maps = timed("generate", lambda: load_wafer_maps("synthetic", samples_per_class=round(n / 9), seed=0))
         pipeline.split = timed("split", lambda: split_by_lot(pipeline.maps, seed=0))
         timed("resize", lambda: pipeline.data_module(config.batch_size))
-        timed("train_one_epoch", lambda: pipeline.train_final_model("lightning_cnn"))
+        trained = timed("train_one_epoch", lambda: pipeline.train_final_model("lightning_cnn"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"maps": len(pipeline.maps), **seconds, "peak_memory_gb": round(peak / 1e9, 2)}
+    return {
+        "maps": len(pipeline.maps), **seconds, "peak_memory_gb": round(peak / 1e9, 2), "precision": trained["precision"]
+    }  # fmt: skip
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:

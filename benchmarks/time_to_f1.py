@@ -10,7 +10,8 @@ is a training of its own: a score is reached in the shortest time whose mean ove
         --output benchmarks/results/time_to_f1.json
     python benchmarks/time_to_f1.py --tables benchmarks/results/time_to_f1.json
 
-Runs that are in the output already are not done again. The same command uses a GPU where there is one.
+Runs that are in the output already, made by today's code, are not done again. The same command uses a GPU where there
+is one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import sys
 import time
 from pathlib import Path
 
-from measure import ROOT
+from measure import NOT_RECORDED, interval_holds, odd_groups_macro_f1, plain_config, rows, score_text
+from provenance import BATCHES, FAMILY, ROOT, SCORES, SPLIT, TRAINING, changed, digests
 
+MEASURES = (*SPLIT, *BATCHES, *TRAINING, *SCORES)
 LEVELS = (0.80, 0.85, 0.88, 0.90, 0.91)
 
 
@@ -67,12 +70,13 @@ def run_all(arguments: argparse.Namespace) -> None:
         for seed in arguments.seeds:
             for model_type in models:
                 key = {"model_type": model_type, "minutes": minutes, "seed": seed, **settings}
-                if any(all(run[k] == v for k, v in key.items()) for run in runs):
+                before = [run for run in runs if all(run[k] == v for k, v in key.items())]
+                if any(not changed(run["code"]) for run in before):
                     print(f"done before: {key}")
                     continue
                 run = key | in_own_process(arguments, model_type, minutes, seed)
                 print(f"{key}: {run['seconds']:.0f} s, test macro F1 {run['test_macro_f1']:.3f}", flush=True)
-                runs.append(run)
+                runs = [*(other for other in runs if other not in before), run]  # in place of what older code measured
                 if arguments.output:
                     arguments.output.write_text(json.dumps(runs, indent=1) + "\n")
     print("\n".join([*table_of_runs(runs), "", *table_of_levels(runs)]))
@@ -87,29 +91,24 @@ def in_own_process(arguments: argparse.Namespace, model_type: str, minutes: floa
 
 
 def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed: int, started: float) -> dict:
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline, environment
+    from integrated_pipeline import IntegratedMLPipeline, environment
 
-    config = ExperimentConfig(
+    config = plain_config(
         experiment_name=f"{model_type}_{minutes:g}min_seed{seed}",
         model_type=model_type,
         data=arguments.data,
-        use_pretrained=False,
         max_epochs=1000,
-        early_stopping_patience=1000,
         time_limit=60 * minutes,
         batch_size=arguments.batch_size,
         image_size=arguments.image_size,
         seed=seed,
-        enable_optuna=False,
-        enable_mlflow=False,
         output_dir=arguments.work_dir,
-        quiet=True,
     )
     pipeline = IntegratedMLPipeline(config)
     pipeline.prepare_data()
     record = pipeline.train_final_model(model_type)
     seconds = time.time() - started
-    (result,), _ = pipeline.evaluate([record])
+    (result,), (predicted,) = pipeline.evaluate([record])
     tuned = None
     if arguments.tune_decision:
         config.tune_decision = True
@@ -129,6 +128,8 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
         "train_seconds": round(record["train_seconds"], 1),
         "test_macro_f1": round(test["macro_f1"], 4),
         "test_macro_f1_interval": [round(v, 4) for v in test["intervals"]["macro_f1"]],
+        "interval_method": test["interval_method"],
+        "test_macro_f1_odd_groups": odd_groups_macro_f1(pipeline, predicted, pipeline.split.test),
         "test_accuracy": round(test["accuracy"], 4),
         "decision": tuned,
         "validation_macro_f1": round(result["validation"]["macro_f1"], 4),
@@ -143,59 +144,64 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
         "maps": {part: len(indices) for part, indices in pipeline.split.parts().items()},
         "split": pipeline.split.fingerprint,
         "environment": environment(),
+        "code": digests((*MEASURES, *FAMILY.get(model_type, ()))),
     }
 
 
+def longest(runs: list[dict]) -> list[dict]:
+    """Of each model the first seed of its longest training."""
+    found: dict[str, dict] = {}
+    for run in sorted(runs, key=lambda run: (run["minutes"], -run["seed"])):
+        found[run["model_type"]] = run
+    return list(found.values())
+
+
 def draw(runs: list[dict], path: Path) -> None:
-    """The models beside each other, each by the first seed of its longest training."""
+    """The models beside each other."""
     from evaluation import plot_model_comparison
 
-    longest: dict[str, dict] = {}
-    for run in sorted(runs, key=lambda run: (run["minutes"], -run["seed"])):
-        longest[run["model_type"]] = run
-    rows = [
+    results = [
         {
             "model_type": run["model_type"],
             "accuracy": run["test_accuracy"],
             "macro_f1": run["test_macro_f1"],
-            "macro_f1_interval": run["test_macro_f1_interval"],
+            "macro_f1_interval": run["test_macro_f1_interval"] if interval_holds(run.get("interval_method")) else None,
             "n_parameters": run["n_parameters"],
             "train_seconds": run["train_seconds"],
             "latency_ms": run["latency_ms"],
         }
-        for run in longest.values()
+        for run in longest(runs)
     ]
-    plot_model_comparison(rows, path=path, title="Real wafer maps: the longest training of each model")
+    plot_model_comparison(results, path=path, title="Real wafer maps: the longest training of each model")
 
 
 def table_of_runs(runs: list[dict]) -> list[str]:
     """Markdown: one line for each machine, model, training time and image size.
 
-    The bar of one seed is its bootstrap interval over lots.
+    The bracket of one seed is its interval over lots, where today's method made it.
     """
-    lines = [
-        "| CPU | model | minutes | pixels | seeds | test macro F1 | decision tuned | accuracy | epochs | parameters |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (cpu, model_type, minutes, image_size), some in grouped(runs).items():
+    heading = "machine, model, minutes, pixels, seeds, test macro F1, of odd groups, decision tuned, accuracy, epochs, "
+    heading += "parameters"
+    cells = []
+    for (machine, model_type, minutes, image_size), some in grouped(runs).items():
         tuned = [run["decision"]["test_macro_f1"] for run in some if run.get("decision")]
-        cells = [
-            cpu, model_type, f"{minutes:g}", str(image_size), str(len(some)), score_text(some),
+        odd = [run["test_macro_f1_odd_groups"] for run in some if run.get("test_macro_f1_odd_groups") is not None]
+        epochs = [run["epochs"] for run in some]
+        cells.append([
+            machine, model_type, f"{minutes:g}", str(image_size), str(len(some)), score_of_seeds(some),
+            mean_and_deviation(odd) if len(odd) == len(some) else NOT_RECORDED,
             mean_and_deviation(tuned) if len(tuned) == len(some) else "-",
             f"{statistics.mean(run['test_accuracy'] for run in some):.3f}",
-            "-".join(str(e) for e in sorted({min(r["epochs"] for r in some), max(r["epochs"] for r in some)})),
+            "-".join(str(e) for e in sorted({min(epochs), max(epochs)})),
             f"{some[0]['n_parameters']:,}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        ])  # fmt: skip
+    return rows(heading, cells)
 
 
-def score_text(runs: list[dict]) -> str:
-    scores = [run["test_macro_f1"] for run in runs]
+def score_of_seeds(runs: list[dict]) -> str:
     if len(runs) == 1:
-        low, high = runs[0]["test_macro_f1_interval"]
-        return f"{scores[0]:.3f} [{low:.3f}, {high:.3f}]"
-    return mean_and_deviation(scores)
+        return score_text(runs[0]["test_macro_f1"], runs[0]["test_macro_f1_interval"], runs[0].get("interval_method"))
+    return mean_and_deviation([run["test_macro_f1"] for run in runs])
 
 
 def mean_and_deviation(scores: list[float]) -> str:
@@ -205,15 +211,11 @@ def mean_and_deviation(scores: list[float]) -> str:
 
 def table_of_levels(runs: list[dict]) -> list[str]:
     """Markdown: for each machine and model, seconds from the start of the process to each score, where reached."""
-    groups = grouped(runs)
-    lines = [
-        "| CPU | model | " + " | ".join(f"{level:.2f}" for level in LEVELS) + " |",
-        "|---" * (len(LEVELS) + 2) + "|",
-    ]
-    for row in dict.fromkeys((cpu, model_type) for cpu, model_type, _, _ in groups):
+    groups, cells = grouped(runs), []
+    for row in dict.fromkeys((machine, model_type) for machine, model_type, _, _ in groups):
         some = [group for key, group in groups.items() if key[:2] == row]
-        lines.append(f"| {' | '.join([*row, *(seconds_to(level, some) for level in LEVELS)])} |")
-    return lines
+        cells.append([*row, *(seconds_to(level, some) for level in LEVELS)])
+    return rows(f"machine, model, {', '.join(f'{level:.2f}' for level in LEVELS)}", cells)
 
 
 def seconds_to(level: float, groups: list[list[dict]]) -> str:
@@ -225,12 +227,16 @@ def seconds_to(level: float, groups: list[list[dict]]) -> str:
 
 
 def grouped(runs: list[dict]) -> dict[tuple[str, str, float, int], list[dict]]:
-    """Runs by CPU, model, minutes and image size."""
+    """Runs by machine, model, minutes and image size."""
     groups: dict[tuple[str, str, float, int], list[dict]] = {}
-    for run in sorted(runs, key=lambda run: (run["environment"]["cpu_capability"], run["minutes"])):
-        key = run["environment"]["cpu_capability"], run["model_type"], run["minutes"], run["image_size"]
-        groups.setdefault(key, []).append(run)
+    for run in sorted(runs, key=lambda run: (machine_of(run), run["minutes"])):
+        groups.setdefault((machine_of(run), run["model_type"], run["minutes"], run["image_size"]), []).append(run)
     return groups
+
+
+def machine_of(run: dict) -> str:
+    made = run["environment"]
+    return f"{made['cpu_capability']}, {made['torch_threads']} threads on {made['cpu_cores']} cores, {run['precision']}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from measure import as_text, paired_ratio, take_turns, write_record
+from measure import as_text, paired_ratio, plain_config, repeats_in_words, take_warm_turns, write_record
+from provenance import CNN, SEARCH, TRAINING
+
+MEASURES = (
+    *("Tracking", "MlflowRuns", "serve", "start_early", "History", "IntegratedMLPipeline._study_storage"),
+    *(*SEARCH, *TRAINING, *CNN),
+)
 
 
 def main() -> None:
@@ -37,9 +43,8 @@ def main() -> None:
         print(json.dumps(search_and_train(arguments)))
         return
     ways = {name: partial(in_a_process, name) for name in ("tracked", "untracked")}
-    if arguments.repeats > 1:
-        in_a_process("tracked")  # a warm-up, so that no turn reads the libraries from the disk
-    turns = take_turns(ways, repeats=arguments.repeats)
+    turns = take_warm_turns(ways, repeats=arguments.repeats)
+    precision = [turn.pop("precision") for some in turns.values() for turn in some]
     walls = {name: [turn["wall_seconds"] for turn in some] for name, some in turns.items()}
     ratio = paired_ratio(walls["tracked"], walls["untracked"])
     study = paired_ratio(*([turn[key] for turn in turns["untracked"]] for key in ("storage_seconds", "search_seconds")))
@@ -50,10 +55,17 @@ def main() -> None:
     }
     record = {"benchmark": "tracking_cost", **settings}
     record |= {"wall_tracked_over_untracked": ratio, "study_share_of_search": study, "turns": turns}
-    write_record(arguments.output, record)
+    write_record(
+        arguments.output,
+        record,
+        measures=MEASURES,
+        repeats=repeats_in_words(arguments.repeats),
+        precision=precision,
+        search=f"searches of {arguments.trials} trials",
+    )
 
 
-def in_a_process(way: str) -> dict[str, float]:
+def in_a_process(way: str) -> dict[str, float | str]:
     started = time.monotonic()
     command = [sys.executable, __file__, *sys.argv[1:], f"--one={way}"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -62,25 +74,29 @@ def in_a_process(way: str) -> dict[str, float]:
     return {"wall_seconds": round(time.monotonic() - started, 2), **json.loads(done.stdout.splitlines()[-1])}
 
 
-def search_and_train(arguments: argparse.Namespace) -> dict[str, float]:
+def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.one == "tracked":
             from tracking import start_early
 
             start_early(Path(folder))
-        from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+        from integrated_pipeline import IntegratedMLPipeline
 
-        config = ExperimentConfig(
-            model_type=arguments.model, use_pretrained=False, data=arguments.data, image_size=arguments.image_size,
+        config = plain_config(
+            model_type=arguments.model, data=arguments.data, image_size=arguments.image_size, enable_optuna=True,
             num_optuna_trials=arguments.trials, search_epochs=arguments.epochs, max_epochs=arguments.epochs,
-            pruner="none", registry_name=None, enable_mlflow=arguments.one == "tracked", output_dir=folder, quiet=True,
+            pruner="none", registry_name=None, enable_mlflow=arguments.one == "tracked", output_dir=folder,
         )  # fmt: skip
         pipeline = IntegratedMLPipeline(config)
         storage = pipeline._study_storage()
         watch = Stopwatch(storage)
         pipeline._study_storage = lambda: storage
-        pipeline.run_complete_pipeline()
-        return {"search_seconds": round(pipeline.seconds["search"], 3), "storage_seconds": round(watch.seconds, 4)}
+        summary = pipeline.run_complete_pipeline()
+        return {
+            "search_seconds": round(pipeline.seconds["search"], 3),
+            "storage_seconds": round(watch.seconds, 4),
+            "precision": summary["models"][0]["precision"],
+        }
 
 
 class Stopwatch:

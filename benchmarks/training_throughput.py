@@ -20,7 +20,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from measure import as_text, paired_ratio, take_turns, write_record
+from measure import as_text, paired_ratio, plain_config, take_turns, write_record
+from provenance import BATCHES, FAMILIES, TRAINING
+
+MEASURES = (*BATCHES, *TRAINING, *FAMILIES, "CheckpointFiles", "History", "training_throughput.bare_loop")
 
 
 def main() -> None:
@@ -35,27 +38,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from integrated_pipeline import IntegratedMLPipeline
 
     with tempfile.TemporaryDirectory() as folder:
-        config = ExperimentConfig(
+        config = plain_config(
             model_type="all" if arguments.models == ["all"] else arguments.models,
             data=arguments.data,
             samples_per_class=arguments.samples_per_class,
-            use_pretrained=False,
             max_epochs=arguments.epochs,
             batch_size=arguments.batch_size,
             image_size=arguments.image_size,
-            enable_optuna=False,
-            enable_mlflow=False,
             output_dir=folder,
-            quiet=True,
         )
         prepared = IntegratedMLPipeline(config)
         prepared.prepare_data()
         rows = [compare(prepared, name, Path(folder), arguments.repeats) for name in config.model_types()]
     settings = {k: getattr(arguments, k) for k in ("data", "samples_per_class", "batch_size", "image_size", "epochs")}
-    write_record(arguments.output, {"benchmark": "training_throughput", **settings, "models": rows})
+    write_record(
+        arguments.output,
+        {"benchmark": "training_throughput", **settings, "models": rows},
+        measures=MEASURES,
+        repeats=f"{arguments.repeats} turns after one to warm up",
+        precision=[row["precision"] for row in rows],
+    )
 
 
 def compare(prepared, model_type: str, folder: Path, repeats: int) -> dict:
@@ -67,7 +72,7 @@ def compare(prepared, model_type: str, folder: Path, repeats: int) -> dict:
     take_turns(ways, repeats=1)  # the first time, torch picks kernels and the disk cache is cold
     turns = take_turns(ways, repeats=repeats)
     maps = prepared.config.max_epochs * len(prepared.split.train)
-    row = {"model_type": model_type}
+    row = {"model_type": model_type, "precision": str(prepared.precision(model_type))}
     for name, seconds in turns.items():
         row[f"{name}_maps_per_second"] = [round(maps / s, 1) for s in seconds]
     for name in [name for name in ways if name != "ours"]:

@@ -23,8 +23,13 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from measure import ROOT, few_maps, score_on, write_record
+from measure import few_maps, plain_config, score_on, write_record
+from provenance import BATCHES, FAMILY, GENERATED_WEIGHTS, GENERATOR, ROOT, SCORES, SPLIT, TRAINING
 
+MEASURES = (
+    *(*SPLIT, *BATCHES, *TRAINING, *SCORES, *GENERATOR, *GENERATED_WEIGHTS),
+    *("IntegratedMLPipeline._start_from_generated", "measure.few_maps"),
+)
 WAYS = {"from scratch": False, "pre-trained on generated maps": True}
 
 
@@ -55,7 +60,14 @@ def main() -> None:
         "outcome": [summarise(name, [run for run in runs if run["model_type"] == name]) for name in arguments.models],
         "runs": runs,
     }
-    write_record(arguments.output, record)
+    write_record(
+        arguments.output,
+        record,
+        measures=(*MEASURES, *(name for model in arguments.models for name in FAMILY.get(model, ()))),
+        repeats=f"{len(arguments.seeds)} seeds",
+        precision=[run["precision"] for run in runs],
+        weights="weights as the columns say",
+    )
 
 
 def headers(folder: Path, runs: list[dict]) -> dict[str, dict]:
@@ -69,27 +81,23 @@ def headers(folder: Path, runs: list[dict]) -> dict[str, dict]:
 
 def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[dict]:
     """Both ways on the same maps."""
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from integrated_pipeline import IntegratedMLPipeline
 
     runs, prepared = [], None
     for way, pretrained in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:
-            config = ExperimentConfig(
+            config = plain_config(
                 model_type=model_type,
                 data=arguments.data,
                 use_pretrained=pretrained,
                 pretrained_source="wafer",
                 pretrained_dir=arguments.pretrained_dir,
-                max_epochs=arguments.epochs,
-                early_stopping_patience=arguments.epochs,  # the same number of epochs for both
+                max_epochs=arguments.epochs,  # all of them, so that both train for the same number
                 batch_size=arguments.batch_size,
                 image_size=arguments.image_size,
                 learning_rate=arguments.learning_rate,
                 seed=seed,
-                enable_optuna=False,
-                enable_mlflow=False,
                 output_dir=folder,
-                quiet=True,
             )
             pipeline = IntegratedMLPipeline(config)
             if prepared is None:
@@ -108,6 +116,7 @@ def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[d
                 "seed": seed,
                 "way": way,
                 "macro_f1": round(score["macro_f1"], 4),
+                "macro_f1_odd_groups": score["macro_f1_odd_groups"],
                 "accuracy": round(score["accuracy"], 4),
                 "per_class_f1": {name: round(row["f1"], 3) for name, row in score["per_class"].items()},
                 "best_epoch": record["best_epoch"],
@@ -115,6 +124,7 @@ def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[d
                 "train_seconds": round(record["train_seconds"], 1),
                 "learning_rate": record["parameters"]["learning_rate"],
                 "weights": record["weights"],
+                "precision": record["precision"],
                 "maps": {"train": len(few.train), "validation": len(few.validation), "scored": len(scored)},
             }
         )

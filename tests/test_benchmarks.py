@@ -1,25 +1,306 @@
-"""Promises about the benchmarks: each runs on small data and writes its record; the README repeats the records."""
+"""Promises about the benchmarks: each runs on small data and writes its record; pages, records and code agree."""
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from conftest import tiny_settings
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # behind the root, which has a wafer_pretraining of its own
+
+import keep_experiment  # noqa: E402
+import measure  # noqa: E402
+import provenance  # noqa: E402
+import readme_tables  # noqa: E402
+import time_to_f1  # noqa: E402
+
+RECORDS = sorted((ROOT / "benchmarks/results").glob("*.json"))
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
-def run(script, *arguments):
+def run(script, *arguments, root=ROOT, status=0):
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, root / "benchmarks" / script, *map(str, arguments)], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == status, done.stderr[-2000:]
     return done.stdout
+
+
+# ---------------------------------------------------------------------------------- pages, records and code agree
 
 
 def test_the_tables_of_the_readme_say_what_the_records_say():
     run("readme_tables.py", "--check")
+
+
+def test_a_page_cannot_show_figures_of_other_code_without_saying_so(tmp_path):
+    for file in (*ROOT.glob("*.py"), ROOT / "README.md"):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+    run("readme_tables.py", "--check", root=tmp_path)
+    data = tmp_path / "wafer_data.py"
+    data.write_text(data.read_text().replace("def encode(", "def encode(  # a comment changes nothing\n"))
+    run("readme_tables.py", "--check", root=tmp_path)
+    data.write_text(data.read_text().replace("\nDIE_NOISE = 0.01", "\nDIE_NOISE = 0.02"))  # a constant of `augment`
+    run("readme_tables.py", "--check", root=tmp_path, status=1)
+    run("readme_tables.py", root=tmp_path)
+    for page in ("README.md", "benchmarks/README.md"):
+        assert "**Older code:** since then" in (tmp_path / page).read_text()
+    assert "`augment` changed; to be measured anew" in (tmp_path / "README.md").read_text()
+    run("readme_tables.py", "--check", root=tmp_path)
+
+
+SOURCE = """
+SCALE = 2
+
+def _helper(x):
+    return x * SCALE
+
+def measured(x):
+    'Says what it does.'
+    return _helper(x) + 1
+
+class Model:
+    rate: float = 0.1
+
+    def fit(self, x):
+        return self._own(x)
+
+    def _own(self, x):
+        return x
+
+register_model("small", Model)
+"""
+NAMES = ("measured", "Model.fit", "Model.rate", "register_model('small')")
+
+
+@pytest.fixture
+def digests_of(tmp_path, monkeypatch):
+    def digests(**files):
+        for old in tmp_path.glob("*.py"):
+            old.unlink()
+        for name, text in files.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        provenance._definitions_here.cache_clear()
+        return provenance.digests(NAMES)
+
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    yield digests
+    provenance._definitions_here.cache_clear()
+
+
+def test_comments_docstrings_formatting_and_another_file_leave_a_digest_as_it_is(digests_of):
+    before = digests_of(a=SOURCE)
+    other = SOURCE.replace("Says what it does.", "Says it otherwise.").replace(
+        "_helper(x) + 1", "(_helper( x )  +  1)  # one"
+    )
+    head, _, tail = other.partition("class Model")
+    assert digests_of(a=f"import b\n{head}", b=f"class Model{tail}") == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "moved"),
+    [
+        ("+ 1", "+ 2", "measured"),
+        ("x * SCALE", "x + SCALE", "measured"),
+        ("SCALE = 2", "SCALE = 3", "measured"),
+        ("self._own(x)", "self._own(x) + 1", "Model.fit"),
+        ("rate: float = 0.1", "rate: float = 0.2", "Model.rate"),
+        ('"small", Model', '"small", Model, dropout=0.3', "register_model('small')"),
+    ],
+)
+def test_what_a_definition_computes_moves_its_digest_and_no_other(digests_of, old, new, moved):
+    before, after = digests_of(a=SOURCE), digests_of(a=SOURCE.replace(old, new))
+    assert [name for name in NAMES if before[name] != after[name]] == [moved]
+
+
+def test_a_definition_that_is_gone_counts_as_changed_and_cannot_be_measured(digests_of):
+    digests_of(a=SOURCE)
+    assert provenance.changed({"measured": "other", "gone": "any", "Model.rate": None}) == [
+        "Model.rate",
+        "gone",
+        "measured",
+    ]
+    with pytest.raises(KeyError, match="gone: no such definition"):
+        provenance.digests(["measured", "gone"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_each_benchmark_names_definitions_that_there_are(script):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert hasattr(module, "MEASURES") or script.stem in ("measure", "provenance", "readme_tables", "keep_experiment")
+    provenance.digests(getattr(module, "MEASURES", ()))
+
+
+def test_the_experiments_are_measured_by_definitions_that_there_are():
+    for names in (*provenance.EXPERIMENTS.values(), *provenance.FAMILY.values()):
+        provenance.digests(names)
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda path: path.stem)
+def test_every_record_names_its_commit_and_the_code_that_it_measures(file):
+    record = json.loads(file.read_text())
+    for one in record if isinstance(record, list) else [record]:
+        assert len(one["environment"]["commit"]) == 40 and "code" in one
+        assert "training" in one or "config" in one or "weights" in one
+
+
+def test_the_environment_names_the_commit_and_says_where_it_is_not_known(monkeypatch, tmp_path):
+    import integrated_pipeline
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    integrated_pipeline._commit_of_this_code.cache_clear()
+    here = integrated_pipeline.environment()
+    assert here["commit"] == (git.stdout.strip() if git.returncode == 0 else None)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    integrated_pipeline._commit_of_this_code.cache_clear()
+    without = integrated_pipeline.environment()
+    integrated_pipeline._commit_of_this_code.cache_clear()
+    assert (without["commit"], without["uncommitted_changes"]) == (None, None)
+    assert {"processor", "cpu_cores", "torch_threads"} <= without.keys()
+
+
+def test_a_record_written_by_a_benchmark_says_all_that_it_depends_on(tmp_path):
+    measure.write_record(
+        tmp_path / "record.json",
+        {"data": "/somewhere/maps.npz"},
+        measures=["encode"],
+        repeats="3 seeds",
+        precision=["32-true"],
+    )
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["data"] == "maps.npz"
+    assert record["training"] == {
+        "repeats": "3 seeds", "precision": ["32-true"], "weights": "random weights", "search": "no search"
+    }  # fmt: skip
+    assert record["code"] == provenance.digests(["encode"])
+    assert {"commit", "uncommitted_changes", "processor", "cpu_cores", "torch_threads"} <= record["environment"].keys()
+
+
+def test_an_experiment_becomes_a_record_only_if_a_commit_holds_its_code(tmp_path, monkeypatch):
+    summary, record = tmp_path / "summary.json", tmp_path / "record.json"
+    about = {"mode": "comparison", "config": {"data": "/somewhere/maps.npz", "output_dir": "/somewhere"}}
+    monkeypatch.setattr(keep_experiment, "digests", lambda names, at: {"split_by_lot": at})
+    monkeypatch.setattr(sys, "argv", ["keep_experiment.py", str(summary), str(record)])
+    for made in ({"commit": None, "uncommitted_changes": None}, {"commit": "c" * 40, "uncommitted_changes": True}):
+        summary.write_text(json.dumps(about | {"environment": made}))
+        with pytest.raises(SystemExit, match="no commit holds its code"):
+            keep_experiment.main()
+    summary.write_text(json.dumps(about | {"environment": {"commit": "c" * 40, "uncommitted_changes": False}}))
+    keep_experiment.main()
+    kept = json.loads(record.read_text())
+    assert kept["code"] == {"split_by_lot": "c" * 40} and kept["config"] == {"data": "maps.npz"}
+
+
+def test_a_pipeline_run_is_scored_on_odd_groups_by_its_own_checkpoints(tiny_npz, tmp_path):
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+
+    settings = tiny_settings(tiny_npz, tmp_path, enable_optuna=False, enable_mlflow=False, max_epochs=1)
+    IntegratedMLPipeline(ExperimentConfig(**settings)).run_complete_pipeline()
+    summary = json.loads((tmp_path / "results/tiny/experiment_summary.json").read_text())
+    keep_experiment.score_odd_groups(summary, str(tiny_npz))
+    assert 0 <= summary["models"][0]["test_macro_f1_odd_groups"] <= 1
+    summary["models"][0]["test"]["macro_f1"] += 0.1  # of another run
+    with pytest.raises(SystemExit, match="its checkpoint scores"):
+        keep_experiment.score_odd_groups(summary, str(tiny_npz))
+
+
+# ------------------------------------------------------------------------------------------------- honest tables
+
+
+def test_rows_of_other_weights_seconds_or_search_are_not_ranked_against_each_other():
+    record = json.loads((ROOT / "benchmarks/results/comparison_real.json").read_text())
+    ranked = "\n".join(readme_tables.comparison(record))
+    assert "**lightning_cnn**" in ranked and "is better" in ranked and record["verdict"] in ranked
+    for change in ({"weights": "ImageNet (x)"}, {"trials": 3}):
+        runs = [run | (change if run["model_type"] == "lightning_cnn" else {}) for run in record["runs"]]
+        text = "\n".join(readme_tables.comparison(record | {"runs": runs}))
+        assert "not ranked against each other" in text
+        assert "**" not in text and "better" not in text and record["verdict"] not in text
+    assert readme_tables.not_ranked([("a", 100.0, 0), ("a", 105.0, 0)]) is None
+    assert "differ in seconds" in readme_tables.not_ranked([("a", 100.0, 0), ("a", 150.0, 0)])
+
+
+def test_the_models_of_a_production_run_stand_as_they_were_trained_with_what_they_started_from():
+    record = json.loads((ROOT / "benchmarks/results/production.json").read_text())
+    text = "\n".join(readme_tables.production(record))
+    places = [text.index(f"| {model['model_type']} |") for model in record["models"]]
+    assert places == sorted(places)
+    assert "weights of generated wafer maps" in text and "random weights" in text
+    assert "not ranked against each other: they differ in weights and seconds" in text
+
+
+def test_intervals_of_the_old_method_are_not_shown_and_those_of_another_are():
+    old = "95% percentile bootstrap over 48 lots, 1000 resamples"
+    assert measure.score_text(0.9, [0.8, 0.95], old) == measure.score_text(0.9, [0.8, 0.95], None) == "0.900"
+    assert measure.score_text(0.9, [0.8, 0.95], "95% Bayesian bootstrap over 48 lots") == "0.900 [0.800, 0.950]"
+    assert "older method" in readme_tables.brackets([old])
+    assert readme_tables.brackets(["95% of a kind"]) == "In brackets: 95% of a kind."
+
+
+def test_the_machine_is_named_as_the_record_has_it():
+    made = {"commit": "c" * 40, "uncommitted_changes": True, "processor": "P", "cpu_cores": 4, "torch_threads": 1}
+    training = {"repeats": "3 seeds", "precision": [], "weights": "random weights", "search": "no search"}
+    assert readme_tables.made_by(made, training, {}) == (
+        "*Measured with uncommitted changes at `ccccccc`, P, 4 cores, 1 thread, precision not recorded, 3 seeds, from "
+        "random weights, no search.*"
+    )
+
+
+def test_a_short_search_is_called_random_and_a_long_one_is_not():
+    assert (
+        measure.how_proposed(4) == "the first with the defaults, the others at random (TPE proposes from trial 11 on)"
+    )
+    assert measure.how_proposed(10).endswith("(TPE proposes from trial 11 on)")
+    assert measure.how_proposed(16) == "the first with the defaults, up to trial 10 at random, then by TPE"
+
+
+def test_the_score_of_odd_groups_is_that_of_the_maps_whose_group_in_the_file_is_odd(tmp_path):
+    labels = np.arange(9).repeat(4)
+    groups = np.tile([2, 5, 8, 7], 9)
+    answers = np.where(groups % 2 == 1, labels, (labels + 1) % 9)  # right on odd groups only
+    np.savez(tmp_path / "maps.npz", group=groups)
+    pipeline = SimpleNamespace(config=SimpleNamespace(data=str(tmp_path / "maps.npz")), maps=range(36))
+    test = np.arange(36)[::-1]
+    predicted = SimpleNamespace(labels=labels[test], predicted=answers[test])
+    assert measure.odd_groups_macro_f1(pipeline, predicted, test) == 1.0
+    predicted.predicted = labels[test][::-1]
+    assert measure.odd_groups_macro_f1(pipeline, predicted, test) < 0.2
+    np.savez(tmp_path / "maps.npz", labels=labels)
+    assert measure.odd_groups_macro_f1(pipeline, predicted, test) is None
+
+
+def test_time_to_f1_measures_anew_what_older_code_measured(tmp_path, monkeypatch):
+    output = tmp_path / "runs.json"
+    key = {"model_type": "lightning_cnn", "minutes": 2.0, "seed": 0, "image_size": 40, "batch_size": 128}
+    today = provenance.digests(["encode"])
+    output.write_text(json.dumps([key | {"code": today}, key | {"seed": 1, "code": {"encode": "older"}}]))
+    measured = []
+
+    def in_own_process(arguments, model_type, minutes, seed):
+        measured.append(seed)
+        return {"seconds": 1.0, "test_macro_f1": 0.5, "code": today}
+
+    monkeypatch.setattr(time_to_f1, "in_own_process", in_own_process)
+    monkeypatch.setattr(time_to_f1, "table_of_runs", lambda runs: [])
+    monkeypatch.setattr(time_to_f1, "table_of_levels", lambda runs: [])
+    flags = ["--models", "lightning_cnn", "--minutes", "2", "--seeds", "0", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["time_to_f1.py", *flags])
+    time_to_f1.main()
+    assert measured == [1]
+    assert [(run["seed"], run["code"]) for run in json.loads(output.read_text())] == [(0, today), (1, today)]
+
+
+# ------------------------------------------------------------------------------------------------ each one runs
 
 
 def test_time_to_f1_records_each_run_once(tiny_npz, tmp_path):
@@ -32,6 +313,7 @@ def test_time_to_f1_records_each_run_once(tiny_npz, tmp_path):
     runs = json.loads(output.read_text())
     assert [r["seed"] for r in runs] == [0, 1]
     assert runs[0]["split"] != runs[1]["split"]
+    assert all(0 <= r["test_macro_f1_odd_groups"] <= 1 and "encode" in r["code"] for r in runs)
     assert all(r["seconds"] > r["train_seconds"] > 1 for r in runs)
     assert all(r["decision"]["seconds"] > r["seconds"] for r in runs)
     assert "| lightning_cnn | 0.03 | 16 | 2 |" in run("time_to_f1.py", "--tables", output)
@@ -57,9 +339,13 @@ def test_the_alternatives_run_on_the_same_maps(script, tiny_npz, tmp_path):
         "--output", output,
     )  # fmt: skip
     record = json.loads(output.read_text())
-    runs = record["runs"] if "runs" in record else record["models"][0]["runs"]
-    assert len(runs) == 2
-    for turns in runs.values():
+    assert record["training"]["precision"] == ["32-true"] and record["training"]["repeats"] == "1 turn, not warmed up"
+    (model,) = record["models"]
+    assert len(model["runs"]) == 3
+    others = [model[name] for name in model["runs"] if name != "ours"]
+    assert [other["reads"] for other in others] == ["PNG files", "memory"]
+    assert {other["channels"] for other in others} == {1 if script == "against_recipe.py" else 3}
+    for turns in model["runs"].values():
         (turn,) = turns
         ((seconds, score),) = turn["curve"]  # one epoch, one validation
         assert 0 < seconds <= turn["seconds"] + 0.01
@@ -99,6 +385,7 @@ def test_wafer_pretraining_compares_both_starts_on_the_same_few_maps(tiny_npz, t
     assert scratch["weights"].startswith("random") and tuned["weights"].startswith("generated")
     (header,) = record["weights"].values()
     assert header["maps_seen"] == "1152"
+    assert all(0 <= r["macro_f1_odd_groups"] <= 1 for r in record["runs"])
     (outcome,) = record["outcome"]
     low, high = outcome["interval"]
     assert low <= outcome["difference"] <= high
@@ -116,6 +403,8 @@ def test_pruning_scores_what_was_found_on_the_test_lots_and_a_second_call_adds_t
     run("pruning.py", *flags, "--seeds", 0, 1)
     both = json.loads(output.read_text())
     assert both["runs"][:2] == first["runs"] and len(both["runs"]) == 4
+    assert all(0 <= r["test_macro_f1_odd_groups"] <= 1 for r in both["runs"])
+    assert "the others at random" in both["training"]["search"]
     assert all(0 < r["test_macro_f1"] <= 1 and r["epochs"] + 2 * r["failed"] <= 4 for r in both["runs"])
     found = both["against_none"]["halving"]
     assert found["seeds"] == [0, 1] and found["times_faster"]["turns"] == 2
