@@ -55,7 +55,7 @@ SEARCH = (
 AFTER_SEARCH = _of("IntegratedMLPipeline", "train_with_the_best", "_worth_training", "_seconds_by_merit", "_better_of")
 SERIES = (
     *_of("TrainingSeries", "__init__", "_variant_config"),
-    *("mean_interval", "paired_differences", "holm"),
+    *("mean_interval", "paired_differences", "holm_factors"),
 )
 DEFAULTS = _of("ExperimentConfig", "samples_per_class", "image_size", "batch_size")
 
