@@ -52,7 +52,8 @@ def make_records(scores):
 def test_holm_corrects_as_in_a_worked_example():
     # Sorted: 0.005 * 4, 0.01 * 3, 0.03 * 2 and 0.04, which is raised to the 0.06 before it.
     assert holm_factors([0.01, 0.04, 0.03, 0.005]) == pytest.approx([3, 0.06 / 0.04, 2, 4])
-    assert holm_factors([None, 0.5, 0.6]) == pytest.approx([None, 2, 1 / 0.6])  # not cut off at p = 1
+    assert holm_factors([None, 0.5, 0.6]) == pytest.approx([None, 2, 1 / 0.6])
+    assert holm_factors([0.5, 0.6, 0.7]) == pytest.approx([3, 1.5 / 0.6, 1.5 / 0.7])  # not cut off where p would be 1
     assert holm_factors([0.0, 0.02, 0.0]) == [3, 1, 2]
     assert holm_factors([]) == []
 
@@ -81,6 +82,7 @@ def test_an_interval_leaves_out_0_exactly_where_the_corrected_p_is_significant()
         for row in paired_differences(make_records(scores), [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c")]):
             assert (row["interval"][0] > 0 or row["interval"][1] < 0) is row["significant"]
             assert row["significant"] is (row["p_corrected"] < 0.05)
+            assert row["p"] <= row["p_corrected"] <= 1
             seen.add((row["significant"], row["p"] < 0.05))
     assert seen == {(True, True), (False, True), (False, False)}
 
