@@ -8,6 +8,8 @@ own are given to it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import warnings
@@ -62,26 +64,42 @@ def export_onnx(
         decision: how the answer is made of its outputs.
         class_names: what the columns of the output mean; kept in the file.
         **metadata: more that the file shall say of itself.
+
+    Raises:
+        ValueError: the exporter cannot follow the model.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-    from torch.export import Dim
 
-    whole = RawMapClassifier(model, image_size, decision).eval()
-    example = torch.ones(2, 25, 27, dtype=torch.uint8)
-    sizes = {0: Dim("maps"), 1: Dim("rows", min=2, max=4096), 2: Dim("columns", min=2, max=4096)}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own future
-        program = torch.onnx.export(
-            whole, (example,), dynamo=True, dynamic_shapes=(sizes,), opset_version=18, verbose=False,
-            input_names=["maps"], output_names=["probabilities"],
-        )  # fmt: skip
+    program = _traced(RawMapClassifier(model, image_size, decision).eval())
     about = {"class_names": json.dumps(list(class_names)), "contract": CONTRACT, "image_size": str(image_size)}
     ClearMetadataAndDocStringPass()(program.model)
     program.model.metadata_props.update(about | metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(str(path))
     return path
+
+
+def _traced(whole: RawMapClassifier) -> torch.onnx.ONNXProgram:
+    from torch.export import Dim
+
+    example = torch.ones(2, 25, 27, dtype=torch.uint8)
+    sizes = {0: Dim("maps"), 1: Dim("rows", min=2, max=4096), 2: Dim("columns", min=2, max=4096)}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # The exporter warns of its own future, and when it fails it writes the whole graph to the terminal.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            return torch.onnx.export(
+                whole, (example,), dynamo=True, dynamic_shapes=(sizes,), opset_version=18, verbose=False,
+                input_names=["maps"], output_names=["probabilities"],
+            )  # fmt: skip
+        except Exception as error:  # the exporter's own kind says how to debug it; what was wrong is its cause
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0][:200]}"
+            raise ValueError(
+                f"{type(whole.model).__name__} cannot be exported ({reason}). Keep its forward to operations on "
+                "tensors, without branches on their values."
+            ) from error
 
 
 class OnnxClassifier:

@@ -85,6 +85,17 @@ def test_the_same_model_gives_the_same_file_and_it_names_no_folder_of_this_machi
     assert b".py" not in first and str(Path.home()).encode() not in first
 
 
+def test_a_network_that_cannot_be_exported_is_named_with_the_reason(tmp_path, capfd):
+    class Branching(torch.nn.Module):
+        def forward(self, images):
+            means = images.mean((1, 2, 3))
+            return torch.stack([means] * 9, 1) * (2 if means.sum().item() > 0 else 1)
+
+    with pytest.raises(ValueError, match=r"Branching cannot be exported \(.*data-dependent"):
+        export_onnx(Branching(), tmp_path / "model.onnx", image_size=32)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_file_whose_columns_are_not_its_classes_is_refused(tmp_path):
     file = export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32, class_names=CLASS_NAMES[:-1])
     with pytest.raises(ValueError, match="for the 8 classes that it names"):

@@ -230,6 +230,14 @@ def test_the_champion_is_met_on_maps_that_it_has_not_trained_on(tmp_path):
     assert "On 180 test maps that neither was trained or tuned on, of 20 lots" in said.verdict
 
 
+def test_maps_that_the_new_model_has_trained_on_do_not_count_either(tmp_path):
+    registry = Registry()
+    offer(registry, write_file(tmp_path / "poor.onnx", shift=0.05))
+    copies = split_at(range(10), range(30, 60))  # as if a lot of the training part had been measured once more
+    copies = dataclasses.replace(copies, train=np.sort(np.append(copies.train, copies.test[:CLASSES])))
+    assert offer(registry, write_file(tmp_path / "good.onnx"), copies).maps_compared == 29 * CLASSES
+
+
 def test_a_champion_that_has_trained_on_nearly_all_of_the_test_maps_stays_and_the_remedy_is_named(tmp_path):
     registry = Registry()
     offer(registry, write_file(tmp_path / "poor.onnx", shift=0.05))
