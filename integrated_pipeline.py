@@ -22,7 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import islice
@@ -41,9 +41,11 @@ from rich.console import Console
 from torch import nn
 
 import evaluation
+import promotion
 import reporting
 from checkpoints import CheckpointFiles, TrainingFolder, checkpoint_digest, hold_folder, read_checkpoint
 from decision import VIEWS, Decision, choose_decision
+from deployment import export_onnx
 from errors import ConfigError, DamagedFileError, RunError, SearchFailedError, TrainingDivergedError
 from pretrained_weights import (
     WeightsUnavailableError,
@@ -860,14 +862,13 @@ class IntegratedMLPipeline:
             results, predictions = self.evaluate(trained)
         best = max(range(len(results)), key=lambda i: results[i]["validation"]["macro_f1"])
         summary = self._summarise(results, results[best]["model_type"])
-        self._write(summary, registered=None, not_registered_because="it was not tried yet")
+        self._write(summary, registered=None, not_registered_because="the registration did not come to its end")
         with self._timed("pictures"), self._or_a_line("pictures could not be drawn"):
             self._draw(results, predictions[best], best)
         with self._or_a_line("the report could not be written"):
             self._report(summary)
         with self._timed("registration"), self._or_a_line("the model could not be registered"):
-            summary["registered"] = self.register_best(results[best], predictions[best])
-            summary["not_registered_because"] = None if summary["registered"] else self._why_not_registered()
+            summary |= self.register_best(results[best], predictions[best]).in_summary()
         if summary["registered"]:
             with self._or_a_line("the report could not be written"):
                 self._report(summary)
@@ -1243,76 +1244,43 @@ class IntegratedMLPipeline:
         self.tracking.files(self._parent_run, [*sorted(folder.glob("*.png")), *(folder / name for name in written)])
         self.tracking.note(self._parent_run, evaluation.comparison_markdown(comparison_rows(summary["models"])))
 
-    def register_best(self, result: dict[str, Any], predictions: evaluation.Predictions) -> dict[str, Any] | None:
-        """Exports the best model and registers it: as champion if it beats the present one on the same test maps.
+    def register_best(
+        self, result: dict[str, Any], predictions: evaluation.Predictions
+    ) -> promotion.Promotion | promotion.NotRegistered:
+        """Exports the best model and registers it, as champion or challenger; see `promotion.promote`.
 
         Args:
             result: the model's record, as `evaluate` gives it.
             predictions: of its checkpoint on the test part.
-
-        Returns:
-            name, version, alias, verdict, comparison and the largest difference of the file to the checkpoint; None
-            without a registry.
         """
-        name = self.config.registry_name
-        if self._why_not_registered() is not None:
-            return None
-        from deployment import OnnxClassifier, export_onnx
+        model_type, reason = result["model_type"], self._why_not_registered()
+        if reason is not None:
+            return promotion.NotRegistered(reason)
 
-        model_type, test_maps = result["model_type"], [self.maps[i] for i in self.split.test]
-        file = export_onnx(
-            self.load_model(result),
-            self.config.checkpoints_dir / model_type / "model.onnx",
-            image_size=self.config.image_size,
-            decision=_decision_of(result),
+        def export() -> Path:
+            return export_onnx(
+                self.load_model(result),
+                self.config.checkpoints_dir / model_type / "model.onnx",
+                image_size=self.config.image_size,
+                decision=_decision_of(result),
+                class_names=predictions.class_names,
+                model_type=model_type,
+                split=self.split.fingerprint,
+            )
+
+        outcome = promotion.promote(
+            export,
+            checkpoint=predictions,
+            maps=self.maps,
+            split=self.split,
             model_type=model_type,
-            split=self.split.fingerprint,
+            name=self.config.registry_name,
+            tracking=self.tracking,
+            run=self._model_runs[model_type],
+            run_key=self._fingerprint(),
         )
-        probabilities = OnnxClassifier(file).predict(test_maps)
-        apart = float(np.abs(probabilities - predictions.probabilities).max())
-        ours = replace(predictions, probabilities=probabilities)  # what will run is the file, so the file is scored
-        champion = self.tracking.champion(name)
-        comparison, alias = None, "champion"
-        if champion is not None:
-            theirs = replace(predictions, probabilities=OnnxClassifier(champion[1]).predict(test_maps))
-            comparison = evaluation.compare_macro_f1(ours, theirs)
-            if np.array_equal(theirs.probabilities, ours.probabilities):  # as when a run is resumed after it registered
-                return self._already_champion(champion[0], apart)
-            alias = "champion" if comparison["difference"] > 0 else "challenger"
-        verdict = _verdict(result, alias, comparison, champion)
-        version = self.tracking.register(
-            self._model_runs[model_type],
-            file,
-            name=name,
-            about=ABOUT_THE_MODEL,
-            alias=alias,
-            description=verdict,
-            example=test_maps[0][None],
-            classes=NUM_CLASSES,
-        )
-        if version is None:  # MLflow broke on the way; the warning has been printed
-            return None
-        self._say(f"Registered as models:/{name}@{alias}, version {version}. {verdict}")
-        return {
-            "name": name,
-            "version": version,
-            "alias": alias,
-            "verdict": verdict,
-            "comparison": comparison,
-            "largest_difference_to_checkpoint": apart,
-        }
-
-    def _already_champion(self, version: str, apart: float) -> dict[str, Any]:
-        name, verdict = self.config.registry_name, f"Version {version}, the champion, is this very model."
-        self._say(f"Registered before as models:/{name}@champion. {verdict}")
-        return {
-            "name": name,
-            "version": version,
-            "alias": "champion",
-            "verdict": verdict,
-            "comparison": None,
-            "largest_difference_to_checkpoint": apart,
-        }
+        self._say(str(outcome))
+        return outcome
 
     def _why_not_registered(self) -> str | None:
         config = self.config
@@ -1996,30 +1964,6 @@ def _commit_of_this_code() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         pass
     return {"commit": None, "uncommitted_changes": None}
-
-
-ABOUT_THE_MODEL = (
-    "Names the defect pattern of wafer maps. In: `maps`, uint8 [N, rows, columns] of any size, 0 no die, 1 pass, 2 "
-    f"fail. Out: `probabilities`, float32 [N, {NUM_CLASSES}], of {', '.join(CLASS_NAMES)}."
-)
-
-
-def _verdict(
-    result: dict[str, Any], alias: str, comparison: dict[str, Any] | None, champion: tuple[str, Path] | None
-) -> str:
-    """Why a version is champion or challenger, for its description."""
-    model_type, test = result["model_type"], result["test"]
-    if comparison is None or champion is None:
-        return (
-            f"{model_type}: test macro F1 {test['macro_f1']:.4f} on {test['n_samples']:,} maps. The first version, so "
-            "it is champion."
-        )
-    low, high = comparison["interval"]
-    return (
-        f"{model_type}: test macro F1 {comparison['new']:.4f} against {comparison['old']:.4f} of version "
-        f"{champion[0]}, the champion until now, on the same test maps: {comparison['difference']:+.4f} (95% interval "
-        f"{low:+.4f} to {high:+.4f}, paired over lots). So it is {alias}."
-    )
 
 
 def _plain(hparams: dict[str, Any]) -> dict[str, Any]:

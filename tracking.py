@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,34 @@ class TrackedRun:
     name: str
     number: int = 0
     closed: bool = False
+
+
+class RegistryError(RuntimeError):
+    """The registry cannot be asked or refused; what it holds is then not known."""
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version of a registered model: its number, the aliases that name it, its tags."""
+
+    version: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The champion among the versions of a model.
+
+    Attributes:
+        version: its number.
+        folder: with its files, if they could be had.
+        problem: why not, or "".
+    """
+
+    version: str
+    folder: Path
+    problem: str = ""
 
 
 class NoTracking:
@@ -142,12 +170,27 @@ class Tracking:
         """Logs the machine's load and memory to a run, every five seconds, until `close`."""
         self._later("watch_system", run=run.number)
 
-    def champion(self, name: str) -> tuple[str, Path] | None:
-        """The version that `models:/name@champion` names and its ONNX file; None if there is none, or no registry."""
-        if self.tracker != "mlflow":
-            return None
-        found = self._wait(self._later("champion", name=name))
-        return None if found is None else (found[0], Path(found[1]))
+    def versions(self, name: str) -> list[ModelVersion]:
+        """All versions of a registered model, oldest first; none if there is no such model.
+
+        Raises:
+            RegistryError: the registry cannot be asked.
+        """
+        found = self._ask_registry("versions", name=name)
+        return [ModelVersion(one["version"], tuple(one["aliases"]), one["tags"]) for one in found]
+
+    def champion(self, name: str, *, into: Path) -> Champion | None:
+        """The version that `models:/name@champion` names; None if the registry says that there is none.
+
+        Args:
+            name: of the registered model.
+            into: an empty folder, to which the version's files are copied.
+
+        Raises:
+            RegistryError: the registry cannot be asked, so nobody knows whether there is a champion.
+        """
+        found = self._ask_registry("champion", name=name, into=str(into.resolve()))
+        return None if found is None else Champion(found["version"], into, found["problem"])
 
     def register(
         self,
@@ -158,32 +201,43 @@ class Tracking:
         about: str,
         alias: str,
         description: str,
+        tags: Mapping[str, str] | None = None,
+        beside: Sequence[Path] = (),
         example: Any,
         classes: int,
-    ) -> str | None:
-        """Registers an ONNX file as the next version of a model, under an alias.
+    ) -> str:
+        """Registers an ONNX file as the next version of a model, under an alias, and returns the version.
 
         Args:
-            run: that the file comes from.
+            run: that the file comes from; it must be open.
             file: to register.
             name: of the registered model.
             about: what it does, in Markdown, for its page.
             alias: "champion" or "challenger".
             description: of the version, in Markdown.
+            tags: of the version.
+            beside: files that the version keeps in its folder `extra_files`.
             example: input, uint8 [N, rows, columns].
             classes: columns of the output.
 
-        Returns:
-            The version, or None if the tracker has no registry or cannot be used.
+        Raises:
+            RegistryError: the registry cannot be used, or refused.
         """
-        if self.tracker != "mlflow":
-            return None
-        return self._wait(
-            self._later(
-                "register", run=run.number, file=str(file.resolve()), name=name, about=about, alias=alias,
-                description=description, example=example.tolist(), classes=classes,
-            )
+        return self._ask_registry(
+            "register", run=run.number, file=str(file.resolve()), name=name, about=about, alias=alias,
+            description=description, tags=dict(tags or {}), beside=[str(one.resolve()) for one in beside],
+            example=example.tolist(), classes=classes,
         )  # fmt: skip
+
+    def _ask_registry(self, do: str, **arguments: Any) -> Any:
+        if self.tracker != "mlflow":
+            raise RegistryError("offline runs of Weights & Biases have no registry")
+        answer = self._wait(self._later(do, **arguments))
+        if answer is None:
+            raise RegistryError("MLflow could not be used; a warning said why")
+        if "error" in answer:
+            raise RegistryError(answer["error"])
+        return answer["answer"]
 
     def close(self, status: str = "FINISHED", *, reason: str | None = None) -> None:
         """Closes all open runs, innermost first, waits until everything is written and ends the process."""

@@ -7,6 +7,7 @@ no torch, so it is ready long before the training is.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,23 @@ from tracking import still_runs
 
 NICENESS = 10  # training goes first
 GONE = "its process was killed"
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def _answering(command: Callable) -> Callable:
+    """Has a command of the registry answer {"answer": ...} or {"error": ...}: its failure ends no tracking."""
+
+    @functools.wraps(command)
+    def carry_out(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return {"answer": command(*args, **kwargs)}
+        except Exception as error:  # whatever MLflow, a server or a disk does
+            return {"error": _in_a_line(error)}
+
+    return carry_out
 
 
 class MlflowRuns:
@@ -157,21 +175,51 @@ class MlflowRuns:
         self._monitor = SystemMetricsMonitor(self._ids[run], sampling_interval=5, tracking_uri=self._uri)
         self._monitor.start()
 
-    def champion(self, name: str) -> tuple[str, str] | None:
-        """Version and ONNX file behind the alias "champion"; None if there is none."""
+    @_answering
+    def versions(self, name: str) -> list[dict[str, Any]]:
+        """Number, aliases and tags of each version of a model, oldest first; none if there is no such model."""
+        aliases = self._aliases(name)
+        found = [] if aliases is None else self._client.search_model_versions(f"name='{name}'")
+        return [
+            {
+                "version": str(one.version),
+                "aliases": [alias for alias, version in aliases.items() if str(version) == str(one.version)],
+                "tags": dict(one.tags),
+            }
+            for one in sorted(found, key=lambda one: int(one.version))
+        ]
+
+    @_answering
+    def champion(self, name: str, into: str) -> dict[str, str] | None:
+        """Copies the files of the version behind the alias "champion"; None if there is no such version."""
         from mlflow.artifacts import download_artifacts
+
+        version = (self._aliases(name) or {}).get("champion")
+        if version is None:
+            return None
+        problem = ""
+        try:
+            download_artifacts(f"models:/{name}/{version}", dst_path=into, tracking_uri=self._uri)
+        except Exception as error:  # whatever a disk, a server or a store in the cloud does
+            problem = _in_a_line(error)
+        return {"version": str(version), "problem": problem}
+
+    def _aliases(self, name: str) -> dict[str, Any] | None:
+        """The version of each alias of a model; None only if the store says that it has no such model."""
         from mlflow.exceptions import MlflowException
 
         try:
-            version = self._client.get_model_version_by_alias(name, "champion")
-        except MlflowException:  # no such model, or none of its versions is champion yet
-            return None
-        folder = download_artifacts(f"models:/{name}/{version.version}", tracking_uri=self._uri)
-        return str(version.version), str(next(Path(folder).glob("*.onnx")))
+            return dict(self._client.get_registered_model(name).aliases)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise  # a store that is down or refuses does not say that there is no champion
 
+    @_answering
     def register(
-        self, run: int, file: str, name: str, about: str, alias: str, description: str, example: list, classes: int
-    ) -> str:
+        self, run: int, file: str, name: str, about: str, alias: str, description: str, tags: dict[str, str],
+        beside: list[str], example: list, classes: int,
+    ) -> str:  # fmt: skip
         """Registers an ONNX file as the next version of a model and returns the version."""
         import mlflow
         import mlflow.onnx
@@ -184,7 +232,6 @@ class MlflowRuns:
             logged = mlflow.onnx.log_model(
                 onnx.load(file),
                 name="model",
-                registered_model_name=name,
                 signature=ModelSignature(
                     Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1), "maps")]),
                     Schema([TensorSpec(np.dtype("float32"), (-1, classes), "probabilities")]),
@@ -193,8 +240,10 @@ class MlflowRuns:
                 pip_requirements=["mlflow", "onnx", "onnxruntime"],  # inferring them takes ten seconds
                 onnx_execution_providers=["CPUExecutionProvider"],
                 save_as_external_data=False,
+                extra_files=beside,
             )
-        version = str(logged.registered_model_version)
+        # With its tags from the start: if the store fails in between, the version is known again.
+        version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
         self._client.update_registered_model(name, description=about)
         self._client.update_model_version(name, version, description=description)
         self._client.set_registered_model_alias(name, alias, version)

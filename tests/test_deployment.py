@@ -1,9 +1,12 @@
 """Promises about the exported file: it answers as the model does, whatever the maps' sizes, and says what it is."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from decision import Decision
 from deployment import OnnxClassifier, RawMapClassifier, export_onnx
@@ -67,9 +70,70 @@ def test_the_file_says_what_it_is_and_holds_no_other_file(tmp_path):
 
 def test_rubbish_is_named(tmp_path):
     classifier = OnnxClassifier(export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32))
-    for wrong in (np.full((4, 4), 7, np.uint8), np.zeros((4, 4)), np.zeros(4, np.uint8)):
+    for wrong in (np.full((4, 4), 7, np.uint8), np.zeros((4, 4)), np.zeros(4, np.uint8), np.zeros((0, 0), np.uint8)):
         with pytest.raises(ValueError, match="Wanted: uint8"):
             classifier.predict([np.ones((4, 4), np.uint8), wrong])
     (tmp_path / "no.onnx").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="no exported classifier"):
         OnnxClassifier(tmp_path / "no.onnx")
+
+
+def test_the_same_model_gives_the_same_file_and_it_names_no_folder_of_this_machine(tmp_path):
+    model = model_of("lightning_cnn")
+    first, second = (export_onnx(model, tmp_path / name, image_size=32).read_bytes() for name in ("a.onnx", "b.onnx"))
+    assert first == second
+    assert b".py" not in first and str(Path.home()).encode() not in first
+
+
+def test_a_network_that_cannot_be_exported_is_named_with_the_reason(tmp_path, capfd):
+    class Branching(torch.nn.Module):
+        def forward(self, images):
+            means = images.mean((1, 2, 3))
+            return torch.stack([means] * 9, 1) * (2 if means.sum().item() > 0 else 1)
+
+    with pytest.raises(ValueError, match=r"Branching cannot be exported \(.*data-dependent"):
+        export_onnx(Branching(), tmp_path / "model.onnx", image_size=32)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_whose_columns_are_not_its_classes_is_refused(tmp_path):
+    file = export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32, class_names=CLASS_NAMES[:-1])
+    with pytest.raises(ValueError, match="for the 8 classes that it names"):
+        OnnxClassifier(file)
+
+
+@pytest.mark.parametrize("where", ["../secret.bin", "/secret.bin", "link.bin"])
+def test_a_file_from_a_stranger_reads_no_other_file(tmp_path, where):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(np.ones(1, np.float32).tobytes())
+    (folder / "link.bin").symlink_to("../secret.bin")
+    location = str(tmp_path / "secret.bin") if where.startswith("/") else where
+    write_stranger(folder / "model.onnx", [helper.make_node("Mul", ["maps", "w"], ["probabilities"])], location)
+    with pytest.raises(ValueError, match=r"no exported classifier.*xternal data"):
+        OnnxClassifier(folder / "model.onnx")
+
+
+def test_a_file_from_a_stranger_brings_no_operators_of_its_own(tmp_path):
+    write_stranger(tmp_path / "model.onnx", [helper.make_node("Own", ["maps"], ["probabilities"], domain="stranger")])
+    with pytest.raises(ValueError, match=r"no exported classifier.*not a registered function"):
+        OnnxClassifier(tmp_path / "model.onnx")
+
+
+def write_stranger(path, nodes, location=None):
+    """A file for one class, made by hand; its weight may lie in another file."""
+    weight = numpy_helper.from_array(np.ones(1, np.float32), "w")
+    if location is not None:
+        onnx.external_data_helper.set_external_data(weight, location)
+        weight.ClearField("raw_data")
+        weight.data_location = TensorProto.EXTERNAL
+    graph = helper.make_graph(
+        nodes, "stranger",
+        [helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["maps", 1])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["maps", 1])],
+        [weight],
+    )  # fmt: skip
+    operators = [helper.make_opsetid("", 18), helper.make_opsetid("stranger", 1)]
+    model = helper.make_model(graph, opset_imports=operators, ir_version=10)
+    helper.set_model_props(model, {"class_names": '["one"]'})
+    path.write_bytes(model.SerializeToString())
