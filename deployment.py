@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from decision import Decision
-from wafer_data import CLASS_NAMES, LEVEL_SCALE, resize_levels, symmetries
+from wafer_data import CLASS_NAMES, encode, resize_dies, symmetries
 
 CONTRACT = "maps uint8 [N, rows, columns] (0 no die, 1 pass, 2 fail) -> probabilities float32 [N, classes]"
 
@@ -32,9 +32,7 @@ class RawMapClassifier(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """uint8 [N, rows, columns] to probabilities float32 [N, classes]."""
-        levels = maps.unsqueeze(1).float() * LEVEL_SCALE
-        images = resize_levels(levels, self.image_size).round()  # training holds them as whole numbers, too
-        images = images / LEVEL_SCALE - 1.0
+        images = encode(resize_dies(maps, self.image_size))
         views = list(symmetries(images)) if self.decision.views == 8 else [images]
         outputs = self.model(torch.cat(views)).softmax(-1)
         return self.decision.apply(outputs.unflatten(0, (len(views), -1)).mean(0))
@@ -103,9 +101,11 @@ class OnnxClassifier:
         """Probabilities float32 [N, classes] of raw die maps, each uint8 [rows, columns]; sizes may differ.
 
         Raises:
-            ValueError: a map is not uint8, not two-dimensional, or has values other than 0, 1 and 2.
+            ValueError: a map is empty, not uint8, not two-dimensional, or has values other than 0, 1 and 2.
         """
         for i, one in enumerate(maps):
+            if 0 in one.shape:
+                raise ValueError(f"map {i} is {one.shape}, without a die. Wanted: at least one row and one column.")
             if one.ndim != 2 or one.dtype != np.uint8 or one.max(initial=0) > 2:
                 raise ValueError(
                     f"map {i} is {one.dtype} {one.shape} with values up to {one.max(initial=0)}. Wanted: uint8 "
