@@ -7,7 +7,7 @@ The result goes into the exported file, so that a deployed model answers as the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 VIEWS = (1, 8)
 STRENGTHS = np.arange(-6, 7) / 8
 VIEWS_MUST_GAIN = 0.002  # macro F1; eight views cost eight times the time
+NEVER = -1e4  # a log probability that softmax turns into exactly 0, in float32 as in float64
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,29 @@ class Decision:
         prior_strength: how far `offsets` lean to the frequent classes of the training part (above 0), or to the rare.
         offsets: added to the log probabilities, one a class; empty for none.
         temperature: divides the log probabilities (Guo et al. 2017, arXiv:1706.04599); above 1 means less confident.
+        left_out: classes, by number, that the training part had no map of; they get probability 0, the others share 1.
     """
 
     views: int = 1
     prior_strength: float = 0.0
     offsets: tuple[float, ...] = ()
     temperature: float = 1.0
+    left_out: tuple[int, ...] = ()
 
     def apply(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Probabilities float [N, C], the mean over the views already taken, to those that are answered."""
         scores = probabilities.clamp(min=1e-12).log()
         if self.offsets:
             scores = scores + torch.tensor(self.offsets, dtype=scores.dtype, device=scores.device)
-        return (scores / self.temperature).softmax(-1)
+        scores = scores / self.temperature
+        if self.left_out:
+            never = [NEVER if label in self.left_out else 0.0 for label in range(scores.shape[-1])]
+            scores = scores + torch.tensor(never, dtype=scores.dtype, device=scores.device)
+        return scores.softmax(-1)
+
+    def answered(self, n_classes: int) -> list[int]:
+        """The classes, by number, that can be answered."""
+        return [label for label in range(n_classes) if label not in self.left_out]
 
     def of_views(self, by_views: Mapping[int, np.ndarray]) -> np.ndarray:
         """The answered probabilities float32 [N, C], from those of the network by number of views."""
@@ -56,28 +67,34 @@ def choose_decision(by_views: Mapping[int, np.ndarray], labels: np.ndarray, trai
     Args:
         by_views: for 1 and 8 views, the network's probabilities on validation, float [N, C].
         labels: int64 [N], true classes.
-        train_counts: int64 [C], training maps of each class.
+        train_counts: int64 [C], training maps of each class; a class without any is left out.
     """
+    trained = train_counts > 0
+    left_out = tuple(np.flatnonzero(~trained).tolist())
+    by_views = {views: Decision(left_out=left_out).apply(torch.from_numpy(p)).numpy() for views, p in by_views.items()}
+    # The mean is taken out, so that offsets say how a class stands to the others; a class left out stands nowhere.
     log_frequency = np.log(np.maximum(train_counts, 1) / train_counts.sum())
+    log_frequency = np.where(trained, log_frequency - log_frequency[trained].mean(), 0.0)
     smoothed = {views: _smoothed_scores(p, labels, log_frequency) for views, p in by_views.items()}
     views = 8 if smoothed[8].max() > smoothed[1].max() + VIEWS_MUST_GAIN else 1
     # Among equals, the one nearest to no correction.
     best = max(range(len(STRENGTHS)), key=lambda i: (round(smoothed[views][i], 6), -abs(STRENGTHS[i])))
     strength = float(STRENGTHS[best])
-    offsets = strength * (log_frequency - log_frequency.mean())
-    decision = Decision(views=views, prior_strength=strength, offsets=tuple(offsets.tolist()) if strength else ())
+    offsets = tuple((strength * log_frequency).tolist()) if strength else ()
+    decision = Decision(views=views, prior_strength=strength, offsets=offsets, left_out=left_out)
     corrected = decision.apply(torch.from_numpy(by_views[views]).double()).numpy()
-    return Decision(views, strength, decision.offsets, fit_temperature(corrected, labels))
+    among_trained = np.cumsum(trained) - 1  # the number of a class when those left out are not counted
+    return replace(decision, temperature=fit_temperature(corrected[:, trained], among_trained[labels]))
 
 
 def _smoothed_scores(probabilities: np.ndarray, labels: np.ndarray, log_frequency: np.ndarray) -> np.ndarray:
-    """Macro F1 at each strength, averaged with its neighbours."""
+    """Macro F1 over the classes that `labels` hold, at each strength, averaged with its neighbours."""
     from sklearn.metrics import f1_score
 
     scores = np.log(probabilities.clip(1e-12))
-    everything = range(probabilities.shape[1])
+    present = np.unique(labels)
     f1 = [
-        f1_score(labels, (scores + s * log_frequency).argmax(1), labels=everything, average="macro", zero_division=0)
+        f1_score(labels, (scores + s * log_frequency).argmax(1), labels=present, average="macro", zero_division=0)
         for s in STRENGTHS
     ]
     return np.convolve(np.pad(f1, 1, mode="edge"), np.full(3, 1 / 3), mode="valid")

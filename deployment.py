@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from decision import Decision
-from wafer_data import CLASS_NAMES, LEVEL_SCALE, resize_levels, symmetries
+from wafer_data import CLASS_NAMES, encode, resize_dies, symmetries
 
 CONTRACT = "maps uint8 [N, rows, columns] (0 no die, 1 pass, 2 fail) -> probabilities float32 [N, classes]"
 
@@ -34,13 +34,12 @@ class RawMapClassifier(nn.Module):
         self.model, self.image_size, self.decision = model, image_size, decision or Decision()
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, rows, columns] to probabilities float32 [N, classes]."""
-        levels = maps.unsqueeze(1).float() * LEVEL_SCALE
-        images = resize_levels(levels, self.image_size).round()  # training holds them as whole numbers, too
-        images = images / LEVEL_SCALE - 1.0
+        """uint8 [N, rows, columns] to probabilities float32 [N, classes], without those that are left out."""
+        images = encode(resize_dies(maps, self.image_size))
         views = list(symmetries(images)) if self.decision.views == 8 else [images]
         outputs = self.model(torch.cat(views)).softmax(-1)
-        return self.decision.apply(outputs.unflatten(0, (len(views), -1)).mean(0))
+        probabilities = self.decision.apply(outputs.unflatten(0, (len(views), -1)).mean(0))
+        return probabilities[:, self.decision.answered(probabilities.shape[-1])]
 
 
 def export_onnx(
@@ -62,7 +61,7 @@ def export_onnx(
         path: the file to write.
         image_size: the S that it was trained with.
         decision: how the answer is made of its outputs.
-        class_names: what the columns of the output mean; kept in the file.
+        class_names: of all outputs of the model; the file keeps the names of those that it answers with.
         **metadata: more that the file shall say of itself.
 
     Raises:
@@ -70,8 +69,10 @@ def export_onnx(
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+    decision = decision or Decision()
     program = _traced(RawMapClassifier(model, image_size, decision).eval())
-    about = {"class_names": json.dumps(list(class_names)), "contract": CONTRACT, "image_size": str(image_size)}
+    answered = [class_names[label] for label in decision.answered(len(class_names))]
+    about = {"class_names": json.dumps(answered), "contract": CONTRACT, "image_size": str(image_size)}
     ClearMetadataAndDocStringPass()(program.model)
     program.model.metadata_props.update(about | metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,10 +134,12 @@ class OnnxClassifier:
         """Probabilities float32 [N, classes] of raw die maps, each uint8 [rows, columns]; sizes may differ.
 
         Raises:
-            ValueError: a map is not uint8, not two-dimensional, without a die, or has values other than 0, 1 and 2.
+            ValueError: a map is empty, not uint8, not two-dimensional, or has values other than 0, 1 and 2.
         """
         for i, one in enumerate(maps):
-            if one.ndim != 2 or one.size == 0 or one.dtype != np.uint8 or one.max(initial=0) > 2:
+            if 0 in one.shape:
+                raise ValueError(f"map {i} is {one.shape}, without a die. Wanted: at least one row and one column.")
+            if one.ndim != 2 or one.dtype != np.uint8 or one.max(initial=0) > 2:
                 raise ValueError(
                     f"map {i} is {one.dtype} {one.shape} with values up to {one.max(initial=0)}. Wanted: uint8 "
                     "[rows, columns] with 0 no die, 1 pass, 2 fail."

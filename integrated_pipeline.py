@@ -948,11 +948,11 @@ class IntegratedMLPipeline:
         )
         self.split = split_by_lot(self.maps, seed=config.seed)
         self._data = None
-        self._say(f"Dataset ready: {len(self.maps)} samples, {NUM_CLASSES} classes")
+        self._say(f"Dataset ready: {len(self.maps)} samples, {np.count_nonzero(self.maps.class_counts)} classes")
         sizes = " / ".join(f"{len(part):,} {name}" for name, part in self.split.parts().items())
         lots = self.maps.n_lots
         self._say(f"  {sizes}, no lot of {lots:,} in two parts, split {self.split.fingerprint}")
-        for note in self.maps.notes:
+        for note in (*self.maps.notes, *self.split.notes):
             self._say(f"  {note}")
 
     def data_module(self, batch_size: int | None = None) -> WaferMapDataModule:
@@ -1263,7 +1263,6 @@ class IntegratedMLPipeline:
                 self.config.checkpoints_dir / model_type / "model.onnx",
                 image_size=self.config.image_size,
                 decision=_decision_of(result),
-                class_names=predictions.class_names,
                 model_type=model_type,
                 split=self.split.fingerprint,
             )
@@ -1653,16 +1652,18 @@ class IntegratedMLPipeline:
             self._say(f"\n{record['model_type']}, scored on the validation and the test part", style="bold")
             model = self.load_model(record)
             by_views = {"validation": self._probabilities(model, "validation")}
-            self._check_is_what_was_trained(record, by_views["validation"][1])
+            decision = self._decide(by_views["validation"])
+            untuned = Decision(left_out=decision.left_out)
+            self._check_is_what_was_trained(record, untuned.of_views(by_views["validation"]))
             by_views["test"] = self._probabilities(model, "test")
-            decision = self._decide(by_views["validation"]) if self.config.tune_decision else Decision()
             predicted = {part: self._predictions(part, decision.of_views(p)) for part, p in by_views.items()}
             scores = {part: evaluation.compute_metrics(p) for part, p in predicted.items()}
             latency = measure_latency(model, self.config.image_size, views=decision.views)
-            results.append({**record, **scores, "latency_ms": latency})
+            results.append({**record, **scores, "latency_ms": latency, "left_out": decision.left_out})
             if self.config.tune_decision:
                 plain = {
-                    part: evaluation.compute_metrics(self._predictions(part, p[1])) for part, p in by_views.items()
+                    part: evaluation.compute_metrics(self._predictions(part, untuned.of_views(p)))
+                    for part, p in by_views.items()
                 }
                 results[-1]["decision"] = _decision_record(decision, plain, scores)
             predictions.append(predicted["test"])
@@ -1688,18 +1689,28 @@ class IntegratedMLPipeline:
         return probabilities_by_views(model, self.data_module().images(part), views)
 
     def _predictions(self, part: str, probabilities: np.ndarray) -> evaluation.Predictions:
-        """What was answered on the "validation" or "test" part, with the truth and the lots beside it."""
-        indices = self.split.parts()[part]
+        """What was answered on the "validation" or "test" part, with the truth and the lots beside it.
+
+        Only the classes that training had maps of are in it: of the others nothing can be known.
+        """
+        indices, trained = self.split.parts()[part], self._train_counts() > 0
+        among_trained = np.cumsum(trained) - 1
         return evaluation.Predictions(
-            probabilities=probabilities,
-            labels=self.maps.labels[indices],
+            probabilities=probabilities[:, trained],
+            labels=among_trained[self.maps.labels[indices]],
             groups=self.maps.groups[indices],
-            class_names=CLASS_NAMES,
+            class_names=tuple(np.array(CLASS_NAMES)[trained]),
         )
 
+    def _train_counts(self) -> np.ndarray:
+        """int64 [9], training maps of each class."""
+        return np.bincount(self.maps.labels[self.split.train], minlength=NUM_CLASSES)
+
     def _decide(self, by_views: dict[int, np.ndarray]) -> Decision:
-        """Chooses views, prior correction and temperature on validation."""
-        counts = np.bincount(self.maps.labels[self.split.train], minlength=NUM_CLASSES)
+        """Chooses views, prior correction and temperature on validation, where that is asked for."""
+        counts = self._train_counts()
+        if not self.config.tune_decision:
+            return Decision(left_out=tuple(np.flatnonzero(counts == 0).tolist()))
         return choose_decision(by_views, self.maps.labels[self.split.validation], counts)
 
     def load_model(self, record: dict[str, Any]) -> WaferClassifier:
@@ -1766,7 +1777,7 @@ class IntegratedMLPipeline:
             "environment": environment(),
             "data": {
                 "source": self.maps.source,
-                "notes": self.maps.notes,
+                "notes": (*self.maps.notes, *self.split.notes),
                 "maps": len(self.maps),
                 "lots": self.maps.n_lots,
             },
@@ -1904,7 +1915,7 @@ def comparison_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _decision_of(result: dict[str, Any]) -> Decision:
     """The decision that `evaluate` chose for a model."""
-    chosen = result.get("decision", {})
+    chosen = {"left_out": result["left_out"]} | result.get("decision", {})
     return Decision(**{f.name: chosen[f.name] for f in fields(Decision) if f.name in chosen})
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import gc
 import math
+import mmap
 import os
 import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise, product
@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from npz_reader import read_npz
 from wafer_generator import CLASS_NAMES
 
 COLUMNS = ("waferMap", "lotName", "failureType")
@@ -259,6 +260,8 @@ class _ArrowArray(_Record):
         if len(edges) != length + 1:
             _malformed(f"a pyarrow array of {length} texts with offsets for {len(edges) - 1}")
         data = bytes(text.arguments[0]) if isinstance(text, _Buffer) else b""
+        if any(a > b for a, b in pairwise([0, *edges, len(data)])):  # each text would be a copy of all others
+            _malformed("a pyarrow array whose texts overlap")
         cells: list[str | None] = [data[a:b].decode() for a, b in pairwise(edges)]
         if isinstance(valid, _Buffer):
             present = np.unpackbits(np.frombuffer(valid.arguments[0], np.uint8), bitorder="little")[first:]
@@ -346,6 +349,63 @@ class _ListedUnpickler(pickle.Unpickler):
         )
 
 
+# Opcodes without content, or with so little that it cannot hurt, as the pickle format defines them (`pickletools`).
+_HARMLESS = rb"[()012NRbd}aes\]ltuoQ\x81\x85-\x89\x8f-\x94\x97\x98]|[Khq\x80\x82].|[M\x83]..|[Jj\x84].{4}|G.{8}"
+# How many bytes say how long the content of the others is, and which end their content with as many line breaks.
+_COUNTED = dict.fromkeys(b"U\x8cC\x8a", 1) | dict.fromkeys(b"TXB\x8b", 4) | dict.fromkeys(b"\x8d\x8e\x96\x95", 8)
+_LINES = dict.fromkeys(b"FILSVPpg", 1) | dict.fromkeys(b"ci", 2)
+_FRAME, _LONG_BINPUT, _PUT = b"\x95rp"
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuses a pickle that would make the unpickler ask for far more memory than the file is large.
+
+    Two things let a few bytes ask for gigabytes: content that is said to be longer than the file, and numbers in the
+    memo, which the unpickler keeps as one long array. An honest pickle counts its memo up from 0 or 1, and each entry
+    takes three bytes at the least, so that a number is hardly above a third of its place in the file.
+
+    Raises:
+        pickle.UnpicklingError: the file says that it holds more than it can.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    if size == 0:  # cannot be mapped; the unpickler says the rest
+        return
+    # The memo numbers that fit three bytes are bounded well enough in a file of 50 MB: passed over at full speed.
+    harmless = _HARMLESS + (rb"|r...\x00" if size > 3 * 2**24 else b"")
+    pass_over = re.compile(rb"(?:" + harmless + rb")*+", re.DOTALL).match
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+        at = 0
+        while (at := pass_over(stream, at).end()) < size:
+            opcode = stream[at]
+            if width := _COUNTED.get(opcode):
+                start = at + 1 + width
+                length = int.from_bytes(stream[at + 1 : start], "little")
+                if start + length > size:
+                    raise pickle.UnpicklingError(f"at byte {at:,}, {length:,} bytes are announced")
+                at = start if opcode == _FRAME else start + length  # what is in a frame are opcodes again
+            elif opcode == _LONG_BINPUT:
+                _check_memo(int.from_bytes(stream[at + 1 : at + 5], "little"), at=at)
+                at += 5
+            elif lines := _LINES.get(opcode):
+                end = at
+                for _ in range(lines):
+                    end = stream.find(b"\n", end + 1)
+                    if end < 0:
+                        return
+                if opcode == _PUT:
+                    number = stream[at + 1 : end]
+                    _check_memo(int(number) if number.isdigit() and len(number) < 20 else 2**64, at=at)
+                at = end + 1
+            else:  # the end, or no opcode at all: the unpickler stops here, too
+                return
+
+
+def _check_memo(number: int, *, at: int) -> None:
+    if number > at // 3 + 1:
+        raise pickle.UnpicklingError(f"at byte {at:,}, {number:,} objects are said to lie before it")
+
+
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Millions of records are made and none is garbage; the collector would walk over all of them again and again."""
@@ -367,6 +427,7 @@ def _load_records(path: Path) -> _DataFrame:
         OSError: the file cannot be read.
     """
     try:
+        _check_sizes(path)
         with path.open("rb", buffering=1 << 20) as file:
             root = _ListedUnpickler(file, encoding="latin1").load()  # latin1: how Python 2 wrote bytes, one to one
     except (ValueError, OSError):
@@ -511,16 +572,21 @@ def _check_values(dies: np.ndarray, *, row: int) -> None:
         )
 
 
-def _flatten_maps(cells: list[Any], rows: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _flatten_maps(cells: list[Any], rows: list[int], *, most_dies: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The maps of `rows` one after another: dies uint8 [D], offsets int64 [N+1], shapes int16 [N,2].
+
+    A pickle can hold a map once and name it a million times, so there is a bound on all dies together.
 
     Empties `cells` on its way, so that no map is kept in two forms for longer than it takes to join them.
     """
-    maps, shapes = [], np.empty((len(rows), 2), np.int16)
+    maps, shapes, total = [], np.empty((len(rows), 2), np.int16), 0
     for i, row in enumerate(rows):
         dies, shapes[i] = _wafer_map(cells[row], row=row)
         maps.append(dies)
         cells[row] = None
+        total += len(dies)
+        if total > most_dies:
+            _malformed(f"more than {most_dies:,} dies, far more than a file of its size can, in {i + 1:,} maps")
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(dies) for dies in maps], out=offsets[1:])
     flat = np.concatenate(maps)
@@ -561,7 +627,8 @@ def read_lswmd(path: Path) -> dict[str, np.ndarray]:
         maps = columns.pop("waferMap")
         for row in set(range(len(maps))).difference(rows):
             maps[row] = None  # most of the file is unlabelled: give that memory back before the copy is made
-        flat, offsets, shapes = _flatten_maps(maps, rows)
+        most_dies = max(2**26, 2 * Path(path).stat().st_size)
+        flat, offsets, shapes = _flatten_maps(maps, rows, most_dies=most_dies)
     return {
         "maps_flat": flat,
         "offsets": offsets,
@@ -590,9 +657,8 @@ def _is_current(cache: Path, pickle_path: Path) -> bool:
     if not cache.exists():
         return False
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
-            source = str(arrays["source"])
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        source = str(read_npz(cache, ["source"])["source"])
+    except (ValueError, KeyError) as error:
         raise ValueError(
             f"{cache} is in the way: the converted copy of {pickle_path.name} belongs there, but this file has no "
             "`source` entry, so it was not made from it. Move it away, or delete it."

@@ -105,7 +105,7 @@ class MapsSeen:
     @classmethod
     def of(cls, maps: WaferMaps, split: Split) -> MapsSeen:
         """Those of a model that was trained on this split."""
-        digests = digests_of(maps)
+        digests = maps.digests()
         return cls(np.unique(digests[np.concatenate([split.train, split.validation])]), np.unique(digests[split.test]))
 
     @property
@@ -140,17 +140,9 @@ class MapsSeen:
         return cls(arrays["fitted"], arrays["tested"])
 
 
-def digests_of(maps: WaferMaps) -> np.ndarray:
-    """A digest of each map, uint64 [N]."""
-    digests = maps.digests()
-    if isinstance(digests, list):  # of 16 bytes each; to be dropped as soon as they are uint64 themselves
-        digests = np.frombuffer(b"".join(one[:8] for one in digests), dtype="<u8")
-    return digests
-
-
 @cache
 def _probe() -> np.ndarray:
-    return digests_of(pack_maps([np.array([[0, 1, 2], [1, 1, 0]], dtype=np.uint8)], np.zeros(1, int), source="probe"))
+    return pack_maps([np.array([[0, 1, 2], [1, 1, 0]], dtype=np.uint8)], np.zeros(1, int), source="probe").digests()
 
 
 # --- the rule
@@ -297,7 +289,7 @@ def promote(
             seen = MapsSeen.of(maps, split)
             champion = tracking.champion(name, into=Path(folder))
             judgement = _judge(
-                candidate.answers, champion, test_maps, digests_of(maps)[split.test], seen,
+                candidate.answers, champion, test_maps, maps.digests()[split.test], seen,
                 looks=_looks_at(seen.test_part, versions),
             )  # fmt: skip
         verdict = f"{model_type}: this file reaches test macro F1 {candidate.test_macro_f1:.4f} on {len(test_maps):,} "

@@ -784,9 +784,12 @@ def _decision_table(models: Sequence[Record]) -> Table:
 
 def _offsets_table(models: Sequence[Record]) -> Table:
     """What the decision rule adds to each class's log probability."""
-    names = list(models[0]["test"]["per_class"])
-    nothing = [0.0] * len(names)  # a rule that leans to no class lists no offsets
-    rows = [[model["model_type"], *map("{:+.3f}".format, model["decision"]["offsets"] or nothing)] for model in models]
+    names, rows = list(models[0]["test"]["per_class"]), []
+    for model in models:
+        rule = model["decision"]
+        offsets = [o for label, o in enumerate(rule["offsets"]) if label not in rule.get("left_out", ())]
+        offsets = offsets or [0.0] * len(names)  # a rule that leans to no class lists none
+        rows.append([model["model_type"], *map("{:+.3f}".format, offsets)])
     return Table(("Offset", *names), rows)
 
 

@@ -145,12 +145,13 @@ class WaferClassifier(pl.LightningModule):
 
 
 def macro_f1(confusion: torch.Tensor) -> torch.Tensor:
-    """Mean F1 over all classes from counts [C, C] (rows true); a class that never occurs counts 0.
+    """Mean F1 over the classes that have a true map, from counts [C, C] (rows true).
 
-    The same definition as `sklearn.metrics.f1_score(labels=range(C), average="macro", zero_division=0)`.
+    The same definition as `sklearn.metrics.f1_score(labels=<classes among the true ones>, average="macro",
+    zero_division=0)`: a class that a part of the data lacks says nothing about the model.
     """
-    hits = confusion.diagonal()
-    return (2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)).mean()
+    true, answered, hits = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    return (2 * hits / (true + answered).clamp(min=1)).sum() / (true > 0).sum().clamp(min=1)
 
 
 class ResidualBlock(nn.Module):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from npz_reader import names_in_npz, read_npz
 from wafer_generator import CLASS_NAMES, generate_wafer_maps
 
 SYNTHETIC = "synthetic"
@@ -29,6 +30,8 @@ IMAGE_LEVELS = ("auto", "three", "binary")
 MAX_MAP_SIDE = 1024  # dies; the largest map of WM-811K has 212
 LEVEL_SCALE = 127  # resized maps keep grey values between the levels: 0 no die, 127 pass, 254 fail
 DIE_NOISE = 0.01  # share of pixels whose pass and fail are swapped during augmentation
+
+ARRAY_NAMES = ("maps_flat", "offsets", "shapes", "labels", "group", "maps", "arr_0", "arr_1")  # read from an .npz
 
 # Order of the eight label columns in MixedWM38 (J. Wang et al., IEEE Trans. Semicond. Manuf. 33(4), 2020).
 MIXEDWM38_COLUMNS = ("Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Scratch", "Random")
@@ -80,12 +83,19 @@ class WaferMaps:
         """int64 [9], maps of each class."""
         return np.bincount(self.labels, minlength=NUM_CLASSES)
 
-    def digests(self) -> list[bytes]:
-        """A 16-byte digest of each map's size and dies; equal maps have equal digests."""
-        return [
-            hashlib.blake2b(self[i].tobytes(), digest_size=16, key=self.shapes[i].astype("<i8").tobytes()).digest()
-            for i in range(len(self))
-        ]
+    def digests(self) -> np.ndarray:
+        """uint64 [N], equal for maps that are turned or mirrored copies of one another; computed once.
+
+        A map's digest depends on its dies and size alone, so that digests can be kept and compared with those of other
+        data later: BLAKE2b of the first, in byte order, of its eight views, those with more rows than columns left out.
+        """
+        return self._digests
+
+    @cached_property
+    def _digests(self) -> np.ndarray:
+        digests = np.array([_digest(self[i]) for i in range(len(self))], dtype=np.uint64)
+        digests.flags.writeable = False
+        return digests
 
     def select(self, indices: np.ndarray, *, note: str = "") -> WaferMaps:
         """The maps at `indices` (int64 [M]), in that order."""
@@ -96,6 +106,17 @@ class WaferMaps:
             source=self.source,
             notes=(*self.notes, note) if note else self.notes,
         )
+
+
+def _digest(one: np.ndarray) -> int:
+    """The number below 2**64 that `WaferMaps.digests` describes, of one uint8 [h, w] map."""
+    rows, columns = one.shape
+    upright = one.T if rows > columns else one
+    views = [upright, upright[::-1], upright[:, ::-1], upright[::-1, ::-1]]
+    if rows == columns:
+        views += [view.T for view in views]
+    first, size = min(view.tobytes() for view in views), b"%dx%d" % upright.shape
+    return int.from_bytes(hashlib.blake2b(first, digest_size=8, key=size).digest(), "little")
 
 
 def _check_layout(maps: WaferMaps) -> None:
@@ -202,20 +223,22 @@ def _read_path(path: Path, *, image_levels: str) -> WaferMaps:
 
 def _read_npz(path: Path) -> WaferMaps:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, zlib and numpy each raise their own kinds on a damaged or pickled file
-        raise DataError(f"{path}: cannot be read as an .npz without pickles. Save it with numpy.savez.") from error
+        arrays = read_npz(path, ARRAY_NAMES)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if {"arr_0", "arr_1"} <= arrays.keys():
         return _from_mixedwm38(arrays["arr_0"], arrays["arr_1"], source=path.name)
     if "labels" not in arrays or not ({"maps", "maps_flat"} & arrays.keys()):
         raise DataError(
-            f"{path}: holds {sorted(arrays)}. Expected maps_flat, offsets, shapes, labels; or maps [N,H,W] and labels."
+            f"{path}: holds {names_in_npz(path)}. Expected maps_flat, offsets, shapes, labels; or maps [N,H,W] and "
+            "labels."
         )
     labels = _label_indices(arrays["labels"], source=path.name)
-    groups = arrays.get("group", np.arange(len(labels))).astype(np.int64)
+    groups, notes = np.arange(len(labels)), ()
+    if "group" in arrays:
+        groups, notes = _lot_numbers(arrays["group"], n=len(labels), source=path.name)
     if "maps" in arrays:
-        return _from_dense(arrays["maps"], labels, groups, source=path.name)
+        return replace(_from_dense(arrays["maps"], labels, groups, source=path.name), notes=notes)
     missing = {"offsets", "shapes"} - arrays.keys()
     if missing:
         raise DataError(
@@ -223,12 +246,45 @@ def _read_npz(path: Path) -> WaferMaps:
         )
     return WaferMaps(
         maps_flat=arrays["maps_flat"],
-        offsets=arrays["offsets"].astype(np.int64),
-        shapes=arrays["shapes"].astype(np.int64),
+        offsets=_whole_numbers(arrays["offsets"], name="offsets", source=path.name),
+        shapes=_whole_numbers(arrays["shapes"], name="shapes", source=path.name),
         labels=labels,
         groups=groups,
         source=path.name,
+        notes=notes,
     )
+
+
+def _whole_numbers(values: np.ndarray, *, name: str, source: str) -> np.ndarray:
+    if values.dtype.kind not in "iu":
+        raise DataError(f"{source}: {name} are {values.dtype}, not whole numbers. Save them with .astype('int64').")
+    return values.astype(np.int64)
+
+
+def _lot_numbers(lots: np.ndarray, *, n: int, source: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Lots named by text or number, one a map, to int64 numbers and a note on maps whose lot is unknown.
+
+    Whole numbers stay what they are; other names are numbered. A map whose lot is empty or NaN is a lot of its own.
+    """
+    if lots.shape != (n,) or lots.dtype.kind not in "biufSU":
+        raise DataError(
+            f"{source}: group is {lots.dtype} {lots.shape}. Expected a number or a text for each of {n} maps."
+        )
+    is_text = lots.dtype.kind in "SU"
+    known = np.char.strip(lots) != lots.dtype.type() if is_text else lots == lots  # NaN is not itself
+    names = lots[known]
+    if is_text or not _fit_int64(names):
+        names = np.unique(names, return_inverse=True)[1]
+    numbers = np.empty(n, dtype=np.int64)
+    numbers[known] = names
+    unknown = int(n - known.sum())
+    numbers[~known] = numbers[known].max(initial=-1) + 1 + np.arange(unknown)
+    return numbers, (f"{unknown:,} maps of unknown lot: each is a lot of its own.",) if unknown else ()
+
+
+def _fit_int64(numbers: np.ndarray) -> bool:
+    """Whether all are whole and small enough to be counted on from."""
+    return bool((np.abs(numbers.astype(np.float64)) < 2**53).all() and (numbers == np.floor(numbers)).all())
 
 
 def _from_dense(maps: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, source: str) -> WaferMaps:
@@ -251,14 +307,19 @@ def _from_mixedwm38(maps: np.ndarray, columns: np.ndarray, *, source: str) -> Wa
         raise DataError(
             f"{source}: arr_0 {maps.shape}, arr_1 {columns.shape}. MixedWM38 has maps [N, H, W] and labels [N, 8]."
         )
+    if maps.dtype.kind not in "biu" or not np.isin(columns, (0, 1)).all():
+        raise DataError(
+            f"{source}: arr_0 is {maps.dtype}, arr_1 has values {np.unique(columns)[:3]}. Die values are whole numbers "
+            "and labels are 0 or 1; save the maps with .astype('uint8')."
+        )
     patterns = (columns != 0).sum(1)
-    odd = (maps.reshape(len(maps), -1) > 2).any(1)  # the published file holds a few dies of value 3
+    odd = ((maps < 0) | (maps > 2)).any((1, 2))  # the published file holds a few dies of value 3
     keep = (patterns <= 1) & ~odd
     names = np.where(patterns == 0, "none", np.array(MIXEDWM38_COLUMNS)[columns.argmax(1)])[keep]
     note = (
         f"MixedWM38: {int((patterns[keep] == 1).sum()):,} single-pattern and {int((patterns[keep] == 0).sum()):,} "
         f"defect-free maps kept; left out: {int((patterns > 1).sum()):,} mixed, "
-        f"{int((odd & (patterns <= 1)).sum()):,} with die values above 2. Lots are not in this file."
+        f"{int((odd & (patterns <= 1)).sum()):,} with die values other than 0 to 2. Lots are not in this file."
     )
     dense = _from_dense(
         maps[keep].astype(np.uint8),
@@ -273,12 +334,12 @@ def _label_indices(labels: np.ndarray, *, source: str) -> np.ndarray:
     """Class names to int64 indices into CLASS_NAMES."""
     if labels.ndim != 1 or labels.dtype.kind not in "US":
         raise DataError(f"{source}: labels are {labels.dtype} {labels.shape}. Expected class names, str [N].")
-    labels = labels.astype(str)
-    unknown = sorted(set(labels.tolist()) - set(CLASS_NAMES))
+    names = np.array(CLASS_NAMES).astype(labels.dtype.kind)
+    unknown = sorted(set(labels.tolist()) - set(names.tolist()))
     if unknown:
         raise DataError(f"{source}: unknown label {unknown[0]!r}. Allowed: {', '.join(CLASS_NAMES)}.")
-    order = np.argsort(CLASS_NAMES)
-    return order[np.searchsorted(np.array(CLASS_NAMES)[order], labels)].astype(np.int64)
+    order = np.argsort(names)
+    return order[np.searchsorted(names[order], labels)].astype(np.int64)
 
 
 def _read_image_folder(folder: Path, *, levels: str) -> WaferMaps:
@@ -347,88 +408,212 @@ def _at_most(maps: WaferMaps, limit: int, *, seed: int) -> WaferMaps:
 # --------------------------------------------------------------------------------------------------- splitting
 
 
+PARTS = ("train", "validation", "test")
+SHARES = np.array([0.70, 0.15, 0.15])
+LEAST_FOR_TRAINING = 0.60  # of all maps
+NEAR = 0.05  # a share that is further off is named in a note
+
+# What the search for a good split weighs against each other. A class costs the sum over the parts of (share - what it
+# should be) squared, all maps together this many times as much, and then come the things that are far worse:
+WEIGHT_OF_ALL = 3.0
+COST_OF_SMALL_TRAINING = 100.0  # times what training lacks of 60% of the maps, as a share of them
+COST_OF_MISSING = np.array(
+    [1e5, 1e3, 1e3]
+)  # for each class that a part should have and lacks; training never lacks one
+WORTH_A_CHANGE = 1e-4  # one class, one percentage point off
+PAIRS_A_ROUND = 4096
+ROUNDS_IN_VAIN = 8
+DEALS = 3
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Indices (int64, sorted) of the three parts, and a fingerprint that changes with any map or assignment."""
+    """Indices (int64, sorted) of the three parts, and a fingerprint that changes with any map or assignment.
+
+    `notes` say, for people, where shares or classes could not be had.
+    """
 
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     def parts(self) -> dict[str, np.ndarray]:
         """The three parts by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
-def split_by_lot(
-    maps: WaferMaps, *, validation_fraction: float = 0.15, test_fraction: float = 0.15, seed: int = 0
-) -> Split:
-    """Splits so that no lot, and no exact copy of a map, is in two parts; stratified by class.
+def split_by_lot(maps: WaferMaps, *, seed: int = 0) -> Split:
+    """Splits 70/15/15 so that no lot, and no copy of a map, is in two parts; each class near these shares.
 
-    Lots that share an exact copy of a map are kept together, then scikit-learn's `StratifiedGroupKFold` deals them
-    out. A deal that leaves a class out of a part is dealt again with the next seed.
+    Lots that share a copy of a map, turned and mirrored ones included, stay together; maps without a failing die are
+    all alike and tie no lots. These units are dealt at random, class by class, so that a large one is as likely in the
+    test part as a small one. Then single units are moved or swapped while that brings the shares clearly nearer to
+    70/15/15. A class with three units or more is in all parts, with two in training and test, with one in training.
 
     Raises:
-        DataError: a class has no maps, or its maps come from too few lots for three parts.
+        DataError: fewer than two classes, or too few units for three parts.
     """
-    digests = maps.digests()
-    units = _lots_joined_by_copies(maps.groups, digests)
-    for label, name in enumerate(CLASS_NAMES):
-        lots = len(np.unique(units[maps.labels == label]))
-        if lots < 3:
-            raise DataError(
-                f"{maps.source}: class {name!r} has {int(maps.class_counts[label])} maps from {lots} lot(s); training, "
-                "validation and test need one lot each at the least. Add maps of this class from other lots."
-            )
-    everything = np.arange(len(maps))
-    for attempt in range(20):
-        rest, test = _deal(everything, maps.labels, units, fraction=test_fraction, seed=seed + 1000 * attempt)
-        fraction = validation_fraction / (1 - test_fraction)
-        train, validation = _deal(rest, maps.labels, units, fraction=fraction, seed=seed + 1000 * attempt)
-        if all(len(np.unique(maps.labels[part])) == NUM_CLASSES for part in (train, validation, test)):
-            return Split(train, validation, test, _fingerprint(digests, maps.labels, (train, validation, test)))
-    raise DataError(
-        f"{maps.source}: in 20 tries no split had all nine classes in every part; the rarest class has "
-        f"{int(maps.class_counts.min())} maps. Add lots with the rare classes."
-    )
+    units = _lots_joined_by_copies(maps)
+    n_units = int(units.max()) + 1
+    table = np.bincount(units * NUM_CLASSES + maps.labels, minlength=n_units * NUM_CLASSES)
+    table = table.reshape(n_units, NUM_CLASSES)[:, maps.class_counts > 0]
+    if table.shape[1] < 2 or n_units < 3:
+        raise DataError(
+            f"{maps.source}: {table.shape[1]} class(es) in {n_units} lot(s), lots that share copies of maps counted as "
+            "one. A split needs two classes and three lots at the least. Add maps of other lots."
+        )
+    part = _best_deal(table, np.random.default_rng(seed))
+    train, validation, test = (np.flatnonzero(part[units] == p) for p in range(3))
+    if not len(validation) or not len(test):
+        raise DataError(
+            f"{maps.source}: nearly every one of the {n_units} lots is the only one of some class, so training needs "
+            "them all and nothing is left for validation and test. Add maps of these classes from other lots."
+        )
+    notes = _notes_on(table, part, class_counts=maps.class_counts)
+    return Split(train, validation, test, _fingerprint(maps, (train, validation, test)), notes)
 
 
-def _lots_joined_by_copies(groups: np.ndarray, digests: list[bytes]) -> np.ndarray:
+def _lots_joined_by_copies(maps: WaferMaps) -> np.ndarray:
+    """int64 [N]: the number of each map's lot, from 0; lots that share a map with a failing die have one number."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    lots, lot_of = np.unique(groups, return_inverse=True)
-    first_lot: dict[bytes, int] = {}
-    joined_to = np.array([first_lot.setdefault(d, lot) for d, lot in zip(digests, lot_of, strict=True)])
-    graph = coo_matrix((np.ones(len(lot_of)), (lot_of, joined_to)), shape=(len(lots), len(lots)))
-    return connected_components(graph, directed=False)[1][lot_of]
+    lots, lot_of = np.unique(maps.groups, return_inverse=True)
+    has_failing = np.maximum.reduceat(maps.maps_flat, maps.offsets[:-1]) == 2
+    lot_of_failing = lot_of[has_failing]
+    _, first, copy_of = np.unique(maps.digests()[has_failing], return_index=True, return_inverse=True)
+    joined = (np.ones(len(lot_of_failing)), (lot_of_failing, lot_of_failing[first[copy_of]]))
+    graph = coo_matrix(joined, shape=(len(lots), len(lots)))
+    return connected_components(graph, directed=False)[1][lot_of].astype(np.int64)
 
 
-def _deal(
-    indices: np.ndarray, labels: np.ndarray, units: np.ndarray, *, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits `indices` into (rest, part), the part holding about `fraction` of them: more where lots are few."""
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+def _deal(table: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A part, 0 to 2, for each unit, from its maps of each class, int64 [U, C].
 
-    pairs = np.unique(np.stack([labels[indices], units[indices]], 1), axis=0)
-    fewest_lots = int(np.bincount(pairs[:, 0], minlength=NUM_CLASSES).min())
-    # With fewer lots of a class than folds, some folds would lack that class: then fewer, larger folds.
-    n_splits = min(max(2, round(1 / fraction)), max(2, fewest_lots))
-    one_map_a_lot = len(np.unique(units[indices])) == len(indices)
-    splitter = StratifiedKFold if one_map_a_lot else StratifiedGroupKFold  # the plain one is far faster
-    folds = splitter(n_splits=n_splits, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a rare class may have fewer maps than folds: checked after
-        deals = folds.split(indices, labels[indices], units[indices])
-        rest, part = max(deals, key=lambda deal: len(np.unique(labels[indices[deal[1]]])))
-    return indices[rest], indices[part]
+    The units that have a class, and none that fewer units have, are laid in random order around a circle, each as long
+    as it has maps. 70/15/15 of the circle are the parts, from a random point on; a unit goes where its middle lies.
+    """
+    holders = (table > 0).sum(0)
+    rarest = np.where(table > 0, holders, table.shape[0] + 1).argmin(1)
+    part = np.empty(len(table), dtype=np.int64)
+    for label in np.unique(rarest):
+        members = rng.permutation(np.flatnonzero(rarest == label))
+        lengths = table[members].sum(1)
+        middles = (np.cumsum(lengths) - lengths / 2) / lengths.sum()
+        part[members] = np.searchsorted(np.cumsum(SHARES)[:-1], (middles + rng.random()) % 1, side="right")
+    return part
 
 
-def _fingerprint(digests: list[bytes], labels: np.ndarray, parts: Sequence[np.ndarray]) -> str:
-    digest = hashlib.sha256(b"".join(digests) + labels.astype("<i8").tobytes())
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+def _best_deal(table: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A part for each unit: the first deal with every share near what it should be, or else the best of a few."""
+    best, lowest = None, np.inf
+    for _ in range(DEALS):
+        part, cost = _improve(_deal(table, rng), table, rng)
+        if cost < lowest:
+            best, lowest = part, cost
+        if not any(_is_off(shares) for shares in _shares(table, part)):
+            break
+    return best
+
+
+def _improve(part: np.ndarray, table: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Moves and swaps units while that lowers the cost, each time the best of some random pairs; and the cost.
+
+    Each part has an empty unit besides its own, which never leaves it: a swap with that one is a move.
+    """
+    n_units = len(table)
+    counts = np.pad(np.column_stack([table, table.sum(1)]), ((0, 3), (0, 0)))
+    part = np.concatenate([part, np.arange(3)])
+    held = np.stack([counts[part == p].sum(0) for p in range(3)])
+    units_with = (counts > 0).sum(0)
+    must_have = np.stack([units_with > 0, units_with > 2, units_with > 1])
+    cost = partial(_cost, totals=counts.sum(0), must_have=must_have)
+    in_vain = 0
+    while in_vain < ROUNDS_IN_VAIN:
+        one, other = _pairs(counts[:n_units], lacking=((held == 0) & must_have).any(0), rng=rng)
+        one, other = (side[part[one] != part[other]] for side in (one, other))
+        here, there, given = part[one], part[other], counts[one] - counts[other]
+        before = cost(held[here], here) + cost(held[there], there)
+        gain = before - cost(held[here] - given, here) - cost(held[there] + given, there)
+        best = gain.argmax()
+        if gain[best] < WORTH_A_CHANGE:
+            in_vain += 1
+            continue
+        in_vain = 0
+        held[here[best]] -= given[best]
+        held[there[best]] += given[best]
+        part[one[best]] = there[best]
+        if other[best] < n_units:
+            part[other[best]] = here[best]
+    return part[:n_units], float(cost(held, np.arange(3)).sum())
+
+
+def _pairs(counts: np.ndarray, *, lacking: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of units to try: moves and swaps at random, and every move of a unit with a class that a part lacks."""
+    empty_units = len(counts) + np.arange(3)
+    one, other = rng.integers(len(counts), size=(2, PAIRS_A_ROUND))
+    other[::2] = rng.choice(empty_units, size=len(other[::2]))
+    helpful = np.flatnonzero((counts[:, lacking] > 0).any(1))
+    one = np.concatenate([one, np.repeat(helpful, 3)])
+    return one, np.concatenate([other, np.tile(empty_units, len(helpful))])
+
+
+def _cost(held: np.ndarray, part: np.ndarray, *, totals: np.ndarray, must_have: np.ndarray) -> np.ndarray:
+    """float64 [M]: what is wrong with parts `part` (int64 [M]) that hold so many maps of each class and of all."""
+    share = held / totals
+    squared = (share - SHARES[part][:, None]) ** 2
+    short = np.where(part == 0, (LEAST_FOR_TRAINING - share[:, -1]).clip(0), 0.0)
+    missing = ((held == 0) & must_have[part]).sum(1)
+    return (
+        squared.sum(1)
+        + (WEIGHT_OF_ALL - 1) * squared[:, -1]
+        + COST_OF_SMALL_TRAINING * short
+        + COST_OF_MISSING[part] * missing
+    )
+
+
+def _notes_on(table: np.ndarray, part: np.ndarray, *, class_counts: np.ndarray) -> tuple[str, ...]:
+    """What the split could not do, a sentence each."""
+    missing = [name for name, count in zip(CLASS_NAMES, class_counts, strict=True) if count == 0]
+    names = [name for name in CLASS_NAMES if name not in missing] + ["all maps"]
+    notes = [f"{name}: no map in these data. The class is left out of the answers and the scores." for name in missing]
+    counts, shares, off = np.column_stack([table, table.sum(1)]), _shares(table, part), []
+    for name, held, share in zip(names, counts.T, shares, strict=True):
+        n_lots = int((held > 0).sum())
+        lots = "1 lot" if n_lots == 1 else f"{n_lots:,} lots, the largest with {held.max():,}"
+        if (share == 0).any():
+            lacking = " and ".join(p for p, s in zip(PARTS, share, strict=True) if s == 0)
+            notes.append(
+                f"{name}: none in {lacking}, since no lot is cut and its {held.sum():,} maps come from {lots}."
+            )
+        elif _is_off(share):
+            off.append(f"{name} {_percent(share)} ({held.sum():,} maps from {lots})")
+    if off:
+        wanted = f"{_percent(SHARES)} {' / '.join(PARTS)}"
+        notes.append(f"Not within {100 * NEAR:.0f} points of {wanted}, since no lot is cut: {'; '.join(off)}.")
+    return tuple(notes)
+
+
+def _shares(table: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """float64 [C + 1, 3]: how each class, and last all maps, are shared out among the parts."""
+    held = np.stack([table[part == p].sum(0) for p in range(3)], axis=1)
+    return np.vstack([held, held.sum(0)]) / np.append(table.sum(0), table.sum())[:, None]
+
+
+def _is_off(shares: np.ndarray) -> bool:
+    return bool((np.abs(shares - SHARES).round(6) > NEAR).any())
+
+
+def _percent(shares: np.ndarray) -> str:
+    return " / ".join(f"{100 * share:.0f}" for share in shares) + "%"
+
+
+def _fingerprint(maps: WaferMaps, parts: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256(maps.maps_flat)
+    for array in (maps.shapes, maps.labels, *parts):
+        digest.update(len(array).to_bytes(8, "little") + array.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -438,39 +623,45 @@ def _fingerprint(digests: list[bytes], labels: np.ndarray, parts: Sequence[np.nd
 def resize_maps(maps: WaferMaps, image_size: int) -> torch.Tensor:
     """Resizes all maps into one uint8 tensor [N, 1, image_size, image_size], values 0 no die .. 127 pass .. 254 fail.
 
-    Bilinear with antialiasing, so that a thin scratch on a large map fades into grey rather than vanish between the
-    sampled dies. Maps of one size are resized together.
+    Maps of one size are resized together, as many at a time as stay in the processor's cache.
     """
     out = torch.empty(len(maps), 1, image_size, image_size, dtype=torch.uint8)
     sizes, size_of = np.unique(maps.shapes, axis=0, return_inverse=True)
     by_size = np.split(np.argsort(size_of, kind="stable"), np.cumsum(np.bincount(size_of))[:-1])
     for (rows, columns), members in zip(sizes, by_size, strict=True):
-        chunk = max(1, 2**24 // (rows * columns))  # 64 MB of float32 at a time
+        chunk = max(1, 2**17 // (rows * columns))
         for start in range(0, len(members), chunk):
             some = members[start : start + chunk]
-            levels = torch.from_numpy(np.stack([maps[i] for i in some])).unsqueeze(1).float() * LEVEL_SCALE
-            out[some] = resize_levels(levels, image_size).round_().to(torch.uint8)
+            out[some] = resize_dies(torch.from_numpy(np.stack([maps[i] for i in some])), image_size)
     return out
 
 
-def resize_levels(levels: torch.Tensor, image_size: int) -> torch.Tensor:
-    """Float [N, 1, h, w] to float [N, 1, image_size, image_size], values kept within their range.
+def resize_dies(dies: torch.Tensor, image_size: int) -> torch.Tensor:
+    """uint8 [N, h, w] with values 0 to 2 to uint8 [N, 1, image_size, image_size] with values 0 to 254.
 
-    What `torch.nn.functional.interpolate` does with mode="bilinear" and antialias=True, written as one matrix for the
-    rows and one for the columns: so it can be exported for maps of any size.
+    What `torch.nn.functional.interpolate` does with mode="bilinear" and antialias=True, so that a thin scratch on a
+    large map fades into grey rather than vanish between the sampled dies. It is written as one matrix for the rows and
+    one for the columns, so that it can be exported for maps of any size, and in whole numbers, which float64 holds
+    exactly up to the one division: a grey value halfway between two levels is rounded up wherever this runs.
     """
-    rows = _resize_matrix(levels.shape[-2], image_size, levels)
-    columns = _resize_matrix(levels.shape[-1], image_size, levels)
-    return rows @ levels @ columns.T
+    rows, columns = (_resize_weights(side, image_size, like=dies) for side in dies.shape[-2:])
+    whole = rows.sum(1)[:, None] * columns.sum(1)
+    levels = (rows @ dies.unsqueeze(1).double() @ columns.T) * LEVEL_SCALE / whole
+    return (levels + 0.5).floor().to(torch.uint8)
 
 
-def _resize_matrix(n_in: int, n_out: int, like: torch.Tensor) -> torch.Tensor:
-    """Float [n_out, n_in]: a triangle around each output pixel, as wide as the pixel and never narrower than a die."""
-    scale = torch.scalar_tensor(n_in, dtype=like.dtype, device=like.device) / n_out
-    centres = (torch.arange(n_out, dtype=like.dtype, device=like.device) + 0.5) * scale
-    dies = torch.arange(n_in, dtype=like.dtype, device=like.device) + 0.5
-    weights = (1 - (centres[:, None] - dies).abs() / scale.clamp(min=1)).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
+def _resize_weights(n_in: int, n_out: int, *, like: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in float64 [n_out, n_in], in proportion to the share of each die (column) in each pixel (row).
+
+    A triangle around the pixel's centre, as wide as the pixel and never narrower than a die; lengths are in units of
+    1 / (2 n_in n_out) of the map's side.
+    """
+    device, float64 = like.device, torch.float64
+    die_width = torch.scalar_tensor(n_out, dtype=float64, device=device)
+    pixel_width = torch.scalar_tensor(n_in, dtype=float64, device=device)
+    pixels = (2 * torch.arange(n_out, dtype=float64, device=device) + 1) * pixel_width
+    dies = (2 * torch.arange(n_in, dtype=float64, device=device) + 1) * die_width
+    return (2 * torch.maximum(pixel_width, die_width) - (pixels[:, None] - dies).abs()).clamp(min=0)
 
 
 def encode(images: torch.Tensor) -> torch.Tensor:
@@ -602,16 +793,19 @@ class WaferMapDataModule(pl.LightningDataModule):
         """Nine loss weights when balancing by loss: inverse square root frequency, 1 for the average training map."""
         if self.balancing != "loss":
             return None
-        counts = torch.bincount(self._parts["train"].labels, minlength=NUM_CLASSES).float()
-        weights = counts.rsqrt()
+        counts, weights = self._balance()
         return (weights * counts.sum() / (weights * counts).sum()).tolist()
+
+    def _balance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float [9] each: training maps of each class, and their inverse square roots; 0 where there are none."""
+        counts = torch.bincount(self._parts["train"].labels, minlength=NUM_CLASSES).float()
+        return counts, torch.where(counts > 0, counts.rsqrt(), 0.0)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches."""
-        labels = self._parts["train"].labels
         weights = None
         if self.balancing == "sampler":
-            weights = torch.bincount(labels, minlength=NUM_CLASSES).float().rsqrt()[labels]
+            weights = self._balance()[1][self._parts["train"].labels]
         return self._loader("train", batch_size=self.batch_size, shuffle=True, sample_weights=weights)
 
     def val_dataloader(self) -> DataLoader:

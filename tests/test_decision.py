@@ -1,11 +1,17 @@
 """Promises about the decision: chosen on validation only, never blind to what it costs, the same in every form."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+import integrated_pipeline
 from decision import Decision, choose_decision, fit_temperature
+from deployment import OnnxClassifier, export_onnx
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+from wafer_data import CLASS_NAMES, load_wafer_maps
 
 
 def made_up(counts, *, seed=0, lean=0.0, sharpness=1.0):
@@ -50,6 +56,86 @@ def test_the_temperature_undoes_overconfidence_and_changes_no_answer():
     assert ratio == pytest.approx(3.0, rel=0.01)
     answered = Decision(temperature=3.0).apply(torch.from_numpy(sharp)).numpy()
     np.testing.assert_allclose(answered, honest, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.125, 1.0, 8.0])
+def test_a_class_left_out_gets_exactly_nothing_and_the_others_share_one(dtype, temperature):
+    network = torch.tensor([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]], dtype=dtype)
+    answered = Decision(temperature=temperature, left_out=(1,)).apply(network)
+    assert (answered[:, 1] == 0).all()
+    assert torch.allclose(answered.sum(1), torch.ones(3, dtype=dtype))
+    assert answered[:, 0].argmax() == 2 and answered[2, 0] > 0.9
+    alone = Decision(temperature=temperature).apply(network[:, [0, 2]])
+    assert torch.allclose(answered[:, [0, 2]], alone)
+
+
+def test_a_class_without_training_maps_is_left_out_and_moves_nothing_else():
+    probabilities, labels = made_up(COUNTS, lean=-1.0)
+    rng = np.random.default_rng(1)
+    useless = rng.uniform(0, 0.9, (len(labels), 1))  # what a network says of a class that it never saw
+    wider = np.concatenate(
+        [probabilities[:, :2] * (1 - useless), useless, probabilities[:, 2:] * (1 - useless)], axis=1
+    )
+    expected = choose_decision({1: probabilities, 8: probabilities}, labels, COUNTS)
+    counts, classes = np.insert(COUNTS, 2, 0), np.array([0, 1, 3, 4])
+    decision = choose_decision({1: wider, 8: wider}, classes[labels], counts)
+    assert decision.left_out == (2,)
+    assert decision.prior_strength == expected.prior_strength != 0
+    assert np.delete(decision.offsets, 2) == pytest.approx(expected.offsets)
+    assert decision.temperature == pytest.approx(expected.temperature, rel=1e-3)
+    answered = decision.apply(torch.from_numpy(wider)).numpy()
+    np.testing.assert_allclose(answered[:, classes], expected.apply(torch.from_numpy(probabilities)), atol=1e-3)
+
+
+def test_a_class_that_validation_lacks_does_not_weigh_in():
+    """Two lots hold it, which training and test have: whatever the leaning, its F1 on validation would be 0."""
+    probabilities, labels = made_up(COUNTS, lean=-1.0)
+    some = labels != 3
+    decision = choose_decision({1: probabilities[some], 8: probabilities[some]}, labels[some], COUNTS)
+    assert decision.left_out == ()
+    answered = decision.apply(torch.from_numpy(probabilities[some])).argmax(1).numpy()
+    assert (answered == labels[some]).mean() > (probabilities[some].argmax(1) == labels[some]).mean() + 0.1
+
+
+@pytest.mark.parametrize("tune_decision", [True, False])
+def test_eight_of_nine_classes_are_trained_scored_and_exported(tiny_arrays, tmp_path, tune_decision):
+    maps = load_wafer_maps(save_without("Donut", tiny_arrays, tmp_path))
+    config = ExperimentConfig(
+        model_type="lightning_cnn", data=tmp_path / "eight.npz", image_size=16, max_epochs=1, enable_optuna=False,
+        enable_mlflow=False, output_dir=tmp_path, tune_decision=tune_decision,
+    )  # fmt: skip
+    said = io.StringIO()
+    pipeline = IntegratedMLPipeline(config, console=Console(file=said, width=200))
+    record = pipeline.train_final_model("lightning_cnn")
+    (result,), (predictions,) = pipeline.evaluate([record])
+    assert f"Dataset ready: {len(maps)} samples, 8 classes" in said.getvalue()
+    assert "Donut: no map in these data" in said.getvalue()
+    eight = [name for name in CLASS_NAMES if name != "Donut"]
+    assert list(predictions.class_names) == list(result["test"]["per_class"]) == eight
+    truth = np.array(CLASS_NAMES)[maps.labels[pipeline.split.test]]
+    assert np.array_equal(np.array(eight)[predictions.labels], truth)
+    assert np.isfinite(record["history"]["train_loss"]).all()
+
+    decision = integrated_pipeline._decision_of(result)
+    assert decision.left_out == (CLASS_NAMES.index("Donut"),)
+    file = export_onnx(pipeline.load_model(result), tmp_path / "m.onnx", image_size=16, decision=decision)
+    answered = OnnxClassifier(file).predict([maps[i] for i in pipeline.split.test])
+    assert (answered[:, CLASS_NAMES.index("Donut")] == 0).all()
+    np.testing.assert_allclose(
+        np.delete(answered, CLASS_NAMES.index("Donut"), axis=1), predictions.probabilities, atol=1e-5
+    )
+
+
+def save_without(name, arrays, folder):
+    lengths, kept = np.diff(arrays["offsets"]), arrays["labels"] != name
+    np.savez(
+        folder / "eight.npz",
+        maps_flat=arrays["maps_flat"][np.repeat(kept, lengths)],
+        offsets=np.concatenate([[0], np.cumsum(lengths[kept])]),
+        **{key: arrays[key][kept] for key in ("shapes", "labels", "group")},
+    )
+    return folder / "eight.npz"
 
 
 def test_the_test_part_has_no_say(tiny_npz, tmp_path):

@@ -3,6 +3,7 @@
 import builtins
 import os
 import pickle
+import pickletools
 import struct
 import tempfile
 from pathlib import Path
@@ -35,8 +36,8 @@ def make_frame(
         "waferMap": pd.Series(maps, dtype=object),
         "dieSize": [float(np.size(wafer)) for wafer in maps],
         "lotName": pd.Series(lots, dtype=text_dtype),
-        "waferIndex": [1.0, 2.0, 3.0, 4.0],
-        train_column: pd.Series(nested(["Training", "", "Test", "Test"]), dtype=object),
+        "waferIndex": np.arange(1.0, len(maps) + 1),
+        train_column: pd.Series(nested(["Training", "", "Test", "Test"] * (len(maps) // 4)), dtype=object),
         "failureType": pd.Series(nested(LABELS) if labels is None else labels, dtype=object),
     }
     return pd.DataFrame(series)
@@ -269,6 +270,103 @@ def test_a_shape_larger_than_its_data_is_refused_without_making_the_array(tmp_pa
     assert shape in old_pickle()
     with pytest.raises(ValueError, match="data of another size"):
         read_lswmd(write(tmp_path, old_pickle().replace(shape, huge)))
+
+
+def in_memo(number: int) -> bytes:
+    return b"Nr" + struct.pack("<I", number) + b"."
+
+
+HUGE = {
+    "a long text": b"\x80\x04\x8d" + struct.pack("<Q", 3 * 2**30) + b"N.",
+    "many bytes": b"\x80\x04\x8e" + struct.pack("<Q", 3 * 2**30) + b"N.",
+    "more bytes than there are": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"N.",
+    "a byte array": b"\x80\x05\x96" + struct.pack("<Q", 3 * 2**30) + b"N.",
+    "a text with a short length": b"\x80\x02X" + struct.pack("<I", 2**31) + b"N.",
+    "bytes of Python 2": b"\x80\x02T" + struct.pack("<I", 2**31 - 1) + b"N.",
+    "a long number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"\x01.",
+    "a frame": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.",
+    "a place in the memo": b"\x80\x02" + in_memo(2**28),
+    "a place in the memo, in a frame": b"\x80\x04\x95" + struct.pack("<Q", 7) + in_memo(2**28),
+    "a place in the memo, in digits": b"Np268435456\n.",
+    "a place in the memo, in odd digits": b"Np 268435456\n.",
+    "a place in the memo, after padding": b"\x80\x02" + b"N0" * 4000 + in_memo(2**28),
+}
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_a_few_bytes_cannot_ask_for_gigabytes(tmp_path, what, monkeypatch):
+    monkeypatch.setattr(lswmd_reader, "_ListedUnpickler", lambda *_, **__: pytest.fail("was about to be unpickled"))
+    path = write(tmp_path, HUGE[what])
+    with pytest.raises(ValueError, match=r"not a complete pickle: .*(are announced|are said to lie before it)"):
+        read_lswmd(path)
+
+
+def with_argument(opcode: pickletools.OpcodeInfo) -> bytes:
+    """The opcode with an argument as long as the format says, full of bytes that are opcodes themselves."""
+    match opcode.arg and opcode.arg.n:
+        case None:
+            argument = b""
+        case pickletools.UP_TO_NEWLINE:
+            argument = b"1\nr\n" if opcode.name in ("GLOBAL", "INST") else b"1\n"
+        case pickletools.TAKEN_FROM_ARGUMENT1:
+            argument = b"\x03rrr"
+        case pickletools.TAKEN_FROM_ARGUMENT4 | pickletools.TAKEN_FROM_ARGUMENT4U:
+            argument = b"\x03\0\0\0rrr"
+        case pickletools.TAKEN_FROM_ARGUMENT8U:
+            argument = b"\x03\0\0\0\0\0\0\0rrr"
+        case length:
+            argument = (b"\0" if opcode.name in ("LONG_BINPUT", "FRAME") else b"r") * length
+    return opcode.code.encode("latin1") + argument
+
+
+@pytest.mark.parametrize("opcode", [o for o in pickletools.opcodes if o.name != "STOP"], ids=lambda o: o.name)
+def test_every_opcode_is_passed_over_in_its_whole_length(tmp_path, opcode, monkeypatch):
+    monkeypatch.setattr(lswmd_reader, "_ListedUnpickler", lambda *_, **__: pytest.fail("was about to be unpickled"))
+    path = write(tmp_path, with_argument(opcode) + in_memo(2**28))
+    with pytest.raises(ValueError, match="268,435,456 objects are said to lie before it"):
+        read_lswmd(path)
+
+
+def old_memo(numbers_from: int) -> bytes:
+    """What Python 2 wrote: places in the memo in digits or four bytes, counted from 0, or from 1 by its cPickle."""
+    puts = b"".join(b"]p%d\n0" % (numbers_from + i) for i in range(300))
+    return b"\x80\x02" + puts + b"".join(b"]r%s0" % struct.pack("<I", numbers_from + 300 + i) for i in range(300))
+
+
+@pytest.mark.parametrize("numbers_from", [0, 1])
+def test_an_honest_memo_is_not_refused(tmp_path, numbers_from):
+    assert_is_the_frame(read_lswmd(write(tmp_path, old_memo(numbers_from) + old_pickle())))
+    first = b"(lp%d\n0" % numbers_from
+    assert_is_the_frame(read_lswmd(write(tmp_path, first + old_pickle())))
+
+
+def test_a_large_file_is_passed_over_with_its_memo_numbers(tmp_path, monkeypatch):
+    """From 50 MB on, numbers of three bytes are not looked at one by one; a fourth byte still is."""
+    path = write(tmp_path, b"\x80\x02" + b"\x8e" + struct.pack("<Q", 2**26) + bytes(2**26) + b"0")
+    content = path.read_bytes()
+    assert_is_the_frame(read_lswmd(write(tmp_path, content + old_memo(0) + old_pickle())))
+    for number, refused in ((2**24 - 1, False), (2**26, True)):
+        path = write(tmp_path, content + in_memo(number))
+        with pytest.raises(ValueError, match="said to lie before it" if refused else "NoneType instead of"):
+            read_lswmd(path)
+
+
+def test_one_map_in_a_million_rows_is_refused_before_it_is_copied(tmp_path, monkeypatch):
+    wide = np.ones((2000, 2000), np.uint8)
+    frame = make_frame(maps=[wide] * 40, labels=nested(["none"] * 40), lots=["lot1"] * 40)
+    path = write(tmp_path, frame)
+    assert path.stat().st_size < 2**23
+    with pytest.raises(ValueError, match=r"more than 67,108,864 dies.* in 17 maps"):
+        read_lswmd(path)
+
+
+def test_texts_of_pyarrow_that_overlap_are_refused(tmp_path):
+    content = pickle.dumps(make_frame(text_dtype="string[pyarrow]"))
+    edges = np.array([0, 4, 8, 12, 16])
+    found = [k for k in ("<i8", "<i4") if edges.astype(k).tobytes() in content]
+    stream = content.replace(edges.astype(found[0]).tobytes(), np.array([0, 16, 0, 16, 16]).astype(found[0]).tobytes())
+    with pytest.raises(ValueError, match="texts overlap"):
+        read_lswmd(write(tmp_path, stream))
 
 
 def test_bytes_are_not_read_as_pointers_to_objects(tmp_path):

@@ -108,7 +108,7 @@ SECOND = split_at([*range(10), *range(50, 60)], range(10, 50))  # lots 30 to 49 
 def test_what_a_version_has_seen_is_read_as_it_was_written(tmp_path):
     seen = MapsSeen.of(MAPS, FIRST)
     again = MapsSeen.load(seen.save(tmp_path / "seen.npz"))
-    digests = promotion.digests_of(MAPS)
+    digests = MAPS.digests()
     assert digests.dtype == np.uint64 and again.test_part == seen.test_part
     for part, expected in (("train", True), ("validation", True), ("test", False)):
         assert (np.isin(digests[getattr(FIRST, part)], again.fitted) == expected).all()
