@@ -71,7 +71,7 @@ def test_the_file_says_what_it_is_and_holds_no_other_file(tmp_path):
 def test_rubbish_is_named(tmp_path):
     classifier = OnnxClassifier(export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32))
     for wrong in (np.full((4, 4), 7, np.uint8), np.zeros((4, 4)), np.zeros(4, np.uint8), np.zeros((0, 0), np.uint8)):
-        with pytest.raises(ValueError, match="Wanted: uint8"):
+        with pytest.raises(ValueError, match="Wanted: "):
             classifier.predict([np.ones((4, 4), np.uint8), wrong])
     (tmp_path / "no.onnx").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="no exported classifier"):
