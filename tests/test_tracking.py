@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import optuna
 import psutil
@@ -119,7 +120,8 @@ assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -130,7 +132,9 @@ def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tm
     assert printed.count("goes on without MLflow") == 1
 
 
-def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
+
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(400)
@@ -157,7 +161,8 @@ def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
-def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, enable_optuna=False)))
     worker, train = pipeline.open_tracking()._worker._process.pid, pipeline.train_final_model
 
@@ -170,6 +175,278 @@ def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, ca
     assert summary["models"][0]["epochs"] == 2
     printed = capsys.readouterr().err
     assert printed.count("goes on without MLflow") == 1 and "disk" in printed and "Traceback" not in printed
+
+
+class QuietHandler(WSGIRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+class UnreliableServer:
+    """MLflow's own server on a fresh database, in a thread; answers 503 when told to.
+
+    Attributes:
+        down: it answers every request with 503.
+        failures: the next requests that it answers with 503.
+        lost: (method and address of) requests that it carries out once and answers with 503.
+        refused: (part of an address) requests that it answers with 400.
+        requests: how many there were.
+    """
+
+    def __init__(self, folder):
+        from mlflow import MlflowClient
+        from mlflow.server import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR, app
+        from mlflow.server.handlers import initialize_backend_stores
+
+        uri = f"sqlite:///{folder / 'server.db'}"
+        os.environ |= {BACKEND_STORE_URI_ENV_VAR: uri, ARTIFACT_ROOT_ENV_VAR: str(folder / "files")}
+        initialize_backend_stores(uri, default_artifact_root=str(folder / "files"))
+        self._app, self.client = app, MlflowClient(uri)
+        self._server = make_server("127.0.0.1", 0, self._answer, handler_class=QuietHandler)
+        self.uri = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.reset()
+
+    def reset(self):
+        self.down, self.failures, self.lost, self.requests = False, 0, set(), 0
+
+    def _answer(self, environ, start_response):
+        self.requests += 1
+        lost = environ["PATH_INFO"].rpartition("mlflow/")[2] in self.lost
+        if lost:
+            self.lost.clear()
+            list(self._app(environ, lambda *args: None))
+        self.failures -= 1
+        if lost or self.down or self.failures >= 0:
+            start_response("503 Service Unavailable", [])
+            return [b""]
+        return self._app(environ, start_response)
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def runs(self, experiment_name):
+        experiment = self.client.get_experiment_by_name(experiment_name)
+        return {run.info.run_name: run for run in self.client.search_runs([experiment.experiment_id])}
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory):
+    server = UnreliableServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(one_server, monkeypatch):
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
+    one_server.reset()
+    return one_server
+
+
+def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(tiny_npz, tmp_path, capsys, server):
+    settings = {"experiment_name": "blip", "tracking_uri": server.uri, "enable_optuna": False, "max_epochs": 1}
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, **settings)))
+    train = pipeline.train_final_model
+
+    def fail_and_train(*args, **kwargs):
+        server.failures = 3
+        return train(*args, **kwargs)
+
+    pipeline.train_final_model = fail_and_train
+    summary = pipeline.run_complete_pipeline()
+    assert server.failures < 0
+    assert summary["registered"]["alias"] == "champion", summary
+    runs = server.runs("blip")
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(("blip", "lightning_cnn"), "FINISHED")
+    assert len(server.client.get_metric_history(runs["lightning_cnn"].info.run_id, "val_macro_f1")) == 1
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_what_is_given_while_the_store_is_away_is_written_when_it_is_back(tmp_path, monkeypatch, server):
+    monkeypatch.setattr(tracking, "OUTAGE", 0.3)
+    warnings, server.down = [], True
+    writes = Tracking("away", uri=server.uri, folder=tmp_path, warn=warnings.append)
+    parent = writes.start("parent")
+    child = writes.start("child", parent=parent)
+    for step in range(3):
+        writes.metrics(child, {"loss": step}, step=step)
+    writes.end(child, "KILLED", reason="pruned")
+    wait_for(lambda: warnings)
+    server.down = False
+    writes.close()
+    runs = server.runs("away")
+    assert {name: run.info.status for name, run in runs.items()} == {"parent": "FINISHED", "child": "KILLED"}
+    assert runs["child"].data.tags["mlflow.parentRunId"] == runs["parent"].info.run_id
+    points = server.client.get_metric_history(runs["child"].info.run_id, "loss")
+    assert [point.value for point in points] == [0, 1, 2]
+    assert len(warnings) == 1 and "until it takes what waits" in warnings[0] and "503" in warnings[0]
+
+
+def test_a_store_that_stays_away_is_waited_for_once_and_the_last_line_says_what_is_missing(
+    tmp_path, monkeypatch, server
+):
+    monkeypatch.setattr(tracking, "OUTAGE", 0.3)
+    warnings, server.down = [], True
+    writes = Tracking("never", uri=server.uri, folder=tmp_path, warn=warnings.append)
+    writes.start("a run")
+    wait_for(lambda: warnings)
+    assert writes.experiment_id is None and writes.broken
+    asked = server.requests
+    writes.start("another run")
+    assert writes.experiment_id is None
+    writes.close()
+    assert server.requests == asked
+    assert len(warnings) == 2 and "nothing from" in warnings[1] and "503" in warnings[1]
+
+
+def test_a_run_whose_opening_was_answered_with_an_error_is_not_opened_twice(tmp_path, server):
+    server.lost = {"runs/create"}
+    writes = Tracking("lost", uri=server.uri, folder=tmp_path, warn=pytest.fail)
+    run = writes.start("parent")
+    writes.tags(run, seen="yes")
+    writes.close()
+    assert not server.lost
+    experiment = server.client.get_experiment_by_name("lost")
+    (run,) = server.client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.data.tags["seen"]) == ("FINISHED", "yes")
+
+
+def test_what_the_store_refuses_costs_one_warning_and_the_rest_goes_on(tmp_path):
+    warnings = []
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append)
+    run = writes.start("a run")
+    writes.metrics(run, {"not a name: \n?*": 1.0})
+    writes.tags(run, **{"neither\n": "x"})
+    writes.files(run, [tmp_path / "no such file"])
+    writes.metrics(run, {"nan": float("nan"), "infinite": float("inf"), "loss": 0.5})
+    writes.params(run, long="x" * 10_000)
+    writes.close()
+    assert not writes.broken
+    written = runs_of(tmp_path)[0]["a run"]
+    assert written.info.status == "FINISHED"
+    assert written.data.metrics["loss"] == 0.5 and written.data.metrics["infinite"] > 1e300
+    assert written.data.params["long"].startswith("xxx")
+    assert len(warnings) == 1 and "did not take metrics" in warnings[0]
+
+
+def test_a_locked_database_costs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
+    warnings = []
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append)
+    run = writes.start("a run")
+    writes.experiment_id  # noqa: B018  waits until it is open
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        writes.metrics(run, {"loss": 0.5})
+        wait_for(lambda: writes._failing_since is not None)
+        other.execute("ROLLBACK")
+    writes.close()
+    assert runs_of(tmp_path)[0]["a run"].data.metrics == {"loss": 0.5}
+    assert not warnings
+
+
+def test_without_git_the_runs_have_no_commit_and_with_changed_files_they_say_so(tmp_path, monkeypatch):
+    import tracking_worker
+
+    code = tmp_path / "code"
+    code.mkdir()
+    monkeypatch.setattr(tracking_worker, "__file__", str(code / "tracking_worker.py"))
+    version = tracking_worker._code_version.__wrapped__
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert version() == {}
+    monkeypatch.undo()
+    monkeypatch.setattr(tracking_worker, "__file__", str(code / "tracking_worker.py"))
+    (code / "file.py").write_text("a = 1")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=code, check=True)
+    assert version()["code.uncommitted_changes"] == "false"
+    (code / "file.py").write_text("a = 2")
+    changed = version()
+    assert changed["code.uncommitted_changes"] == "true" and len(changed["mlflow.source.git.commit"]) == 40
+
+
+def test_tracking_works_on_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    writes.start("a run")
+    writes.close()
+    run = runs_of(tmp_path)[0]["a run"]
+    assert run.info.status == "FINISHED" and "mlflow.source.git.commit" not in run.data.tags
+
+
+def test_an_experiment_that_was_deleted_on_the_page_is_restored_and_a_line_says_so(tmp_path):
+    said = []
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=said.append)
+    writes.start("before")
+    writes.close()
+    _, client = runs_of(tmp_path)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    client.delete_experiment(experiment)
+    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=said.append)
+    run = writes.start("after")
+    writes.experiment_id  # noqa: B018  waits until it is open
+    wait_for(lambda: "after" in names_of_runs(tmp_path / "mlflow.db"))
+    client.delete_experiment(experiment)
+    writes.metrics(run, {"loss": 0.5})
+    writes.close()
+    runs, _ = runs_of(tmp_path)
+    assert {name: run.info.status for name, run in runs.items()} == {"before": "FINISHED", "after": "FINISHED"}
+    assert runs["after"].data.metrics == {"loss": 0.5}
+    assert said == ["The experiment 'tiny' was deleted in MLflow; it is restored, with its runs."] * 2
+
+
+def test_a_run_goes_on_with_its_parameters_and_a_new_value_becomes_a_tag(tmp_path):
+    for resume, rate in ((False, 0.1), (True, 0.2)):
+        writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail, resume=resume)
+        run = writes.start("a run", key="k")
+        writes.params(run, rate=rate, seed=0, **({"added": 1} if resume else {}))
+        writes.close()
+    (run,) = runs_of(tmp_path)[0].values()
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"rate": "0.1", "seed": "0", "added": "1"}
+    assert run.data.tags["resumed.rate"] == "0.2" and "resumed.seed" not in run.data.tags
+
+
+def test_one_object_runs_twice_and_resumes_under_another_spelling_of_its_folder(
+    tiny_npz, tmp_path, capsys, monkeypatch
+):
+    """As in a notebook: Ctrl-C, then the same cell again; then with the folder as somebody else spells it."""
+    config = ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, enable_optuna=False, max_epochs=1))
+    pipeline = IntegratedMLPipeline(config)
+    evaluate = pipeline.evaluate
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    pipeline.evaluate = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_complete_pipeline()
+    pipeline.evaluate = evaluate
+    first, _ = runs_of(tmp_path)
+    assert {run.info.status for run in first.values()} == {"KILLED"}
+
+    monkeypatch.chdir(tmp_path.parent)
+    pipeline.config = dataclasses.replace(config, output_dir=tmp_path.name, resume=True)
+    summary = pipeline.run_complete_pipeline()
+    assert summary["registered"]["alias"] == "champion", summary
+    runs, _ = runs_of(tmp_path)
+    assert {name: run.info.run_id for name, run in runs.items()} == {n: run.info.run_id for n, run in first.items()}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert "output_dir" not in runs["tiny"].data.params
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_what_the_tracker_says_is_printed_as_it_is(tiny_npz, tmp_path, capsys):
+    folder = tmp_path / "maps[red] [" / "b]:smile:"
+    (folder / "wandb").mkdir(parents=True)
+    settings = tiny_settings(tiny_npz, folder, tracking_uri=f"sqlite:///{folder}/no/folder[/b]/mlflow.db")
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**settings))
+    pipeline.open_tracking()._warn(f"warning: {settings['tracking_uri']}")
+    pipeline.tracking.close()
+    assert settings["tracking_uri"] in capsys.readouterr().err
 
 
 CHILD = """
@@ -187,9 +464,9 @@ def wait_for(condition, *, seconds=120):
         time.sleep(0.1)
 
 
-def start_and_wait_for_trial(config, tmp_path, number):
+def start_and_wait_for_trial(config, tmp_path, number, *, code=CHILD):
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
     def there():
@@ -347,6 +624,46 @@ def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_pa
     assert runs["tiny"].data.tags["reason"] == "interrupted"
 
 
+SCRIPT = """
+import argparse, json, sys
+import command_line
+
+def work():
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
+
+sys.exit(command_line.run(work))
+"""
+
+
+def test_sigterm_ends_a_script_like_ctrl_c_with_its_own_status(tiny_npz, tmp_path):
+    config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
+    child = start_and_wait_for_trial(config, tmp_path, 0, code=SCRIPT)
+    worker = worker_of(child)
+    child.terminate()
+    _, printed = child.communicate(timeout=60)
+    assert child.returncode == 143 and b"To go on: python" in printed and b"--resume" in printed
+    assert b"Traceback" not in printed
+    assert ended(worker)
+    runs, _ = runs_of(tmp_path)
+    assert {run.info.status for run in runs.values()} == {"KILLED"}
+    assert runs["tiny"].data.tags["reason"] == "interrupted"
+
+
+@pytest.mark.parametrize(("ignored", "status"), [(False, 129), (True, 0)])
+def test_a_terminal_that_closes_ends_a_script_unless_nohup_forbids_it(ignored, status):
+    code = """
+import signal, sys
+if sys.argv[1] == "True":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+import command_line
+sys.exit(command_line.run(lambda: signal.raise_signal(signal.SIGHUP)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(ignored)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("To go on" in done.stderr) == (not ignored)
+
+
 def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path):
     first = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
     first.start("living")
@@ -461,6 +778,36 @@ def test_the_page_is_up_on_this_machine_only_and_stops_without_leftovers(tmp_pat
         server.stop()
         writes.close()
     assert not any(process.is_running() for process in processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_the_server_goes_when_the_program_goes_however_it_goes(tmp_path, number):
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "__main__.py").write_text("""
+import http.server, subprocess, sys
+
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Page).serve_forever()
+""")
+    code = """
+import time, tracking
+server = tracking.MlflowServer("sqlite:///none.db", port=5240)
+server.wait_until_up()
+print("up", flush=True)
+time.sleep(600)
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, cwd=tmp_path)
+    assert program.stdout.readline() == b"up\n"
+    family = psutil.Process(program.pid).children(recursive=True)
+    assert len(family) == 3  # who watches, the server, what it started
+    program.send_signal(number)
+    program.communicate()
+    wait_for(lambda: all(map(ended, family)), seconds=30)
 
 
 def test_a_taken_port_is_passed_over(tmp_path):
