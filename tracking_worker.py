@@ -277,6 +277,13 @@ def may_pass(error: Exception) -> bool:
     return status == 429 or status > 500
 
 
+def _in_a_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    if len(line) > 200:  # where it was is said first, what was wrong last
+        line = f"{line[:98]} ... {line[-98:]}"
+    return f"{type(error).__name__}: {line}"
+
+
 def serve(runs: Any) -> None:
     """Carries out commands until the input ends or SIGTERM comes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("the tracking was stopped"))
@@ -290,8 +297,7 @@ def serve(runs: Any) -> None:
                 answer = {"result": getattr(runs, command.pop("do"))(**command), "remarks": runs.remarks}
                 runs.remarks = []
             except Exception as error:  # whatever MLflow, a server or a disk does
-                first_line = (str(error).strip().splitlines() or [""])[0][:200]
-                answer = {"error": f"{type(error).__name__}: {first_line}", **runs.after(error)}
+                answer = {"error": _in_a_line(error), **runs.after(error)}
             print(json.dumps(answer), file=answers)
     except BrokenPipeError:  # nobody is there to hear the answer
         pass

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import optuna
@@ -187,9 +189,8 @@ class UnreliableServer:
 
     Attributes:
         down: it answers every request with 503.
-        failures: the next requests that it answers with 503.
-        lost: (method and address of) requests that it carries out once and answers with 503.
-        refused: (part of an address) requests that it answers with 400.
+        failures: as many of the next requests it answers with 503.
+        lost: the next request for this it carries out and answers with 503.
         requests: how many there were.
     """
 
@@ -201,6 +202,7 @@ class UnreliableServer:
         uri = f"sqlite:///{folder / 'server.db'}"
         os.environ |= {BACKEND_STORE_URI_ENV_VAR: uri, ARTIFACT_ROOT_ENV_VAR: str(folder / "files")}
         initialize_backend_stores(uri, default_artifact_root=str(folder / "files"))
+        self.fresh = shutil.copy(folder / "server.db", folder / "fresh.db")
         self._app, self.client = app, MlflowClient(uri)
         self._server = make_server("127.0.0.1", 0, self._answer, handler_class=QuietHandler)
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
@@ -208,13 +210,13 @@ class UnreliableServer:
         self.reset()
 
     def reset(self):
-        self.down, self.failures, self.lost, self.requests = False, 0, set(), 0
+        self.down, self.failures, self.lost, self.requests = False, 0, None, 0
 
     def _answer(self, environ, start_response):
         self.requests += 1
-        lost = environ["PATH_INFO"].rpartition("mlflow/")[2] in self.lost
+        lost = environ["PATH_INFO"].rpartition("mlflow/")[2] == self.lost
         if lost:
-            self.lost.clear()
+            self.lost = None
             list(self._app(environ, lambda *args: None))
         self.failures -= 1
         if lost or self.down or self.failures >= 0:
@@ -245,6 +247,12 @@ def server(one_server, monkeypatch):
     return one_server
 
 
+@pytest.fixture
+def fresh_store(one_server, tmp_path):
+    """A fresh database is there already: making it takes seconds."""
+    shutil.copy(one_server.fresh, tmp_path / "mlflow.db")
+
+
 def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(tiny_npz, tmp_path, capsys, server):
     settings = {"experiment_name": "blip", "tracking_uri": server.uri, "enable_optuna": False, "max_epochs": 1}
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, **settings)))
@@ -264,7 +272,9 @@ def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(ti
     assert "warning" not in capsys.readouterr().err
 
 
-def test_what_is_given_while_the_store_is_away_is_written_when_it_is_back(tmp_path, monkeypatch, server):
+def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_says_what_is_missing(
+    tmp_path, monkeypatch, server
+):
     monkeypatch.setattr(tracking, "OUTAGE", 0.3)
     warnings, server.down = [], True
     writes = Tracking("away", uri=server.uri, folder=tmp_path, warn=warnings.append)
@@ -275,76 +285,99 @@ def test_what_is_given_while_the_store_is_away_is_written_when_it_is_back(tmp_pa
     writes.end(child, "KILLED", reason="pruned")
     wait_for(lambda: warnings)
     server.down = False
-    writes.close()
+    writes._wait(writes._later("note", run=parent.number, markdown="all before is written"))
     runs = server.runs("away")
-    assert {name: run.info.status for name, run in runs.items()} == {"parent": "FINISHED", "child": "KILLED"}
+    assert {name: run.info.status for name, run in runs.items()} == {"parent": "RUNNING", "child": "KILLED"}
     assert runs["child"].data.tags["mlflow.parentRunId"] == runs["parent"].info.run_id
     points = server.client.get_metric_history(runs["child"].info.run_id, "loss")
     assert [point.value for point in points] == [0, 1, 2]
     assert len(warnings) == 1 and "until it takes what waits" in warnings[0] and "503" in warnings[0]
 
-
-def test_a_store_that_stays_away_is_waited_for_once_and_the_last_line_says_what_is_missing(
-    tmp_path, monkeypatch, server
-):
-    monkeypatch.setattr(tracking, "OUTAGE", 0.3)
-    warnings, server.down = [], True
-    writes = Tracking("never", uri=server.uri, folder=tmp_path, warn=warnings.append)
-    writes.start("a run")
-    wait_for(lambda: warnings)
-    assert writes.experiment_id is None and writes.broken
+    server.down = True
+    writes.start("never opened")
+    assert writes._wait(writes._later("note", run=parent.number, markdown="never")) is None and writes.broken
     asked = server.requests
-    writes.start("another run")
+    writes.start("never tried")
     assert writes.experiment_id is None
     writes.close()
-    assert server.requests == asked
+    assert server.requests == asked  # nobody waits again
     assert len(warnings) == 2 and "nothing from" in warnings[1] and "503" in warnings[1]
 
 
-def test_a_run_whose_opening_was_answered_with_an_error_is_not_opened_twice(tmp_path, server):
-    server.lost = {"runs/create"}
-    writes = Tracking("lost", uri=server.uri, folder=tmp_path, warn=pytest.fail)
-    run = writes.start("parent")
-    writes.tags(run, seen="yes")
-    writes.close()
-    assert not server.lost
-    experiment = server.client.get_experiment_by_name("lost")
-    (run,) = server.client.search_runs([experiment.experiment_id])
-    assert (run.info.status, run.data.tags["seen"]) == ("FINISHED", "yes")
+@pytest.fixture(scope="module")
+def troubled(one_server, tmp_path_factory):
+    """What was said, the runs, and the experiment after all kinds of trouble that are no outage."""
+    folder = tmp_path_factory.mktemp("troubled")
+    one_server.reset()
+    experiment, said = one_server.client.create_experiment("troubled"), []
+    one_server.client.delete_experiment(experiment)
+    one_server.lost = "runs/create"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "FIRST_PAUSE", 0.05)
+        writes = Tracking("troubled", uri=one_server.uri, folder=folder, warn=said.append)
+        run = writes.start("a run")
+        writes.params(run, rate=0.1, seed=0, long="x" * 10_000)
+        writes.params(run, rate=0.2, seed=0, added=1)
+        writes.metrics(run, {"not a name: \n?*": 1.0})
+        writes.tags(run, **{"neither\n": "x"})
+        writes.files(run, [folder / "no such file"])
+        writes.metrics(run, {"nan": float("nan"), "infinite": float("inf"), "before": 0.5})
+        writes._wait(writes._later("note", run=run.number, markdown="all before is written"))
+        one_server.client.delete_experiment(experiment)
+        writes.metrics(run, {"after": 0.5})
+        writes.close()
+    return said, one_server.client.search_runs([experiment]), writes
 
 
-def test_what_the_store_refuses_costs_one_warning_and_the_rest_goes_on(tmp_path):
-    warnings = []
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append)
-    run = writes.start("a run")
-    writes.metrics(run, {"not a name: \n?*": 1.0})
-    writes.tags(run, **{"neither\n": "x"})
-    writes.files(run, [tmp_path / "no such file"])
-    writes.metrics(run, {"nan": float("nan"), "infinite": float("inf"), "loss": 0.5})
-    writes.params(run, long="x" * 10_000)
-    writes.close()
-    assert not writes.broken
-    written = runs_of(tmp_path)[0]["a run"]
-    assert written.info.status == "FINISHED"
-    assert written.data.metrics["loss"] == 0.5 and written.data.metrics["infinite"] > 1e300
-    assert written.data.params["long"].startswith("xxx")
-    assert len(warnings) == 1 and "did not take metrics" in warnings[0]
+def test_a_run_whose_opening_was_answered_with_an_error_is_not_opened_twice(troubled):
+    _, runs, _ = troubled
+    assert [run.info.status for run in runs] == ["FINISHED"]
 
 
-def test_a_locked_database_costs_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
-    warnings = []
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append)
-    run = writes.start("a run")
-    writes.experiment_id  # noqa: B018  waits until it is open
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        writes.metrics(run, {"loss": 0.5})
-        wait_for(lambda: writes._failing_since is not None)
-        other.execute("ROLLBACK")
-    writes.close()
-    assert runs_of(tmp_path)[0]["a run"].data.metrics == {"loss": 0.5}
-    assert not warnings
+def test_an_experiment_that_was_deleted_on_the_page_is_restored_and_a_line_says_so(troubled):
+    said, (run,), _ = troubled
+    line = "The experiment 'troubled' was deleted in MLflow; it is restored, with its runs."
+    assert said.count(line) == 2
+    assert run.data.metrics["before"] == run.data.metrics["after"] == 0.5
+
+
+def test_what_the_store_refuses_costs_one_warning_and_the_rest_goes_on(troubled):
+    said, (run,), writes = troubled
+    (warning,) = (line for line in said if line.startswith("warning"))
+    assert "did not take metrics" in warning and not writes.broken
+    assert run.data.metrics["infinite"] > 1e300
+    assert run.data.tags["mlflow.note.content"] == "all before is written"
+
+
+def test_a_parameter_keeps_its_value_and_a_new_one_becomes_a_tag(troubled):
+    _, (run,), _ = troubled
+    assert {name: run.data.params[name] for name in ("rate", "seed", "added")} == {
+        "rate": "0.1", "seed": "0", "added": "1",
+    }  # fmt: skip
+    assert run.data.params["long"].startswith("xxx")
+    assert run.data.tags["resumed.rate"] == "0.2" and "resumed.seed" not in run.data.tags
+
+
+def test_trouble_of_the_store_is_told_from_a_mistake():
+    from mlflow.exceptions import MlflowException, RestException
+    from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED, TEMPORARILY_UNAVAILABLE
+
+    from tracking_worker import may_pass
+
+    passing = (
+        MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE),
+        MlflowException("slower", error_code=REQUEST_LIMIT_EXCEEDED),
+        MlflowException("API request to http://127.0.0.1:1 failed with timeout exception"),
+        RestException({"error_code": "INTERNAL_ERROR", "message": "the server's database is locked"}),
+        ConnectionResetError(),
+    )
+    lasting = (
+        MlflowException("a mistake of the caller's, to which MLflow gives no code"),
+        RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "not a name"}),
+        FileNotFoundError(),
+        KeyError(1),
+    )
+    assert all(map(may_pass, passing)) and not any(map(may_pass, lasting))
 
 
 def test_without_git_the_runs_have_no_commit_and_with_changed_files_they_say_so(tmp_path, monkeypatch):
@@ -368,53 +401,12 @@ def test_without_git_the_runs_have_no_commit_and_with_changed_files_they_say_so(
     assert changed["code.uncommitted_changes"] == "true" and len(changed["mlflow.source.git.commit"]) == 40
 
 
-def test_tracking_works_on_a_machine_without_git(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
-    writes.start("a run")
-    writes.close()
-    run = runs_of(tmp_path)[0]["a run"]
-    assert run.info.status == "FINISHED" and "mlflow.source.git.commit" not in run.data.tags
-
-
-def test_an_experiment_that_was_deleted_on_the_page_is_restored_and_a_line_says_so(tmp_path):
-    said = []
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=said.append)
-    writes.start("before")
-    writes.close()
-    _, client = runs_of(tmp_path)
-    experiment = client.get_experiment_by_name("tiny").experiment_id
-    client.delete_experiment(experiment)
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=said.append)
-    run = writes.start("after")
-    writes.experiment_id  # noqa: B018  waits until it is open
-    wait_for(lambda: "after" in names_of_runs(tmp_path / "mlflow.db"))
-    client.delete_experiment(experiment)
-    writes.metrics(run, {"loss": 0.5})
-    writes.close()
-    runs, _ = runs_of(tmp_path)
-    assert {name: run.info.status for name, run in runs.items()} == {"before": "FINISHED", "after": "FINISHED"}
-    assert runs["after"].data.metrics == {"loss": 0.5}
-    assert said == ["The experiment 'tiny' was deleted in MLflow; it is restored, with its runs."] * 2
-
-
-def test_a_run_goes_on_with_its_parameters_and_a_new_value_becomes_a_tag(tmp_path):
-    for resume, rate in ((False, 0.1), (True, 0.2)):
-        writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail, resume=resume)
-        run = writes.start("a run", key="k")
-        writes.params(run, rate=rate, seed=0, **({"added": 1} if resume else {}))
-        writes.close()
-    (run,) = runs_of(tmp_path)[0].values()
-    assert run.info.status == "FINISHED"
-    assert run.data.params == {"rate": "0.1", "seed": "0", "added": "1"}
-    assert run.data.tags["resumed.rate"] == "0.2" and "resumed.seed" not in run.data.tags
-
-
 def test_one_object_runs_twice_and_resumes_under_another_spelling_of_its_folder(
-    tiny_npz, tmp_path, capsys, monkeypatch
+    tiny_npz, tmp_path, fresh_store, capsys, monkeypatch
 ):
-    """As in a notebook: Ctrl-C, then the same cell again; then with the folder as somebody else spells it."""
-    config = ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, enable_optuna=False, max_epochs=1))
+    """As in a notebook: Ctrl-C, then the same object again, with its folder as somebody else spells it."""
+    settings = {"enable_optuna": False, "max_epochs": 1, "registry_name": None}
+    config = ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, **settings))
     pipeline = IntegratedMLPipeline(config)
     evaluate = pipeline.evaluate
 
@@ -430,8 +422,7 @@ def test_one_object_runs_twice_and_resumes_under_another_spelling_of_its_folder(
 
     monkeypatch.chdir(tmp_path.parent)
     pipeline.config = dataclasses.replace(config, output_dir=tmp_path.name, resume=True)
-    summary = pipeline.run_complete_pipeline()
-    assert summary["registered"]["alias"] == "champion", summary
+    pipeline.run_complete_pipeline()
     runs, _ = runs_of(tmp_path)
     assert {name: run.info.run_id for name, run in runs.items()} == {n: run.info.run_id for n, run in first.items()}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
@@ -439,14 +430,12 @@ def test_one_object_runs_twice_and_resumes_under_another_spelling_of_its_folder(
     assert "warning" not in capsys.readouterr().err
 
 
-def test_what_the_tracker_says_is_printed_as_it_is(tiny_npz, tmp_path, capsys):
-    folder = tmp_path / "maps[red] [" / "b]:smile:"
-    (folder / "wandb").mkdir(parents=True)
-    settings = tiny_settings(tiny_npz, folder, tracking_uri=f"sqlite:///{folder}/no/folder[/b]/mlflow.db")
-    pipeline = IntegratedMLPipeline(ExperimentConfig(**settings))
-    pipeline.open_tracking()._warn(f"warning: {settings['tracking_uri']}")
-    pipeline.tracking.close()
-    assert settings["tracking_uri"] in capsys.readouterr().err
+def test_what_the_tracker_says_is_printed_as_it_is(tiny_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("integrated_pipeline.Tracking", lambda *args, **kwargs: SimpleNamespace(**kwargs))
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path)))
+    line = "warning: goes on without MLflow at sqlite:////lots[red]/of[/b]/:smile:/mlflow.db"
+    pipeline.open_tracking().warn(line)
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 CHILD = """
@@ -496,7 +485,7 @@ def names_of_runs(database):
         return set()
 
 
-def test_a_killed_pipelines_runs_are_closed_at_once_and_nothing_is_left_behind(tiny_npz, tmp_path):
+def test_a_killed_pipelines_runs_are_closed_at_once_and_nothing_is_left_behind(tiny_npz, tmp_path, fresh_store):
     child = start_and_wait_for_trial(tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none"), tmp_path, 0)
     worker = worker_of(child)
     child.kill()
@@ -610,7 +599,7 @@ print(tracking._early[0]._process.pid)
     assert list(tmp_path.iterdir()) == [] and done.stderr == ""
 
 
-def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_path):
+def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_path, fresh_store):
     config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 0)
     worker = worker_of(child)
@@ -636,7 +625,7 @@ sys.exit(command_line.run(work))
 """
 
 
-def test_sigterm_ends_a_script_like_ctrl_c_with_its_own_status(tiny_npz, tmp_path):
+def test_sigterm_ends_a_script_like_ctrl_c_with_its_own_status(tiny_npz, tmp_path, fresh_store):
     config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 0, code=SCRIPT)
     worker = worker_of(child)
@@ -664,7 +653,7 @@ sys.exit(command_line.run(lambda: signal.raise_signal(signal.SIGHUP)))
     assert ("To go on" in done.stderr) == (not ignored)
 
 
-def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path):
+def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path, fresh_store):
     first = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
     first.start("living")
     wait_for(lambda: names_of_runs(tmp_path / "mlflow.db") == {"living"})
@@ -782,7 +771,8 @@ def test_the_page_is_up_on_this_machine_only_and_stops_without_leftovers(tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_the_server_goes_when_the_program_goes_however_it_goes(tmp_path, number):
-    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow").mkdir()  # a small server in MLflow's place
+    (tmp_path / "mlflow" / "__init__.py").touch()
     (tmp_path / "mlflow" / "__main__.py").write_text("""
 import http.server, subprocess, sys
 
