@@ -89,9 +89,20 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
 def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = None) -> int:
     """Calls `work`; turns a user's mistake into one message and status 2, Ctrl-C into a hint and status 130.
 
+    SIGTERM, and SIGHUP of a terminal that closes, stop it like Ctrl-C, with status 143 and 129.
+
     With the `arguments` of a script that tracks, MLflow starts at once, beside the imports of `work`.
     """
+    stopped_by = [signal.SIGINT]
+
+    def stop(number: int, _: object) -> None:
+        stopped_by.append(number)
+        signal.raise_signal(signal.SIGINT)  # whoever handles Ctrl-C just now handles this
+
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, stop)
     try:
         if arguments is not None and not arguments.no_mlflow:
             from tracking import start_early
@@ -101,8 +112,9 @@ def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = No
     except KeyboardInterrupt:
         again = [Path(sys.argv[0]).name, *sys.argv[1:]]
         again += [] if "--resume" in again else ["--resume"]
-        print(f"\nStopped. Finished epochs are kept. To go on: python {shlex.join(again)}", file=sys.stderr)
-        return 130
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"\nStopped. Finished epochs are kept. To go on: python {shlex.join(again)}", file=sys.stderr)
+        return 128 + stopped_by[-1]
     except ModuleNotFoundError as error:
         print(f"error: {error}. Install what is needed: pip install -r requirements.txt", file=sys.stderr)
         return 1

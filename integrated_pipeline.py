@@ -1189,12 +1189,12 @@ class IntegratedMLPipeline:
     def open_tracking(self) -> Tracking | NoTracking:
         """Connects to the tracker, if it is wanted; it runs in a process of its own."""
         config = self.config
-        if config.enable_mlflow and isinstance(self.tracking, NoTracking):
+        if config.enable_mlflow and self.tracking.closed:
             self.tracking = Tracking(
                 config.experiment_name,
                 uri=config.tracking_uri,
                 folder=Path(config.output_dir),
-                warn=Console(stderr=True, highlight=False, soft_wrap=True).print,
+                warn=Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True).print,
                 resume=config.resume,
                 tracker=config.tracker,
             )
@@ -1205,7 +1205,9 @@ class IntegratedMLPipeline:
         if not config.enable_mlflow:
             return
         run = self._parent_run = self.tracking.start(config.experiment_name, key=self._fingerprint())
-        how = ("resume", "quiet")  # not what, and MLflow refuses a parameter that changes when a run goes on
+        # Not what, but how or where: it may change when a run goes on, and a parameter cannot.
+        how = ("resume", "quiet", "output_dir", "pretrained_dir", "pretrained_wait", "enable_mlflow", "tracker",
+               "tracking_uri", "storage")  # fmt: skip
         self.tracking.params(run, **{k: v for k, v in asdict(config).items() if k not in how})
         self.tracking.tags(run, **{f"environment.{k}": str(v) for k, v in environment().items()})
         counts = dict(zip(CLASS_NAMES, self.maps.class_counts.tolist(), strict=True))

@@ -1,9 +1,10 @@
 """Runs that can be trusted: a parent for the pipeline, a child for each model, a grandchild for each trial.
 
 MLflow lives in a process of its own (`tracking_worker.py`), told what to do over a pipe, in order. So importing it and
-making a fresh database take no time from training, and a server that is down costs a warning, not the training. A run
-is closed with what became of it: FINISHED, FAILED or KILLED (pruned and interrupted ones, tagged with the reason). If
-this program is killed, that process closes its runs; if the machine goes down, the next start does.
+making a fresh database take no time from training. While the store is away, what is to be written waits in line until
+it is back; if it stays away, that costs a warning, not the training. A run is closed with what became of it: FINISHED,
+FAILED or KILLED (pruned and interrupted ones, tagged with the reason). If this program is killed, that process closes
+its runs; if the machine goes down, the next start does.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import itertools
 import json
 import os
 import platform
-import signal
+import queue
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 STORE_WAIT = 60.0  # seconds that the end of a program, or one who needs an answer, waits for what is to be written
-STOP_WAIT = 5.0  # seconds that the process has to close its runs and end
+OUTAGE = 30.0  # seconds of failed tries after which nobody waits for the store any longer
+FIRST_PAUSE = 0.5  # seconds before the second try; each further pause is twice as long, up to OUTAGE
+STOP_WAIT = 5.0  # seconds that a process has to close what it has open and end
 WORKER = Path(__file__).with_name("tracking_worker.py")
 
 
@@ -74,6 +78,7 @@ class NoTracking:
     uri = None
     experiment_id = None
     broken = False
+    closed = True
 
     def __getattr__(self, name: str) -> Callable[..., TrackedRun]:
         """Any method of `Tracking`."""
@@ -83,12 +88,20 @@ class NoTracking:
 class Tracking:
     """Writes the runs of one experiment.
 
+    What fails because the store is away is tried again, and all that comes after it waits in line. What the store
+    refuses is left out, and the rest goes on.
+
+    Attributes:
+        uri: where the runs are.
+        broken: an answer could not be had, so no other is waited for.
+        closed: `close` was called; to go on, make another.
+
     Args:
         experiment_name: MLflow experiment; made if it is not there.
         uri: tracking URI; None for `sqlite:///mlflow.db` in `folder`, with files in `mlruns/` beside it, so that a bare
             `mlflow ui` in that folder shows everything.
         folder: where the database and the files go.
-        warn: called once, with one line, if the tracker cannot be used; the work goes on without it.
+        warn: called with a line at the first trouble, and if the store stays away until the end; from another thread.
         resume: let runs go on that were opened with the same key.
         tracker: "mlflow", or "wandb" for offline runs of Weights & Biases in `folder`/wandb, without a registry.
     """
@@ -106,15 +119,23 @@ class Tracking:
         folder = folder.resolve()
         self.tracker = tracker
         self.uri = (uri or f"sqlite:///{folder / 'mlflow.db'}") if tracker == "mlflow" else str(folder / "wandb")
-        self.broken = False
+        self.broken = self.closed = False
         self._warn, self._open_runs, self._numbers = warn, [], itertools.count(1)
+        self._warned_of: Exception | None = None
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._given: float = time.time()  # when we were told what is being carried out
+        self._failing_since: float | None = None
+        self._given_up = self._somebody_waits = False
+        self._try_now = threading.Event()
         self._worker: _Worker | None = None
-        # A thread that does nothing but wait for the process, so that nobody else has to.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tracking")
         try:
             self._worker = _take_worker(tracker)
         except OSError as error:
-            self._break(f"its process cannot be started: {error}")
+            self._give_up(WorkerError(f"its process cannot be started: {error}"))
+        # A thread that does nothing but wait for the process, so that nobody else has to.
+        self._thread = threading.Thread(target=self._carry_out_all, name="tracking", daemon=True)
+        self._thread.start()
+        atexit.register(self.close, "KILLED", reason="it was not closed")
         self._opened = self._later(
             "open", uri=uri, folder=str(folder), experiment_name=experiment_name, process=this_process(), resume=resume
         )
@@ -142,7 +163,7 @@ class Tracking:
         self._later("end", run=run.number, status=status, reason=reason, ended=_now())
 
     def params(self, run: TrackedRun, **params: Any) -> None:
-        """Logs parameters."""
+        """Logs parameters; one that a run which goes on has with another value becomes a tag: it cannot be changed."""
         self._later("params", run=run.number, params={name: str(value) for name, value in params.items()})
 
     def tags(self, run: TrackedRun, **tags: str) -> None:
@@ -232,56 +253,151 @@ class Tracking:
     def _ask_registry(self, do: str, **arguments: Any) -> Any:
         if self.tracker != "mlflow":
             raise RegistryError("offline runs of Weights & Biases have no registry")
-        answer = self._wait(self._later(do, **arguments))
-        if answer is None:
+        try:
+            found = None if self.broken else self._result(self._later(do, **arguments))
+        except CommandError as error:  # this one cannot be had; the rest goes on
+            raise RegistryError(str(error)) from error
+        if self.broken:
             raise RegistryError("MLflow could not be used; a warning said why")
-        if "error" in answer:
-            raise RegistryError(answer["error"])
-        return answer["answer"]
+        return found
 
     def close(self, status: str = "FINISHED", *, reason: str | None = None) -> None:
         """Closes all open runs, innermost first, waits until everything is written and ends the process."""
+        if self.closed:
+            return
+        self.closed = True
+        atexit.unregister(self.close)
         try:
             for run in reversed([run for run in self._open_runs if not run.closed]):
                 self.end(run, status, reason=reason)
-            self._wait(self._later("finish", reason="it was not closed"))
+            self._answer(self._later("finish", reason="it was not closed"))
         finally:
+            self._given_up = True
+            self._try_now.set()
+            self._commands.put(None)
             if self._worker is not None:
                 self._worker.stop()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread.join(STOP_WAIT)
 
-    # --- the process
+    # --- the line of commands
 
     def _later(self, do: str, **arguments: Any) -> Future:
         """Has a command carried out after all before it; the future holds the answer, or None if tracking broke."""
+        command = _Command(do, arguments, time.time(), Future())
+        if self._given_up:
+            command.answer.set_result(None)
+        else:
+            self._commands.put(command)
+        return command.answer
 
-        def ask() -> Any:
-            if self.broken:
-                return None
+    def _carry_out_all(self) -> None:
+        while (command := self._commands.get()) is not None:
             try:
-                return self._worker.ask(do, **arguments)
-            except WorkerError as error:
-                self._break(str(error))
+                command.answer.set_result(self._carry_out(command))
+            except Exception as error:  # for whoever waits for the answer
+                command.answer.set_exception(error)
 
-        return self._thread.submit(ask)
+    def _carry_out(self, command: _Command) -> Any:
+        """Tries until the store takes a command; those after it wait.
+
+        Raises:
+            CommandError: the store refuses it, or has failed to take anything for `OUTAGE` although it answers.
+        """
+        pause = FIRST_PAUSE
+        while not self._given_up:
+            self._given = command.given
+            try:
+                answer = self._worker.ask(command.do, **command.arguments)
+            except WorkerError as error:
+                return self._give_up(error)
+            except CommandError as error:
+                if not error.may_pass and command.do == "open":  # without it, nothing else can be done
+                    return self._give_up(error)
+                if not error.may_pass:
+                    self._warn_once(f"{self._store} did not take {command.do} ({error}); the rest goes on", error)
+                    raise
+                self._failing_since = self._failing_since or time.monotonic()
+                left = self._failing_since + OUTAGE - time.monotonic()
+                if left <= 0:
+                    if error.store_is_away and self._somebody_waits:
+                        return self._give_up(error)
+                    self._warn_once(f"goes on without {self._store} until it takes what waits ({error})", error)
+                    if not error.store_is_away:
+                        raise
+                self._try_now.wait(pause if left <= 0 else min(pause, left))
+                self._try_now.clear()
+                pause = min(2 * pause, OUTAGE)
+            else:
+                self._failing_since = None
+                for remark in answer["remarks"]:
+                    self._warn(remark)
+                return answer["result"]
+        return None
 
     def _wait(self, answer: Future) -> Any:
-        if self.broken:
-            return None
+        """An answer, or None if it cannot be had; then no other is waited for."""
+        return None if self.broken else self._answer(answer)
+
+    def _answer(self, answer: Future) -> Any:
+        try:
+            return self._result(answer)
+        except CommandError as error:
+            self.broken = True
+            if error is not self._warned_of:
+                self._warn(f"warning: no answer from {self._store} ({error})")
+
+    def _result(self, answer: Future) -> Any:
+        self._somebody_waits = True
+        self._try_now.set()
         try:
             return answer.result(timeout=STORE_WAIT)
         except TimeoutError:
-            self._break(f"it did not take everything within {STORE_WAIT:g} s")
+            self._give_up(WorkerError(f"it did not take everything within {STORE_WAIT:g} s"))
+        finally:
+            self._somebody_waits = False
 
-    def _break(self, reason: str) -> None:
-        if not self.broken:
-            self.broken = True
-            name = {"mlflow": "MLflow", "wandb": "Weights & Biases"}[self.tracker]
-            self._warn(f"warning: goes on without {name} at {self.uri} ({reason})")
+    def _give_up(self, error: Exception) -> None:
+        """Nothing is carried out any more, and nobody waits."""
+        if not self._given_up:
+            self._given_up = self.broken = True
+            if not self._warn_once(f"goes on without {self._store} ({error})", error):
+                since = time.strftime("%H:%M:%S", time.localtime(self._given))
+                self._warn(f"warning: nothing from {since} on was written to {self._store} ({error})")
+
+    def _warn_once(self, line: str, error: Exception) -> bool:
+        first = self._warned_of is None
+        if first:
+            self._warned_of = error
+            self._warn(f"warning: {line}")
+        return first
+
+    @property
+    def _store(self) -> str:
+        return f"{'MLflow' if self.tracker == 'mlflow' else 'Weights & Biases'} at {self.uri}"
+
+
+class _Command(NamedTuple):
+    do: str
+    arguments: dict[str, Any]
+    given: float
+    answer: Future
+
+
+class CommandError(RuntimeError):
+    """The process could not carry out a command.
+
+    Attributes:
+        may_pass: a later try may succeed.
+        store_is_away: nothing else would have succeeded either.
+    """
+
+    def __init__(self, reason: str, *, may_pass: bool, store_is_away: bool) -> None:
+        super().__init__(reason)
+        self.may_pass, self.store_is_away = may_pass, store_is_away
 
 
 class WorkerError(RuntimeError):
-    """The process reported an error, or is gone."""
+    """The process cannot be started, is gone, or hangs."""
 
 
 class _Worker:
@@ -300,14 +416,16 @@ class _Worker:
 
     def tell(self, do: str, **arguments: Any) -> None:
         """Sends a command and does not wait for its answer."""
+        line = json.dumps({"do": do, **arguments})
         self._unanswered += 1
-        print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+        print(line, file=self._process.stdin, flush=True)
 
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Sends a command and returns its answer.
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Sends a command and returns its answer: the result and remarks for the user.
 
         Raises:
-            WorkerError: this command, or one that was told before, failed.
+            CommandError: it failed.
+            WorkerError: the process is gone.
         """
         with contextlib.suppress(OSError):  # if it is gone, its last words are still to be read
             self.tell(do, **arguments)
@@ -317,9 +435,9 @@ class _Worker:
                 raise WorkerError(f"its process ended with status {self._process.wait()}")
             self._unanswered -= 1
             answer = json.loads(line)
-            if "error" in answer:
-                raise WorkerError(answer["error"])
-        return answer["result"]
+        if "error" in answer:
+            raise CommandError(answer.pop("error"), **answer)
+        return answer
 
     def stop(self) -> None:
         """Ends the process; it closes runs that are still open."""
@@ -353,7 +471,7 @@ def _take_worker(tracker: str) -> _Worker:
 
 
 class MlflowServer:
-    """`mlflow ui` on 127.0.0.1 in a process group of its own, stopped as a whole.
+    """`mlflow ui` on 127.0.0.1, stopped with all processes that it started, at the latest when this program is gone.
 
     Args:
         uri: the store that it shows; it must exist, since several processes making a fresh database get in each
@@ -370,10 +488,10 @@ class MlflowServer:
         # One worker and no job processes: half the start-up time, a tenth of the memory, and nothing left behind.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1",
-             "--port", str(self.port), "--workers", "1"],
+            [sys.executable, WORKER, "watch", sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri,
+             "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"],
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-            stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def wait_until_up(self, seconds: float = 60.0) -> None:
@@ -399,11 +517,8 @@ class MlflowServer:
 
     def stop(self) -> None:
         """Ends the server and all processes that it started."""
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, kind)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=STOP_WAIT)
+        self._process.stdin.close()  # what `tracking_worker.watch` waits for
+        self._process.wait()
         self._log.close()
 
 

@@ -22,6 +22,7 @@ class WandbRuns:
     """Carries out the commands of `Tracking` through Lightning's `WandbLogger`, one for each run that is open."""
 
     def __init__(self) -> None:
+        self.remarks: list[str] = []
         self._loggers: dict[int, Any] = {}
         self._depths: dict[int, int] = {}
 
@@ -33,6 +34,10 @@ class WandbRuns:
         self._make, self._process, self._folder = WandbLogger, process, Path(folder)
         self._project = re.sub(r"[#?%]", "-", experiment_name)  # the other characters it forbids, no folder has either
         (self._folder / "wandb").mkdir(parents=True, exist_ok=True)  # or it goes to a temporary folder
+
+    def after(self, error: Exception) -> dict[str, bool]:
+        """There is no server that may come back."""
+        return {"may_pass": False, "store_is_away": False}
 
     def start(
         self, run: int, name: str, parent: int | None, tags: dict[str, str], key: str | None, started: int

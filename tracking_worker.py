@@ -1,8 +1,8 @@
 """The process in which MLflow runs: reads one command a line, carries it out, answers with one line, in order.
 
 `Tracking` starts it and speaks to it. It ends when its input does: then the program that it worked for is gone, and
-runs that are still open are closed as KILLED. After an error it says what it was, closes the runs and ends. It imports
-no torch, so it is ready long before the training is.
+runs that are still open are closed as KILLED. If a command fails, it says why and whether a later try may succeed, and
+takes the next. It imports no torch, so it is ready long before the training is.
 """
 
 from __future__ import annotations
@@ -15,32 +15,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tracking import still_runs
+from tracking import STOP_WAIT, still_runs
 
 NICENESS = 10  # training goes first
 GONE = "its process was killed"
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-
-
-def _answering(command: Callable) -> Callable:
-    """Has a command of the registry answer {"answer": ...} or {"error": ...}: its failure ends no tracking."""
-
-    @functools.wraps(command)
-    def carry_out(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            return {"answer": command(*args, **kwargs)}
-        except Exception as error:  # whatever MLflow, a server or a disk does
-            return {"error": _in_a_line(error)}
-
-    return carry_out
 
 
 class MlflowRuns:
@@ -48,7 +33,8 @@ class MlflowRuns:
 
     def __init__(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        self._ids: dict[int, str] = {}  # of the runs that are open
+        self.remarks: list[str] = []  # for the user
+        self._ids: dict[int, str | None] = {}  # of the runs that are open
         self._fresh: tempfile.TemporaryDirectory | None = None
         self._monitor: Any = None
 
@@ -57,8 +43,9 @@ class MlflowRuns:
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         if not (Path(folder) / "mlflow.db").exists():
-            self._fresh = tempfile.TemporaryDirectory(prefix="mlflow_")
-            SqlAlchemyStore(f"sqlite:///{self._fresh.name}/mlflow.db", (Path(folder) / "mlruns").as_uri())
+            fresh = tempfile.TemporaryDirectory(prefix="mlflow_")
+            SqlAlchemyStore(f"sqlite:///{fresh.name}/mlflow.db", (Path(folder) / "mlruns").as_uri())
+            self._fresh = fresh
         import mlflow.onnx  # the registry wants it at the end
         import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
         import onnx  # noqa: F401
@@ -71,8 +58,8 @@ class MlflowRuns:
             self._put_in_place(Path(folder) / "mlflow.db")
         else:
             self._uri = uri
-        if not self._uri.startswith("sqlite"):  # a server that is down must not hold us up long
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        if not self._uri.startswith("sqlite"):  # `Tracking` tries again, and knows for how long
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         import mlflow
 
@@ -84,8 +71,25 @@ class MlflowRuns:
             self._experiment_id = self._client.create_experiment(experiment_name, artifact_location=files)
         else:
             self._experiment_id = experiment.experiment_id
+        self._restore_if_deleted()
         self._close_dead_runs()
         return self._experiment_id
+
+    def _restore_if_deleted(self) -> bool:
+        """Takes the experiment, with its runs, back from where a click on the page puts it."""
+        experiment = self._client.get_experiment(self._experiment_id)
+        if experiment.lifecycle_stage != "deleted":
+            return False
+        self._client.restore_experiment(self._experiment_id)
+        self.remarks.append(f"The experiment {experiment.name!r} was deleted in MLflow; it is restored, with its runs.")
+        return True
+
+    def after(self, error: Exception) -> dict[str, bool]:
+        """What a failed command may hope for: see `tracking.CommandError`."""
+        try:
+            return {"may_pass": self._restore_if_deleted() or may_pass(error), "store_is_away": False}
+        except Exception:  # it is away, or was never there
+            return {"may_pass": may_pass(error), "store_is_away": True}
 
     def _put_in_place(self, database: Path) -> None:
         """Moves the fresh database to where it belongs, whole or not at all: of several processes one is first."""
@@ -114,31 +118,40 @@ class MlflowRuns:
         ours = {"process": self._process, "key": key or "", "mlflow.source.name": "integrated_pipeline.py"}
         above = {} if parent is None else {"mlflow.parentRunId": self._ids[parent]}
         tags = {**ours, **_code_version(), **above, **tags}
-        self._ids[run] = self._id_of(key) if self._resume and key else None
-        if self._ids[run] is not None:
-            self._client.update_run(self._ids[run], status="RUNNING")
+        id = self._id_of(f"tags.key = '{key}'") if self._resume and key else None
+        if id is None and run in self._ids:  # tried before: it may have been opened, and only the answer was lost
+            id = self._id_of(f"tags.process = '{self._process}' and attributes.start_time = {started}", name)
+        self._ids[run] = id
+        if id is not None:
+            self._client.update_run(id, status="RUNNING")
             with suppress(Exception):  # why it ended before is no longer true; it may have had no reason
-                self._client.delete_tag(self._ids[run], "reason")
+                self._client.delete_tag(id, "reason")
             self.tags(run, tags)
         else:
             created = self._client.create_run(self._experiment_id, start_time=started, run_name=name, tags=tags)
             self._ids[run] = created.info.run_id
 
-    def _id_of(self, key: str) -> str | None:
-        found = self._client.search_runs([self._experiment_id], f"tags.key = '{key}'", max_results=1)
-        return found[0].info.run_id if found else None
+    def _id_of(self, which: str, name: str | None = None) -> str | None:
+        """The newest run that a filter finds, of that name."""
+        found = self._client.search_runs([self._experiment_id], which)
+        return next((run.info.run_id for run in found if name in (None, run.info.run_name)), None)
 
     def end(self, run: int, status: str, reason: str | None, ended: int | None = None) -> None:
         """Closes a run; `reason` becomes a tag."""
         if reason:
             self._client.set_tag(self._ids[run], "reason", reason)
-        self._client.set_terminated(self._ids.pop(run), status, end_time=ended)
+        self._client.set_terminated(self._ids[run], status, end_time=ended)
+        del self._ids[run]
 
     def params(self, run: int, params: dict[str, str]) -> None:
-        """Logs parameters."""
+        """Logs parameters; a run that goes on keeps those it has, and a new value becomes a tag."""
         from mlflow.entities import Param
 
-        self._client.log_batch(self._ids[run], params=[Param(name, value[:500]) for name, value in params.items()])
+        there = self._client.get_run(self._ids[run]).data.params
+        params = {name: value[:500] for name, value in params.items()}
+        new = [Param(name, value) for name, value in params.items() if name not in there]
+        self._client.log_batch(self._ids[run], params=new)
+        self.tags(run, {f"resumed.{name}": value for name, value in params.items() if there.get(name, value) != value})
 
     def tags(self, run: int, tags: dict[str, str]) -> None:
         """Sets tags."""
@@ -172,10 +185,16 @@ class MlflowRuns:
         """Logs the machine's load and memory to a run, every five seconds."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(self._ids[run], sampling_interval=5, tracking_uri=self._uri)
+        class Monitor(SystemMetricsMonitor):
+            """Goes on after an error, which ends MLflow's."""
+
+            def monitor(self) -> None:
+                while not self._shutdown_event.is_set():
+                    super().monitor()
+
+        self._monitor = Monitor(self._ids[run], sampling_interval=5, tracking_uri=self._uri)
         self._monitor.start()
 
-    @_answering
     def versions(self, name: str) -> list[dict[str, Any]]:
         """Number, aliases and tags of each version of a model, oldest first; none if there is no such model."""
         aliases = self._aliases(name)
@@ -189,7 +208,6 @@ class MlflowRuns:
             for one in sorted(found, key=lambda one: int(one.version))
         ]
 
-    @_answering
     def champion(self, name: str, into: str) -> dict[str, str] | None:
         """Copies the files of the version behind the alias "champion"; None if there is no such version."""
         from mlflow.artifacts import download_artifacts
@@ -201,6 +219,8 @@ class MlflowRuns:
         try:
             download_artifacts(f"models:/{name}/{version}", dst_path=into, tracking_uri=self._uri)
         except Exception as error:  # whatever a disk, a server or a store in the cloud does
+            if may_pass(error):
+                raise
             problem = _in_a_line(error)
         return {"version": str(version), "problem": problem}
 
@@ -215,7 +235,6 @@ class MlflowRuns:
                 return None
             raise  # a store that is down or refuses does not say that there is no champion
 
-    @_answering
     def register(
         self, run: int, file: str, name: str, about: str, alias: str, description: str, tags: dict[str, str],
         beside: list[str], example: list, classes: int,
@@ -228,22 +247,24 @@ class MlflowRuns:
         from mlflow.models import ModelSignature
         from mlflow.types import Schema, TensorSpec
 
-        with mlflow.start_run(run_id=self._ids[run]):
-            logged = mlflow.onnx.log_model(
-                onnx.load(file),
-                name="model",
-                signature=ModelSignature(
-                    Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1), "maps")]),
-                    Schema([TensorSpec(np.dtype("float32"), (-1, classes), "probabilities")]),
-                ),
-                input_example={"maps": np.array(example, dtype=np.uint8)},
-                pip_requirements=["mlflow", "onnx", "onnxruntime"],  # inferring them takes ten seconds
-                onnx_execution_providers=["CPUExecutionProvider"],
-                save_as_external_data=False,
-                extra_files=beside,
-            )
-        # With its tags from the start: if the store fails in between, the version is known again.
-        version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
+        # An earlier try may have come so far: its version has had these tags from the start.
+        version = next((one["version"] for one in self.versions(name) if tags and one["tags"] == tags), None)
+        if version is None:
+            with mlflow.start_run(run_id=self._ids[run]):
+                logged = mlflow.onnx.log_model(
+                    onnx.load(file),
+                    name="model",
+                    signature=ModelSignature(
+                        Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1), "maps")]),
+                        Schema([TensorSpec(np.dtype("float32"), (-1, classes), "probabilities")]),
+                    ),
+                    input_example={"maps": np.array(example, dtype=np.uint8)},
+                    pip_requirements=["mlflow", "onnx", "onnxruntime"],  # inferring them takes ten seconds
+                    onnx_execution_providers=["CPUExecutionProvider"],
+                    save_as_external_data=False,
+                    extra_files=beside,
+                )
+            version = str(mlflow.register_model(logged.model_uri, name, tags=tags).version)
         self._client.update_registered_model(name, description=about)
         self._client.update_model_version(name, version, description=description)
         self._client.set_registered_model_alias(name, alias, version)
@@ -261,15 +282,42 @@ class MlflowRuns:
             self._fresh.cleanup()
 
 
+@functools.cache
 def _code_version() -> dict[str, str]:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {"mlflow.source.git.commit": done.stdout.strip()} if done.returncode == 0 else {}
+    """Tags for the commit and whether its files were changed since; empty without git, or outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "--no-optional-locks", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+            check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "code.uncommitted_changes": str(changed).lower()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a later try may succeed: no connection, HTTP 429 or 5xx, a database that is locked or has no room."""
+    if not hasattr(error, "get_http_status_code"):  # not MLflow's own
+        return isinstance(error, ConnectionError | TimeoutError)
+    status = error.get_http_status_code()
+    if status == 500:  # what a server says; but MLflow gives it to callers' mistakes as well
+        return hasattr(error, "json") or str(error).startswith("API request")
+    return status == 429 or status > 500
+
+
+def _in_a_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    if len(line) > 200:  # where it was is said first, what was wrong last
+        line = f"{line[:98]} ... {line[-98:]}"
+    return f"{type(error).__name__}: {line}"
 
 
 def serve(runs: Any) -> None:
-    """Carries out commands until the input ends, an error occurs, or SIGTERM comes."""
+    """Carries out commands until the input ends or SIGTERM comes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("the tracking was stopped"))
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not come between the answers
@@ -278,12 +326,11 @@ def serve(runs: Any) -> None:
         for line in sys.stdin:
             command = json.loads(line)
             try:
-                result = getattr(runs, command.pop("do"))(**command)
+                answer = {"result": getattr(runs, command.pop("do"))(**command), "remarks": runs.remarks}
+                runs.remarks = []
             except Exception as error:  # whatever MLflow, a server or a disk does
-                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-                print(json.dumps({"error": reason}), file=answers)
-                break
-            print(json.dumps({"result": result}), file=answers)
+                answer = {"error": _in_a_line(error), **runs.after(error)}
+            print(json.dumps(answer), file=answers)
     except BrokenPipeError:  # nobody is there to hear the answer
         pass
     except SystemExit as stop:
@@ -292,7 +339,28 @@ def serve(runs: Any) -> None:
         runs.finish(reason)
 
 
+def watch(command: Sequence[str]) -> None:
+    """Runs a command until our input ends, then ends it with all that it started; must lead a process group.
+
+    However the program at the other end of the pipe goes, by SIGKILL too, the pipe is closed then.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the others of the group end first
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    def end_with_the_child() -> None:
+        child.wait()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=end_with_the_child, daemon=True).start()
+    sys.stdin.read()
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(STOP_WAIT)
+    os.killpg(0, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "watch":
+        watch(sys.argv[2:])
     os.nice(NICENESS)
     if sys.argv[1] == "wandb":
         from tracking_wandb import WandbRuns

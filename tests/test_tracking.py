@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -14,6 +15,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import optuna
 import psutil
@@ -119,7 +122,8 @@ assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -130,7 +134,9 @@ def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tm
     assert printed.count("goes on without MLflow") == 1
 
 
-def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
+
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(400)
@@ -157,7 +163,8 @@ def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
-def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
+def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, enable_optuna=False)))
     worker, train = pipeline.open_tracking()._worker._process.pid, pipeline.train_final_model
 
@@ -170,6 +177,265 @@ def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, ca
     assert summary["models"][0]["epochs"] == 2
     printed = capsys.readouterr().err
     assert printed.count("goes on without MLflow") == 1 and "disk" in printed and "Traceback" not in printed
+
+
+class QuietHandler(WSGIRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+class UnreliableServer:
+    """MLflow's own server on a fresh database, in a thread; answers 503 when told to.
+
+    Attributes:
+        down: it answers every request with 503.
+        failures: as many of the next requests it answers with 503.
+        lost: the next request for this it carries out and answers with 503.
+        requests: how many there were.
+    """
+
+    def __init__(self, folder):
+        from mlflow import MlflowClient
+        from mlflow.server import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR, app
+        from mlflow.server.handlers import initialize_backend_stores
+
+        uri = f"sqlite:///{folder / 'server.db'}"
+        os.environ |= {BACKEND_STORE_URI_ENV_VAR: uri, ARTIFACT_ROOT_ENV_VAR: str(folder / "files")}
+        initialize_backend_stores(uri, default_artifact_root=str(folder / "files"))
+        self.fresh = shutil.copy(folder / "server.db", folder / "fresh.db")
+        self._app, self.client = app, MlflowClient(uri)
+        self._server = make_server("127.0.0.1", 0, self._answer, handler_class=QuietHandler)
+        self.uri = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.reset()
+
+    def reset(self):
+        self.down, self.failures, self.lost, self.requests = False, 0, None, 0
+
+    def _answer(self, environ, start_response):
+        self.requests += 1
+        lost = environ["PATH_INFO"].rpartition("mlflow/")[2] == self.lost
+        if lost:
+            self.lost = None
+            list(self._app(environ, lambda *args: None))
+        self.failures -= 1
+        if lost or self.down or self.failures >= 0:
+            start_response("503 Service Unavailable", [])
+            return [b""]
+        return self._app(environ, start_response)
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def runs(self, experiment_name):
+        experiment = self.client.get_experiment_by_name(experiment_name)
+        return {run.info.run_name: run for run in self.client.search_runs([experiment.experiment_id])}
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory):
+    server = UnreliableServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(one_server, monkeypatch):
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
+    one_server.reset()
+    return one_server
+
+
+@pytest.fixture
+def fresh_store(one_server, tmp_path):
+    """A fresh database is there already: making it takes seconds."""
+    shutil.copy(one_server.fresh, tmp_path / "mlflow.db")
+
+
+def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(tiny_npz, tmp_path, capsys, server):
+    settings = {"experiment_name": "blip", "tracking_uri": server.uri, "enable_optuna": False, "max_epochs": 1}
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, **settings)))
+    train = pipeline.train_final_model
+
+    def fail_and_train(*args, **kwargs):
+        server.failures = 3
+        return train(*args, **kwargs)
+
+    pipeline.train_final_model = fail_and_train
+    summary = pipeline.run_complete_pipeline()
+    assert server.failures < 0
+    assert summary["registered"]["alias"] == "champion", summary
+    runs = server.runs("blip")
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(("blip", "lightning_cnn"), "FINISHED")
+    assert len(server.client.get_metric_history(runs["lightning_cnn"].info.run_id, "val_macro_f1")) == 1
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_says_what_is_missing(
+    tmp_path, monkeypatch, server
+):
+    monkeypatch.setattr(tracking, "OUTAGE", 0.3)
+    warnings, server.down = [], True
+    writes = Tracking("away", uri=server.uri, folder=tmp_path, warn=warnings.append)
+    parent = writes.start("parent")
+    child = writes.start("child", parent=parent)
+    for step in range(3):
+        writes.metrics(child, {"loss": step}, step=step)
+    writes.end(child, "KILLED", reason="pruned")
+    wait_for(lambda: warnings)
+    server.down = False
+    writes._wait(writes._later("note", run=parent.number, markdown="all before is written"))
+    runs = server.runs("away")
+    assert {name: run.info.status for name, run in runs.items()} == {"parent": "RUNNING", "child": "KILLED"}
+    assert runs["child"].data.tags["mlflow.parentRunId"] == runs["parent"].info.run_id
+    points = server.client.get_metric_history(runs["child"].info.run_id, "loss")
+    assert [point.value for point in points] == [0, 1, 2]
+    assert len(warnings) == 1 and "until it takes what waits" in warnings[0] and "503" in warnings[0]
+
+    server.down = True
+    writes.start("never opened")
+    assert writes._wait(writes._later("note", run=parent.number, markdown="never")) is None and writes.broken
+    asked = server.requests
+    writes.start("never tried")
+    assert writes.experiment_id is None
+    writes.close()
+    assert server.requests == asked  # nobody waits again
+    assert len(warnings) == 2 and "nothing from" in warnings[1] and "503" in warnings[1]
+
+
+@pytest.fixture(scope="module")
+def troubled(one_server, tmp_path_factory):
+    """What was said, the runs, and the experiment after all kinds of trouble that are no outage."""
+    folder = tmp_path_factory.mktemp("troubled")
+    one_server.reset()
+    experiment, said = one_server.client.create_experiment("troubled"), []
+    one_server.client.delete_experiment(experiment)
+    one_server.lost = "runs/create"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "FIRST_PAUSE", 0.05)
+        writes = Tracking("troubled", uri=one_server.uri, folder=folder, warn=said.append)
+        run = writes.start("a run")
+        writes.params(run, rate=0.1, seed=0, long="x" * 10_000)
+        writes.params(run, rate=0.2, seed=0, added=1)
+        writes.metrics(run, {"not a name: \n?*": 1.0})
+        writes.tags(run, **{"neither\n": "x"})
+        writes.files(run, [folder / "no such file"])
+        writes.metrics(run, {"nan": float("nan"), "infinite": float("inf"), "before": 0.5})
+        writes._wait(writes._later("note", run=run.number, markdown="all before is written"))
+        one_server.client.delete_experiment(experiment)
+        writes.metrics(run, {"after": 0.5})
+        writes.close()
+    return said, one_server.client.search_runs([experiment]), writes
+
+
+def test_a_run_whose_opening_was_answered_with_an_error_is_not_opened_twice(troubled):
+    _, runs, _ = troubled
+    assert [run.info.status for run in runs] == ["FINISHED"]
+
+
+def test_an_experiment_that_was_deleted_on_the_page_is_restored_and_a_line_says_so(troubled):
+    said, (run,), _ = troubled
+    line = "The experiment 'troubled' was deleted in MLflow; it is restored, with its runs."
+    assert said.count(line) == 2
+    assert run.data.metrics["before"] == run.data.metrics["after"] == 0.5
+
+
+def test_what_the_store_refuses_costs_one_warning_and_the_rest_goes_on(troubled):
+    said, (run,), writes = troubled
+    (warning,) = (line for line in said if line.startswith("warning"))
+    assert "did not take metrics" in warning and not writes.broken
+    assert run.data.metrics["infinite"] > 1e300
+    assert run.data.tags["mlflow.note.content"] == "all before is written"
+
+
+def test_a_parameter_keeps_its_value_and_a_new_one_becomes_a_tag(troubled):
+    _, (run,), _ = troubled
+    assert {name: run.data.params[name] for name in ("rate", "seed", "added")} == {
+        "rate": "0.1", "seed": "0", "added": "1",
+    }  # fmt: skip
+    assert run.data.params["long"].startswith("xxx")
+    assert run.data.tags["resumed.rate"] == "0.2" and "resumed.seed" not in run.data.tags
+
+
+def test_trouble_of_the_store_is_told_from_a_mistake():
+    from mlflow.exceptions import MlflowException, RestException
+    from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED, TEMPORARILY_UNAVAILABLE
+
+    from tracking_worker import may_pass
+
+    passing = (
+        MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE),
+        MlflowException("slower", error_code=REQUEST_LIMIT_EXCEEDED),
+        MlflowException("API request to http://127.0.0.1:1 failed with timeout exception"),
+        RestException({"error_code": "INTERNAL_ERROR", "message": "the server's database is locked"}),
+        ConnectionResetError(),
+    )
+    lasting = (
+        MlflowException("a mistake of the caller's, to which MLflow gives no code"),
+        RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "not a name"}),
+        FileNotFoundError(),
+        KeyError(1),
+    )
+    assert all(map(may_pass, passing)) and not any(map(may_pass, lasting))
+
+
+def test_without_git_the_runs_have_no_commit_and_with_changed_files_they_say_so(tmp_path, monkeypatch):
+    import tracking_worker
+
+    code = tmp_path / "code"
+    code.mkdir()
+    monkeypatch.setattr(tracking_worker, "__file__", str(code / "tracking_worker.py"))
+    version = tracking_worker._code_version.__wrapped__
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert version() == {}
+    monkeypatch.undo()
+    monkeypatch.setattr(tracking_worker, "__file__", str(code / "tracking_worker.py"))
+    (code / "file.py").write_text("a = 1")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=code, check=True)
+    assert version()["code.uncommitted_changes"] == "false"
+    (code / "file.py").write_text("a = 2")
+    changed = version()
+    assert changed["code.uncommitted_changes"] == "true" and len(changed["mlflow.source.git.commit"]) == 40
+
+
+def test_one_object_runs_twice_and_resumes_under_another_spelling_of_its_folder(
+    tiny_npz, tmp_path, fresh_store, capsys, monkeypatch
+):
+    """As in a notebook: Ctrl-C, then the same object again, with its folder as somebody else spells it."""
+    settings = {"enable_optuna": False, "max_epochs": 1, "registry_name": None}
+    config = ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, **settings))
+    pipeline = IntegratedMLPipeline(config)
+    evaluate = pipeline.evaluate
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    pipeline.evaluate = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_complete_pipeline()
+    pipeline.evaluate = evaluate
+    first, _ = runs_of(tmp_path)
+    assert {run.info.status for run in first.values()} == {"KILLED"}
+
+    monkeypatch.chdir(tmp_path.parent)
+    pipeline.config = dataclasses.replace(config, output_dir=tmp_path.name, resume=True)
+    pipeline.run_complete_pipeline()
+    runs, _ = runs_of(tmp_path)
+    assert {name: run.info.run_id for name, run in runs.items()} == {n: run.info.run_id for n, run in first.items()}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert "output_dir" not in runs["tiny"].data.params
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_what_the_tracker_says_is_printed_as_it_is(tiny_npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("integrated_pipeline.Tracking", lambda *args, **kwargs: SimpleNamespace(**kwargs))
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path)))
+    line = "warning: goes on without MLflow at sqlite:////lots[red]/of[/b]/:smile:/mlflow.db"
+    pipeline.open_tracking().warn(line)
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 CHILD = """
@@ -187,9 +453,9 @@ def wait_for(condition, *, seconds=120):
         time.sleep(0.1)
 
 
-def start_and_wait_for_trial(config, tmp_path, number):
+def start_and_wait_for_trial(config, tmp_path, number, *, code=CHILD):
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
     def there():
@@ -219,7 +485,7 @@ def names_of_runs(database):
         return set()
 
 
-def test_a_killed_pipelines_runs_are_closed_at_once_and_nothing_is_left_behind(tiny_npz, tmp_path):
+def test_a_killed_pipelines_runs_are_closed_at_once_and_nothing_is_left_behind(tiny_npz, tmp_path, fresh_store):
     child = start_and_wait_for_trial(tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none"), tmp_path, 0)
     worker = worker_of(child)
     child.kill()
@@ -334,7 +600,7 @@ print(tracking._early[0]._process.pid)
     assert list(tmp_path.iterdir()) == [] and done.stderr == ""
 
 
-def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_path):
+def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_path, fresh_store):
     config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 0)
     worker = worker_of(child)
@@ -348,7 +614,47 @@ def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_pa
     assert runs["tiny"].data.tags["reason"] == "interrupted"
 
 
-def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path):
+SCRIPT = """
+import argparse, json, sys
+import command_line
+
+def work():
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
+
+sys.exit(command_line.run(work))
+"""
+
+
+def test_sigterm_ends_a_script_like_ctrl_c_with_its_own_status(tiny_npz, tmp_path, fresh_store):
+    config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
+    child = start_and_wait_for_trial(config, tmp_path, 0, code=SCRIPT)
+    worker = worker_of(child)
+    child.terminate()
+    _, printed = child.communicate(timeout=60)
+    assert child.returncode == 143 and b"To go on: python" in printed and b"--resume" in printed
+    assert b"Traceback" not in printed
+    assert ended(worker)
+    runs, _ = runs_of(tmp_path)
+    assert {run.info.status for run in runs.values()} == {"KILLED"}
+    assert runs["tiny"].data.tags["reason"] == "interrupted"
+
+
+@pytest.mark.parametrize(("ignored", "status"), [(False, 129), (True, 0)])
+def test_a_terminal_that_closes_ends_a_script_unless_nohup_forbids_it(ignored, status):
+    code = """
+import signal, sys
+if sys.argv[1] == "True":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+import command_line
+sys.exit(command_line.run(lambda: signal.raise_signal(signal.SIGHUP)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(ignored)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("To go on" in done.stderr) == (not ignored)
+
+
+def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path, fresh_store):
     first = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
     first.start("living")
     wait_for(lambda: names_of_runs(tmp_path / "mlflow.db") == {"living"})
@@ -468,6 +774,37 @@ def test_the_page_is_up_on_this_machine_only_and_stops_without_leftovers(tmp_pat
         server.stop()
         writes.close()
     assert not any(process.is_running() for process in processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_the_server_goes_when_the_program_goes_however_it_goes(tmp_path, number):
+    (tmp_path / "mlflow").mkdir()  # a small server in MLflow's place
+    (tmp_path / "mlflow" / "__init__.py").touch()
+    (tmp_path / "mlflow" / "__main__.py").write_text("""
+import http.server, subprocess, sys
+
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Page).serve_forever()
+""")
+    code = """
+import time, tracking
+server = tracking.MlflowServer("sqlite:///none.db", port=5240)
+server.wait_until_up()
+print("up", flush=True)
+time.sleep(600)
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, cwd=tmp_path)
+    assert program.stdout.readline() == b"up\n"
+    family = psutil.Process(program.pid).children(recursive=True)
+    assert len(family) == 3  # who watches, the server, what it started
+    program.send_signal(number)
+    program.communicate()
+    wait_for(lambda: all(map(ended, family)), seconds=30)
 
 
 def test_a_taken_port_is_passed_over(tmp_path):
