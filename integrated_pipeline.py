@@ -1194,7 +1194,8 @@ class IntegratedMLPipeline:
                 config.experiment_name,
                 uri=config.tracking_uri,
                 folder=Path(config.output_dir),
-                warn=Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True).print,
+                # The file itself: it warns from another thread, whoever redirects `sys.stderr` meanwhile.
+                warn=Console(file=sys.stderr, markup=False, emoji=False, highlight=False, soft_wrap=True).print,
                 resume=config.resume,
                 tracker=config.tracker,
             )

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 STORE_WAIT = 60.0  # seconds that the end of a program, or one who needs an answer, waits for what is to be written
 OUTAGE = 30.0  # seconds of failed tries after which nobody waits for the store any longer
 FIRST_PAUSE = 0.5  # seconds before the second try; each further pause is twice as long, up to OUTAGE
+ASKED = ("versions", "champion", "register")  # commands of the registry
 STOP_WAIT = 5.0  # seconds that a process has to close what it has open and end
 WORKER = Path(__file__).with_name("tracking_worker.py")
 
@@ -313,6 +314,8 @@ class Tracking:
             except CommandError as error:
                 if not error.may_pass and command.do == "open":  # without it, nothing else can be done
                     return self._give_up(error)
+                if not error.may_pass and command.do in ASKED:  # whoever asks is told
+                    raise
                 if not error.may_pass:
                     self._warn_once(f"{self._store} did not take {command.do} ({error}); the rest goes on", error)
                     raise
