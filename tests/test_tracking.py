@@ -16,12 +16,12 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import optuna
 import psutil
 import pytest
 from conftest import tiny_settings
+from unreliable_server import UnreliableServer
 
 import tracking
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
@@ -179,60 +179,6 @@ def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, ca
     assert printed.count("goes on without MLflow") == 1 and "disk" in printed and "Traceback" not in printed
 
 
-class QuietHandler(WSGIRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-class UnreliableServer:
-    """MLflow's own server on a fresh database, in a thread; answers 503 when told to.
-
-    Attributes:
-        down: it answers every request with 503.
-        failures: as many of the next requests it answers with 503.
-        lost: the next request for this it carries out and answers with 503.
-        requests: how many there were.
-    """
-
-    def __init__(self, folder):
-        from mlflow import MlflowClient
-        from mlflow.server import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR, app
-        from mlflow.server.handlers import initialize_backend_stores
-
-        uri = f"sqlite:///{folder / 'server.db'}"
-        os.environ |= {BACKEND_STORE_URI_ENV_VAR: uri, ARTIFACT_ROOT_ENV_VAR: str(folder / "files")}
-        initialize_backend_stores(uri, default_artifact_root=str(folder / "files"))
-        self.fresh = shutil.copy(folder / "server.db", folder / "fresh.db")
-        self._app, self.client = app, MlflowClient(uri)
-        self._server = make_server("127.0.0.1", 0, self._answer, handler_class=QuietHandler)
-        self.uri = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.reset()
-
-    def reset(self):
-        self.down, self.failures, self.lost, self.requests = False, 0, None, 0
-
-    def _answer(self, environ, start_response):
-        self.requests += 1
-        lost = environ["PATH_INFO"].rpartition("mlflow/")[2] == self.lost
-        if lost:
-            self.lost = None
-            list(self._app(environ, lambda *args: None))
-        self.failures -= 1
-        if lost or self.down or self.failures >= 0:
-            start_response("503 Service Unavailable", [])
-            return [b""]
-        return self._app(environ, start_response)
-
-    def stop(self):
-        self._server.shutdown()
-        self._server.server_close()
-
-    def runs(self, experiment_name):
-        experiment = self.client.get_experiment_by_name(experiment_name)
-        return {run.info.run_name: run for run in self.client.search_runs([experiment.experiment_id])}
-
-
 @pytest.fixture(scope="module")
 def one_server(tmp_path_factory):
     server = UnreliableServer(tmp_path_factory.mktemp("server"))
@@ -243,7 +189,7 @@ def one_server(tmp_path_factory):
 @pytest.fixture
 def server(one_server, monkeypatch):
     monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
-    one_server.reset()
+    one_server.set()
     return one_server
 
 
@@ -259,12 +205,12 @@ def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(ti
     train = pipeline.train_final_model
 
     def fail_and_train(*args, **kwargs):
-        server.failures = 3
+        server.set(failures=3)
         return train(*args, **kwargs)
 
     pipeline.train_final_model = fail_and_train
     summary = pipeline.run_complete_pipeline()
-    assert server.failures < 0
+    assert server.set()["failures"] == 0
     assert summary["registered"]["alias"] == "champion", summary
     runs = server.runs("blip")
     assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(("blip", "lightning_cnn"), "FINISHED")
@@ -276,7 +222,8 @@ def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_say
     tmp_path, monkeypatch, server
 ):
     monkeypatch.setattr(tracking, "OUTAGE", 0.3)
-    warnings, server.down = [], True
+    warnings = []
+    server.set(down=True)
     writes = Tracking("away", uri=server.uri, folder=tmp_path, warn=warnings.append)
     parent = writes.start("parent")
     child = writes.start("child", parent=parent)
@@ -284,7 +231,7 @@ def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_say
         writes.metrics(child, {"loss": step}, step=step)
     writes.end(child, "KILLED", reason="pruned")
     wait_for(lambda: warnings)
-    server.down = False
+    server.set(down=False)
     writes._wait(writes._later("note", run=parent.number, markdown="all before is written"))
     runs = server.runs("away")
     assert {name: run.info.status for name, run in runs.items()} == {"parent": "RUNNING", "child": "KILLED"}
@@ -293,14 +240,14 @@ def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_say
     assert [point.value for point in points] == [0, 1, 2]
     assert len(warnings) == 1 and "until it takes what waits" in warnings[0] and "503" in warnings[0]
 
-    server.down = True
+    server.set(down=True)
     writes.start("never opened")
     assert writes._wait(writes._later("note", run=parent.number, markdown="never")) is None and writes.broken
-    asked = server.requests
+    asked = server.set(down=True)["requests"]
     writes.start("never tried")
     assert writes.experiment_id is None
+    assert server.set(down=True)["requests"] == asked  # nobody waits again
     writes.close()
-    assert server.requests == asked  # nobody waits again
     assert len(warnings) == 2 and "nothing from" in warnings[1] and "503" in warnings[1]
 
 
@@ -308,10 +255,9 @@ def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_say
 def troubled(one_server, tmp_path_factory):
     """What was said, the runs, and the experiment after all kinds of trouble that are no outage."""
     folder = tmp_path_factory.mktemp("troubled")
-    one_server.reset()
     experiment, said = one_server.client.create_experiment("troubled"), []
     one_server.client.delete_experiment(experiment)
-    one_server.lost = "runs/create"
+    one_server.set(lost="runs/create")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "FIRST_PAUSE", 0.05)
         writes = Tracking("troubled", uri=one_server.uri, folder=folder, warn=said.append)
