@@ -559,19 +559,34 @@ def test_resizing_is_bilinear_with_antialiasing():
     assert (images.double() - wanted).abs().max() <= 0.5 + 1e-6
 
 
-def test_a_file_resizes_maps_exactly_as_training_does(generated, tmp_path):
-    """With a network that passes its picture on, so that no grey level can differ unnoticed."""
+class GreyLevels(torch.nn.Module):
+    """A network that passes its picture on, so that no grey level can differ unnoticed."""
 
-    class FirstPixels(torch.nn.Module):
-        def forward(self, images):
-            return images.flatten(1) * 10
+    def forward(self, images):
+        return images.flatten(1) * 10
 
-    file = deployment.export_onnx(FirstPixels(), tmp_path / "m.onnx", image_size=24, class_names=["pixel"] * 576)
+
+@pytest.fixture(scope="module")
+def file_of_grey_levels(tmp_path_factory):
+    path = tmp_path_factory.mktemp("file") / "m.onnx"
+    return deployment.OnnxClassifier(
+        deployment.export_onnx(GreyLevels(), path, image_size=24, class_names=["pixel"] * 24 * 24)
+    )
+
+
+def test_a_file_resizes_maps_exactly_as_training_does(generated, file_of_grey_levels):
     some = generated.select(np.arange(0, len(generated), 6))
-    answered = deployment.OnnxClassifier(file).predict([some[i] for i in range(len(some))])
-    images = resize_maps(some, 24)
-    expected = (encode(images).flatten(1) * 10).softmax(-1).numpy()
+    answered = file_of_grey_levels.predict([some[i] for i in range(len(some))])
+    expected = GreyLevels()(encode(resize_maps(some, 24))).softmax(-1).numpy()
     np.testing.assert_allclose(answered, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)])
+def test_a_map_without_a_die_is_refused_by_reading_and_by_a_file(tmp_path, shape, file_of_grey_levels):
+    with pytest.raises(DataError, match=f"a map of {shape[0]}x{shape[1]} dies"):
+        load_wafer_maps(save(tmp_path, maps=np.zeros((9, *shape), np.uint8), labels=np.array(CLASS_NAMES)))
+    with pytest.raises(ValueError, match=r"map 1 is .* without a die"):
+        file_of_grey_levels.predict([np.ones((4, 4), np.uint8), np.zeros(shape, np.uint8)])
 
 
 def test_the_order_of_maps_survives_resizing_by_size(generated):
