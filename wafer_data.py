@@ -417,9 +417,7 @@ NEAR = 0.05  # a share that is further off is named in a note
 # should be) squared, all maps together this many times as much, and then come the things that are far worse:
 WEIGHT_OF_ALL = 3.0
 COST_OF_SMALL_TRAINING = 100.0  # times what training lacks of 60% of the maps, as a share of them
-COST_OF_MISSING = np.array(
-    [1e5, 1e3, 1e3]
-)  # for each class that a part should have and lacks; training never lacks one
+COST_OF_MISSING = np.array([1e5, 1e3, 1e3])  # for each class that a part should have and lacks
 WORTH_A_CHANGE = 1e-4  # one class, one percentage point off
 PAIRS_A_ROUND = 4096
 ROUNDS_IN_VAIN = 8

@@ -70,13 +70,16 @@ def test_a_class_left_out_gets_exactly_nothing_and_the_others_share_one(dtype, t
     assert torch.allclose(answered[:, [0, 2]], alone)
 
 
-def test_a_class_without_training_maps_is_left_out_and_moves_nothing_else():
-    probabilities, labels = made_up(COUNTS, lean=-1.0)
-    rng = np.random.default_rng(1)
-    useless = rng.uniform(0, 0.9, (len(labels), 1))  # what a network says of a class that it never saw
-    wider = np.concatenate(
-        [probabilities[:, :2] * (1 - useless), useless, probabilities[:, 2:] * (1 - useless)], axis=1
-    )
+def with_an_unknown_class(probabilities, most):
+    """What a network also says of a class that it never saw, up to `most`; as class 2."""
+    said = np.random.default_rng(1).uniform(0, most, (len(probabilities), 1))
+    return np.insert(probabilities * (1 - said), [2], said, axis=1)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 6.0])
+def test_a_class_without_training_maps_is_left_out_and_moves_nothing_else(sharpness):
+    probabilities, labels = made_up(COUNTS, lean=-1.0, sharpness=sharpness)
+    wider = with_an_unknown_class(probabilities, 0.9)
     expected = choose_decision({1: probabilities, 8: probabilities}, labels, COUNTS)
     counts, classes = np.insert(COUNTS, 2, 0), np.array([0, 1, 3, 4])
     decision = choose_decision({1: wider, 8: wider}, classes[labels], counts)
@@ -86,6 +89,13 @@ def test_a_class_without_training_maps_is_left_out_and_moves_nothing_else():
     assert decision.temperature == pytest.approx(expected.temperature, rel=1e-3)
     answered = decision.apply(torch.from_numpy(wider)).numpy()
     np.testing.assert_allclose(answered[:, classes], expected.apply(torch.from_numpy(probabilities)), atol=1e-3)
+
+
+def test_what_is_said_of_a_class_left_out_does_not_keep_eight_views_away():
+    one, labels = made_up(COUNTS)
+    other = (one + np.eye(4)[labels] * 0.2) / 1.2
+    by_views = {1: with_an_unknown_class(one, 0.0), 8: with_an_unknown_class(other, 0.99)}
+    assert choose_decision(by_views, np.array([0, 1, 3, 4])[labels], np.insert(COUNTS, 2, 0)).views == 8
 
 
 def test_a_class_that_validation_lacks_does_not_weigh_in():

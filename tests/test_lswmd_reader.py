@@ -286,6 +286,7 @@ HUGE = {
     "a long number": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"\x01.",
     "a frame": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.",
     "a place in the memo": b"\x80\x02" + in_memo(2**28),
+    "a place in the memo, of three bytes": b"\x80\x02" + in_memo(2**24 - 1),
     "a place in the memo, in a frame": b"\x80\x04\x95" + struct.pack("<Q", 7) + in_memo(2**28),
     "a place in the memo, in digits": b"Np268435456\n.",
     "a place in the memo, in odd digits": b"Np 268435456\n.",
