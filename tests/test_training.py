@@ -565,6 +565,82 @@ def test_the_chosen_temperature_fits_the_answers_that_it_is_applied_to():
     assert answered[np.arange(len(labels)), labels].mean() < sharp[np.arange(len(labels)), labels].mean()
 
 
+def chosen_by_hand(by_views, labels, counts):
+    """What the documentation of `choose_decision` says, in plain loops; views, strength and offsets."""
+    strengths = [i / 8 for i in range(-6, 7)]
+    shares = [math.log(max(count, 1) / sum(counts)) for count in counts]
+    smoothed = {}
+    for views, probabilities in by_views.items():
+        scores = []
+        for strength in strengths:
+            said = (np.log(np.maximum(probabilities, 1e-12)) + strength * np.array(shares)).argmax(1)
+            hits = [2 * ((said == c) & (labels == c)).sum() for c in range(len(counts))]
+            scores.append(
+                np.mean([hit / max(1, (said == c).sum() + (labels == c).sum()) for c, hit in enumerate(hits)])
+            )
+        padded = [scores[0], *scores, scores[-1]]
+        smoothed[views] = [sum(padded[i : i + 3]) / 3 for i in range(len(scores))]
+    views = 8 if max(smoothed[8]) - max(smoothed[1]) > 0.002 else 1
+    top = max(round(score, 6) for score in smoothed[views])
+    best = [strength for strength, score in zip(strengths, smoothed[views], strict=True) if round(score, 6) == top]
+    strength = min(best, key=abs)
+    offsets = [strength * (share - sum(shares) / len(shares)) for share in shares]
+    return views, strength, offsets if strength else []
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_views_and_prior_correction_are_chosen_as_documented(seed):
+    """Few maps of some classes, of one none in validation, of one none in training; answers that lean either way."""
+    rng = np.random.default_rng(seed)
+    counts = rng.permutation([3000, 400, 90, 30, 1, 0])
+    labels = rng.choice(6, 150, p=np.sqrt(counts) / np.sqrt(counts).sum())
+    scores = rng.normal(0, 1, (150, 6)) + rng.uniform(-0.6, 0.6) * np.log(np.maximum(counts, 1))
+    scores[np.arange(150), labels] += 1.5
+    by_views = {views: softmax(scores + rng.normal(0, noise, (150, 6))) for views, noise in ((1, 0.5), (8, 0.4))}
+    by_views[1][:9] = np.eye(6)[rng.integers(6, size=9)]  # probabilities of exactly 0, as float32 has them
+    decision = choose_decision(by_views, labels, counts)
+    views, strength, offsets = chosen_by_hand(by_views, labels, counts)
+    assert (decision.views, decision.prior_strength) == (views, strength)
+    np.testing.assert_allclose(decision.offsets, offsets, rtol=1e-12, atol=1e-12)
+    answered = Decision(offsets=decision.offsets).apply(torch.from_numpy(by_views[views])).numpy()
+    assert decision.temperature == pytest.approx(fit_temperature(answered, labels), rel=1e-6)
+
+
+def softmax(scores):
+    return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(("gain", "views"), [(19, 1), (21, 8)])
+def test_eight_views_must_gain_two_thousandths(gain, views):
+    labels = np.arange(10_000) % 2
+
+    def right_but_for(errors):  # as many of one class as of the other, so that macro F1 is the share of right answers
+        said = np.where(np.arange(10_000) < errors, 1 - labels, labels)
+        return 0.8 * np.eye(2)[said] + 0.1
+
+    by_views = {1: right_but_for(200), 8: right_but_for(200 - gain)}
+    assert choose_decision(by_views, labels, np.array([50, 50])).views == views
+
+
+def test_a_correction_is_computed_in_the_precision_of_the_answers():
+    probabilities = softmax(np.random.default_rng(0).normal(size=(20, 3)))
+    decision = Decision(offsets=(1 / 3, -1 / 7, 0.1), temperature=1.3)
+    expected = softmax((np.log(probabilities) + np.array(decision.offsets)) / 1.3)
+    answered = decision.apply(torch.from_numpy(probabilities))
+    assert answered.dtype == torch.float64
+    np.testing.assert_allclose(answered.numpy(), expected, rtol=1e-12)
+    assert decision.apply(torch.from_numpy(probabilities).float()).dtype == torch.float32
+    certain = decision.apply(torch.tensor([[1.0, 0.0, 0.0]]))
+    assert torch.isfinite(certain).all() and certain[0, 0] > 0.99
+
+
+def test_a_temperature_stays_between_an_eighth_and_eight():
+    labels = np.arange(40) % 4
+    always_right, always_wrong = np.eye(4)[labels], np.eye(4)[(labels + 1) % 4]
+    assert fit_temperature(0.5 * always_right + 0.125, labels) == pytest.approx(1 / 8, rel=1e-3)
+    assert fit_temperature(always_wrong, labels) == pytest.approx(8, rel=1e-3)  # a true class of probability 0, too
+
+
 def test_the_exported_file_gets_the_decision_and_the_weights_of_the_record(trained, monkeypatch):
     class Exported(Exception):
         pass
