@@ -68,9 +68,7 @@ class Target:
 
 
 TARGETS = {
-    "decision": Target(
-        "decision.py", ("tests/test_decision.py", "tests/test_deployment.py::test_the_decision_is_in_the_file")
-    ),
+    "decision": Target("decision.py", ("tests/test_decision.py", "tests/test_training.py")),
     "splitting": Target(
         "wafer_data.py",
         ("tests/test_wafer_data.py",),
@@ -84,12 +82,10 @@ TARGETS = {
             "_divide", "_boot*", "_percentile*", "_roc*",
         ),
     ),
-    "training_callbacks": Target(
-        "training_callbacks.py", ("tests/test_pipeline.py", "tests/test_search.py", "tests/test_decision.py")
-    ),
+    "training_callbacks": Target("training_callbacks.py", ("tests/test_callbacks.py", "tests/test_pipeline.py")),
     "search": Target(
         "integrated_pipeline.py",
-        ("tests/test_search.py",),
+        ("tests/test_search_promises.py", "tests/test_search.py"),
         functions=(
             "suggest_parameters", "own_search_space", "_completed", "_counted_trials", "_study_*", "_run_again",
             "_trial_*", "_out_of_memory",
@@ -112,6 +108,7 @@ def main() -> None:
     parser.add_argument("module", choices=TARGETS)
     parser.add_argument("--sample", type=int, help="so many mutants, drawn at random; all without")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--only", nargs="+", metavar="MUTANT", help="these alone, such as the survivors of another run")
     parser.add_argument("--tests", nargs="+", help="other test files than the module's own")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="print how the survivors differ")
@@ -122,9 +119,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # mutmut reads its settings there
         prepare(Path(folder), target, tests)
         everything = mutants(target)
-        chosen = everything
-        if arguments.sample is not None and arguments.sample < len(everything):
-            chosen = sorted(random.Random(arguments.seed).sample(everything, arguments.sample))
+        chosen = arguments.only or everything
+        if arguments.sample is not None and arguments.sample < len(chosen):
+            chosen = sorted(random.Random(arguments.seed).sample(chosen, arguments.sample))
         call(folder, "run", f"--max-children={arguments.processes}", *chosen)
         fates = read_fates(Path(folder), target, chosen)
         report(fates, of=len(everything), diffs=Path(folder) if arguments.show else None)
