@@ -272,6 +272,40 @@ def test_a_search_gets_its_share_of_the_models_time_and_the_final_training_what_
     assert trained == {"scripted": 50}
 
 
+class BeforeTheScores(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("limit", "given"),
+    [
+        (100, {"scripted": 10, "lightning_cnn": 40, "yolo_inspired": 10}),  # of the 60 that two searches leave
+        (20, {"scripted": 0.5, "lightning_cnn": 2, "yolo_inspired": 0.5}),  # nothing is left: a second for each
+    ],
+)
+def test_what_did_best_gets_its_share_of_what_all_searches_left(limit, given, tiny_npz, tmp_path, monkeypatch):
+    found = {"scripted": spent(10, 0.4), "lightning_cnn": spent(25, 0.6), "yolo_inspired": spent(5, 0.5)}
+    searched, trained = {}, {}
+
+    def search(self, name, *, seconds=None):
+        searched[name] = seconds
+        return found[name]
+
+    def no_scores(self, records):
+        raise BeforeTheScores
+
+    monkeypatch.setattr(IntegratedMLPipeline, "search", search)
+    monkeypatch.setattr(IntegratedMLPipeline, "train_final_model", final_training(trained))
+    monkeypatch.setattr(IntegratedMLPipeline, "evaluate", no_scores)
+    made = searching(
+        tiny_npz, tmp_path, model_type=list(found), time_limit=limit, search_share=0.6, favourite_share=2 / 3
+    )
+    with pytest.raises(BeforeTheScores):
+        made.run_complete_pipeline()
+    assert searched == pytest.approx(dict.fromkeys(found, 0.6 * limit / 3))
+    assert trained == pytest.approx(given)
+
+
 def test_without_a_time_limit_neither_search_nor_training_has_one(tiny_npz, tmp_path, monkeypatch):
     searched, trained = [], {}
     monkeypatch.setattr(

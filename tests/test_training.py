@@ -638,7 +638,17 @@ def test_a_temperature_stays_between_an_eighth_and_eight():
     labels = np.arange(40) % 4
     always_right, always_wrong = np.eye(4)[labels], np.eye(4)[(labels + 1) % 4]
     assert fit_temperature(0.5 * always_right + 0.125, labels) == pytest.approx(1 / 8, rel=1e-3)
-    assert fit_temperature(always_wrong, labels) == pytest.approx(8, rel=1e-3)  # a true class of probability 0, too
+    assert fit_temperature(always_wrong, labels) == pytest.approx(8, rel=1e-3)
+
+
+def test_one_map_whose_class_was_given_no_chance_does_not_decide_the_temperature():
+    labels = np.arange(4000) % 4
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 1, (4000, 4)) + 1.5 * np.eye(4)[labels]
+    probabilities = softmax(scores)
+    before = fit_temperature(probabilities, labels)
+    probabilities[0] = np.eye(4)[(labels[0] + 1) % 4]
+    assert fit_temperature(probabilities, labels) == pytest.approx(before, rel=0.05)
 
 
 def test_the_exported_file_gets_the_decision_and_the_weights_of_the_record(trained, monkeypatch):
