@@ -170,7 +170,8 @@ def suggest_only(self, trial, model_type):
 # --- what reaches a trial
 
 
-def test_a_trials_parameters_reach_its_model_and_its_batches(tiny_npz, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["trial", "final training"])
+def test_parameters_reach_the_model_and_the_batches(what, tiny_npz, tmp_path, monkeypatch):
     made = searching(tiny_npz, tmp_path, model_type="lightning_cnn")
     made.prepare_data()
     asked = {
@@ -179,7 +180,11 @@ def test_a_trials_parameters_reach_its_model_and_its_batches(tiny_npz, tmp_path,
     }  # fmt: skip
     study = optuna.create_study()
     study.enqueue_trial(asked)
-    seen = before_training(monkeypatch, lambda: made.optuna_objective(study.ask(), "lightning_cnn"))
+    start = {
+        "trial": lambda: made.optuna_objective(study.ask(), "lightning_cnn"),
+        "final training": lambda: made.train_final_model("lightning_cnn", asked),
+    }
+    seen = before_training(monkeypatch, start[what])
     model = seen.model
     assert (model.learning_rate, model.weight_decay, model.optimizer_name) == (0.0123, 0.0321, "sgd")
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.47]
@@ -346,6 +351,29 @@ def test_a_search_has_the_rest_of_its_seconds_only_and_a_trial_twice_its_even_sh
     with pytest.raises(integrated_pipeline.SearchFailedError):
         made.search("scripted", seconds=100)
     assert budgets == [50, 50, 40, 10]
+
+
+def test_a_resumed_search_has_the_seconds_that_earlier_sittings_left(tiny_npz, tmp_path, monkeypatch):
+    more = {"num_optuna_trials": 2, "search_epochs": 1}
+    Scripted.scripts = [[0.5], [0.5]]
+    start = Scripted.on_train_epoch_start
+
+    def interrupted_in_the_second(self):
+        if not Scripted.scripts:
+            raise KeyboardInterrupt
+        start(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Scripted, "on_train_epoch_start", interrupted_in_the_second)
+        searching(tiny_npz, tmp_path, **more).search("scripted", seconds=30)
+
+    monkeypatch.setattr(integrated_pipeline, "time", Clock())
+    resumed = searching(tiny_npz, tmp_path, resume=True, **more)
+    seen = before_training(monkeypatch, lambda: resumed.search("scripted", seconds=30))
+    first, cut_off = resumed._studies["scripted"].trials[:2]
+    assert cut_off.params == resumed._studies["scripted"].trials[2].params
+    # What was cut off runs again, so its seconds are not counted.
+    assert seen.callback(TimeBudget).seconds == pytest.approx(30 - first.duration.total_seconds(), abs=1e-3)
 
 
 def test_seconds_of_pruned_and_failed_trials_are_counted_and_a_resumed_search_keeps_them(
