@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTICED = ("killed", "timeout", "segfault")
+NOTICED = ("killed", "timeout", "segfault", "check was interrupted by user")  # the last: a KeyboardInterrupt in a test
 # Tests that start processes, in which mutmut sees nothing, or that wait for a clock.
 LEFT_OUT = ("process", "cut_off", "ctrl_c", "killed", "time_limit", "database", "script", "status_2", "library", "help")
 MUTMUT = """\
