@@ -1,0 +1,324 @@
+"""Promises about what happens around a training, told with a clock of their own: no second passes here."""
+
+import io
+import math
+import os
+import re
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from made_up import Scripted, pipeline
+from rich.console import Console
+
+import integrated_pipeline
+import training_callbacks
+from integrated_pipeline import MODEL_REGISTRY, ModelSpec
+from training_callbacks import CheckpointFiles, History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(training_callbacks, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def a_trainer(**more):
+    return SimpleNamespace(should_stop=False, callbacks=[], max_epochs=10, current_epoch=0, callback_metrics={}, **more)
+
+
+def a_module():
+    return SimpleNamespace(time_progress=0.0, learning_rate=0.004)
+
+
+# --- time budget
+
+
+def test_the_time_starts_with_the_training_and_drives_the_schedule_until_it_is_used_up(clock):
+    budget, trainer, module = TimeBudget(20), a_trainer(), a_module()
+    clock.now += 500  # building the model is not training
+    budget.on_fit_start(trainer, module)
+    seen = []
+    for _ in range(4):
+        budget.on_train_batch_start(trainer, module, None, 0)
+        seen.append((module.time_progress, trainer.should_stop))
+        clock.now += 8
+    assert seen == [(0.0, False), (0.4, False), (0.8, False), (1.0, True)]
+
+
+def test_the_batch_at_the_very_end_of_the_time_is_the_last(clock):
+    budget, trainer, module = TimeBudget(20), a_trainer(), a_module()
+    budget.on_fit_start(trainer, module)
+    clock.now += 20
+    budget.on_train_batch_start(trainer, module, None, 0)
+    assert trainer.should_stop and module.time_progress == 1.0
+
+
+def test_a_resumed_training_has_the_rest_of_the_time_only(clock):
+    before, trainer, module = TimeBudget(20), a_trainer(), a_module()
+    before.on_fit_start(trainer, module)
+    clock.now += 15
+    kept = before.state_dict()
+
+    clock.now = 5.0  # another day, another process
+    resumed = TimeBudget(20)
+    resumed.load_state_dict(kept)
+    resumed.on_fit_start(trainer, module)
+    resumed.on_train_batch_start(trainer, module, None, 0)
+    assert module.time_progress == 0.75 and not trainer.should_stop
+    clock.now += 5
+    resumed.on_train_batch_start(trainer, module, None, 0)
+    assert trainer.should_stop and resumed.used() == 20
+    assert resumed.state_dict() == {"used": 20}
+
+
+# --- history
+
+
+def epoch_end(history, trainer, epoch, **metrics):
+    trainer.current_epoch = epoch
+    trainer.callback_metrics = {key: torch.tensor(value) for key, value in metrics.items()}
+    history.on_train_epoch_end(trainer, a_module())
+
+
+def test_the_history_keeps_and_tracks_the_metrics_of_each_epoch_under_its_number():
+    tracked = []
+    history, trainer = History(log=lambda values, step: tracked.append((step, values))), a_trainer()
+    first = {"train_loss": 1.5, "val_loss": 2.0, "val_macro_f1": 0.25, "train_macro_f1": 0.5, "val_accuracy": 0.75}
+    second = {"train_loss": 1.0, "val_loss": 1.0, "val_macro_f1": 0.5, "train_macro_f1": 0.75, "val_accuracy": 1.0}
+    epoch_end(history, trainer, 0, **first, learning_rate=0.1)
+    epoch_end(history, trainer, 1, **second)
+    assert history.epochs == [{"epoch": 1, **first}, {"epoch": 2, **second}]
+    assert tracked == [(1, first), (2, second)]
+    series = history.series()
+    assert series == {"epoch": [1, 2], **{key: [first[key], second[key]] for key in first}}
+    assert next(iter(series)) == "epoch"
+
+
+def test_a_curve_that_lacks_an_epoch_is_left_out():
+    history, trainer = History(), a_trainer()
+    epoch_end(history, trainer, 0, train_loss=1.5)
+    epoch_end(history, trainer, 1, train_loss=1.0, val_loss=2.0)
+    assert history.series() == {"epoch": [1, 2], "train_loss": [1.5, 1.0]}
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_training_with_epoch_rate_and_remedy(loss):
+    history, tracked = History(log=lambda values, step: tracked.append(step)), []
+    tracked = []
+    with pytest.raises(
+        TrainingDivergedError, match=rf"loss is {loss} after epoch 3\. Lower .*\(now 0\.004\) or .*32-true"
+    ):
+        epoch_end(history, a_trainer(), 2, train_loss=loss)
+    assert history.epochs == [] and tracked == []
+
+
+def test_the_history_of_a_resumed_training_goes_on_with_epochs_and_seconds(clock):
+    before, trainer = History(), a_trainer()
+    clock.now += 100
+    before.on_fit_start(trainer, a_module())
+    epoch_end(before, trainer, 0, train_loss=1.5)
+    clock.now += 7
+    kept = before.state_dict()
+    assert kept == {"epochs": [{"epoch": 1, "train_loss": 1.5}], "seconds": 7}
+
+    clock.now = 3.0
+    resumed = History()
+    resumed.load_state_dict(kept)
+    clock.now += 50  # loading is not training
+    resumed.on_fit_start(trainer, a_module())
+    clock.now += 5
+    epoch_end(resumed, trainer, 1, train_loss=1.0)
+    assert resumed.seconds() == 12
+    assert resumed.series() == {"epoch": [1, 2], "train_loss": [1.5, 1.0]}
+
+
+def test_a_line_an_epoch_says_how_far_it_is_how_good_and_how_long_it_takes(clock):
+    said = []
+    history, trainer = History(say=said.append), a_trainer()
+    history.on_fit_start(trainer, a_module())
+    for epoch in range(2):
+        clock.now += 4
+        epoch_end(history, trainer, epoch, train_loss=1.25, val_macro_f1=0.5)
+    assert said == [
+        "  epoch 1/10  val macro F1 0.500  train loss 1.250  at most 36 s left",
+        "  epoch 2/10  val macro F1 0.500  train loss 1.250  at most 32 s left",
+    ]
+    budget = TimeBudget(20)
+    trainer.callbacks = [history, budget]
+    budget.on_fit_start(trainer, a_module())
+    clock.now += 4
+    epoch_end(history, trainer, 2, train_loss=1.25)
+    assert said[-1] == "  epoch 3/10  val macro F1 0.000  train loss 1.250  at most 16 s left"
+    clock.now += 30
+    epoch_end(history, trainer, 3, train_loss=1.25)
+    assert said[-1].endswith("at most 0 s left")
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    registry = {**MODEL_REGISTRY, "scripted": ModelSpec(Scripted)}
+    monkeypatch.setattr(integrated_pipeline, "MODEL_REGISTRY", registry)
+    monkeypatch.setattr(Scripted, "scripts", [])
+
+
+def test_the_seconds_of_all_sittings_are_in_the_record_and_off_the_budget(
+    clock, scripted, tiny_npz, tmp_path, monkeypatch
+):
+    start, settings = Scripted.on_train_epoch_start, {"max_epochs": 2, "time_limit": 10_000}
+
+    def slow_epoch(self):
+        if self.current_epoch == 1 and clock.now > 2000:
+            raise KeyboardInterrupt
+        start(self)
+        clock.now += 1500 if self.current_epoch == 0 else 30
+
+    monkeypatch.setattr(Scripted, "on_train_epoch_start", slow_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(tiny_npz, tmp_path, **settings).train_final_model("scripted")
+    clock.now = 5.0  # another day, another process
+    record = pipeline(tiny_npz, tmp_path, resume=True, **settings).train_final_model("scripted")
+    assert (record["epochs"], record["train_seconds"]) == (2, 1530)
+    state = torch.load(tmp_path / "checkpoints/tiny/scripted/resume.ckpt", weights_only=True)["callbacks"]
+    (budget,) = [value for key, value in state.items() if key.startswith("TimeBudget")]
+    assert budget == {"used": 1530}
+
+
+# --- checkpoint files
+
+
+def test_a_checkpoint_is_one_whole_file_and_torch_is_left_as_it_was(tmp_path):
+    file, files = tmp_path / "new" / "folder" / "a.ckpt", CheckpointFiles()
+    for setting in (True, False):
+        torch.serialization.set_crc32_options(setting)
+        try:
+            files.save_checkpoint({"weights": torch.arange(3)}, str(file))
+            assert torch.serialization.get_crc32_options() is setting
+            with pytest.raises(AttributeError):
+                files.save_checkpoint({"cannot be stored": lambda: None}, file)
+            assert torch.serialization.get_crc32_options() is setting
+        finally:
+            torch.serialization.set_crc32_options(True)
+    assert [f.name for f in file.parent.iterdir()] == ["a.ckpt"]
+    assert torch.equal(files.load_checkpoint(file, weights_only=True)["weights"], torch.arange(3))
+
+
+def test_a_checkpoint_takes_its_place_only_when_it_is_whole(tmp_path, monkeypatch):
+    file, files, seen = tmp_path / "a.ckpt", CheckpointFiles(), []
+    files.save_checkpoint({"weights": torch.zeros(3)}, file)
+
+    def watched(source, target):
+        seen.append((torch.load(source, weights_only=True)["weights"].tolist(), target == file))
+        seen.append(torch.load(file, weights_only=True)["weights"].tolist())
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(training_callbacks.os, "replace", watched)
+    files.save_checkpoint({"weights": torch.ones(3)}, file)
+    assert seen == [([1.0] * 3, True), [0.0] * 3]
+    assert torch.load(file, weights_only=True)["weights"].tolist() == [1.0] * 3
+
+
+def test_trainings_write_their_checkpoints_so(scripted, tiny_npz, tmp_path, monkeypatch):
+    Scripted.scripts.append([0.5, 0.4])
+    written, save = [], CheckpointFiles.save_checkpoint
+
+    def watched(self, checkpoint, path, storage_options=None):
+        written.append(str(path))
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(CheckpointFiles, "save_checkpoint", watched)
+    pipeline(tiny_npz, tmp_path).train_final_model("scripted")
+    folder = tmp_path / "checkpoints/tiny/scripted"
+    assert sorted(written) == [str(folder / name) for name in ("best.ckpt", "resume.ckpt", "resume.ckpt")]
+    kept = {key.split("{")[0] for key in torch.load(folder / "resume.ckpt", weights_only=True)["callbacks"]}
+    assert {"History", "EarlyStopping", ModelCheckpoint.__name__} <= kept
+
+
+# --- Ctrl-C
+
+
+@pytest.fixture
+def handler():
+    """Ctrl-C with a handler of this test's, which is there again at its end."""
+    calls = []
+    before = signal.signal(signal.SIGINT, lambda *_: calls.append("ours"))
+    yield calls
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_was_swallowed_is_raised_again_at_the_next_batch_and_its_handler_is_given_back(handler):
+    keep, trainer, module = KeepInterrupt(), a_trainer(), a_module()
+    keep.on_fit_start(trainer, module)
+    keep.on_train_batch_start(trainer, module, None, 0)  # nothing happened: nothing is raised
+    with pytest.raises(KeyboardInterrupt):  # as in a destructor, where Python would drop it
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(5)
+    with pytest.raises(KeyboardInterrupt):
+        keep.on_train_batch_start(trainer, module, None, 1)
+    assert handler == []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Lightning does
+    keep.give_back()
+    signal.raise_signal(signal.SIGINT)
+    assert handler == ["ours"]
+
+
+def test_a_training_outside_of_the_main_thread_leaves_the_interrupt_alone(handler):
+    keep, errors = KeepInterrupt(), []
+
+    def train():
+        try:
+            keep.on_fit_start(a_trainer(), a_module())
+            keep.give_back()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert errors == []
+    signal.raise_signal(signal.SIGINT)
+    assert handler == ["ours"]
+
+
+# --- the bar
+
+
+def test_the_bar_shows_the_larger_share_of_steps_and_time_and_goes_away(clock):
+    screen = io.StringIO()
+    bar = ProgressBar(Console(file=screen, force_terminal=True, width=100, color_system=None), "a model")
+    trainer, module = a_trainer(global_step=1, estimated_stepping_batches=4), a_module()
+    bar.on_fit_start(trainer, module)
+    (task,) = bar._progress.tasks
+    assert (task.total, task.completed, task.description) == (1.0, 0, "a model")
+    bar.on_train_batch_end(trainer, module, None, None, 0)
+    assert task.completed == 0.25 and task.description == "a model  epoch 1/10"
+    module.time_progress, trainer.current_epoch = 0.5, 2
+    trainer.callback_metrics = {"val_macro_f1": torch.tensor(0.75)}
+    bar.on_train_batch_end(trainer, module, None, None, 0)
+    assert task.completed == 0.5 and task.description == "a model  epoch 3/10  val macro F1 0.750"
+    bar._progress.refresh()
+    assert re.search(
+        r"  a model  epoch 3/10  val macro F1 0\.750 .*━.*  50% (\d:\d\d|-:--):(\d\d|--)", screen.getvalue()
+    )
+    assert bar._progress.live.transient is True  # it leaves no line behind
+    bar.on_fit_end(trainer, module)
+    assert not bar._progress.live.is_started
+    bar.on_fit_start(trainer, module)
+    bar.on_exception(trainer, module, ValueError())
+    assert not bar._progress.live.is_started
+
+
+@pytest.mark.parametrize(("steps", "share"), [(0, 0), (1, 1)])
+def test_a_training_of_one_step_or_none_does_not_stop_the_bar(steps, share):
+    bar = ProgressBar(Console(file=io.StringIO()), "a model")
+    trainer, module = a_trainer(global_step=steps, estimated_stepping_batches=steps), a_module()
+    bar.on_fit_start(trainer, module)
+    bar.on_train_batch_end(trainer, module, None, None, 0)
+    assert bar._progress.tasks[0].completed == share
+    bar.on_fit_end(trainer, module)
