@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from errors import ConfigError, RunError, UserError
+
 if TYPE_CHECKING:
     from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 
@@ -62,7 +64,6 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         ConfigError: the page is wanted without tracking.
         ServerError: the server does not start.
     """
-    from integrated_pipeline import ConfigError
     from tracking import MlflowServer
 
     if not wanted:
@@ -118,16 +119,7 @@ def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = No
     except ModuleNotFoundError as error:
         print(f"error: {error}. Install what is needed: pip install -r requirements.txt", file=sys.stderr)
         return 1
-    except (ValueError, RuntimeError) as error:
-        # The scripts import these late; by the time one of them is raised, its module is loaded.
-        from integrated_pipeline import ConfigError, SearchFailedError
-        from tracking import ServerError
-        from training_callbacks import TrainingDivergedError
-        from wafer_data import DataError
-
-        failed = TrainingDivergedError | SearchFailedError | ServerError
-        if not isinstance(error, ConfigError | DataError | failed):
-            raise
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, failed) else 2
+        return error.exit_status
     return 0

@@ -19,8 +19,16 @@ class ConfigError(UserError):
     """A setting that cannot be used."""
 
 
+class DataError(UserError):
+    """Data that cannot be used."""
+
+
 class FolderInUseError(UserError):
     """Another run works in the same folder."""
+
+
+class ServerError(RunError):
+    """The MLflow server could not be started."""
 
 
 class DamagedFileError(RunError):

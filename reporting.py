@@ -905,8 +905,7 @@ def _registered(record: Record) -> list[str]:
     registered = record.get("registered")
     if not registered:
         return []
-    name = f"models:/{registered['name']}@{registered['alias']}"
-    return [f"Registered as {name}, version {registered['version']}. {registered['verdict']}"]
+    return [f"Registered as {registered['uri']}, version {registered['version']}. {registered['verdict']}"]
 
 
 def _pictures(record: Record, files: Sequence[Path]) -> list[Picture]:
@@ -1011,9 +1010,7 @@ def _card_lead(model: Record) -> str:
 
 def _card_facts(summary: Record) -> list[str]:
     registered = summary.get("registered")
-    where = (
-        f"models:/{registered['name']}@{registered['alias']}, version {registered['version']}" if registered else None
-    )
+    where = f"{registered['uri']}, version {registered['version']}" if registered else None
     return [summary["created"].replace("T", " "), where or "not registered", f"experiment {summary['experiment_name']}"]
 
 
@@ -1125,7 +1122,7 @@ import numpy as np
 from deployment import OnnxClassifier
 
 mlflow.set_tracking_uri({uri!r})
-folder = mlflow.artifacts.download_artifacts("models:/{registered["name"]}@{registered["alias"]}")
+folder = mlflow.artifacts.download_artifacts("{registered["uri"]}")
 classifier = OnnxClassifier(next(Path(folder).glob("*.onnx")))
 wafer_map = np.ones((30, 28), dtype=np.uint8)  # yours
 probabilities = classifier.predict([wafer_map])

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from errors import ServerError
+
 STORE_WAIT = 60.0  # seconds that the end of a program, or one who needs an answer, waits for what is to be written
 OUTAGE = 30.0  # seconds of failed tries after which nobody waits for the store any longer
 FIRST_PAUSE = 0.5  # seconds before the second try; each further pause is twice as long, up to OUTAGE
@@ -523,10 +525,6 @@ class MlflowServer:
         self._process.stdin.close()  # what `tracking_worker.watch` waits for
         self._process.wait()
         self._log.close()
-
-
-class ServerError(RuntimeError):
-    """The MLflow server could not be started."""
 
 
 def _free_port(first: int) -> int:

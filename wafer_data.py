@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from errors import DataError
 from npz_reader import names_in_npz, read_npz
 from wafer_generator import CLASS_NAMES, generate_wafer_maps
 
@@ -35,10 +36,6 @@ ARRAY_NAMES = ("maps_flat", "offsets", "shapes", "labels", "group", "maps", "arr
 
 # Order of the eight label columns in MixedWM38 (J. Wang et al., IEEE Trans. Semicond. Manuf. 33(4), 2020).
 MIXEDWM38_COLUMNS = ("Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Scratch", "Random")
-
-
-class DataError(ValueError):
-    """The given data cannot be used; the message names the value, the reason and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)

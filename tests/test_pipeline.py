@@ -19,6 +19,8 @@ from conftest import tiny_settings
 from PIL import Image
 from rich.console import Console
 
+import command_line
+import errors
 import quick_start
 from errors import RunError, TrainingDivergedError
 from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
@@ -343,9 +345,21 @@ def test_a_users_mistake_is_one_message_and_status_2(arguments, message, tmp_pat
         status = quick_start.main()
     except SystemExit as stop:  # of argparse
         status = stop.code
-    errors = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert status == 2
-    assert message in errors and "Traceback" not in errors
+    assert message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(e, e.exit_status) for e in vars(errors).values() if isinstance(e, type) and hasattr(e, "exit_status")],
+)
+def test_every_error_of_ours_is_one_line_with_its_status(error, status, capsys):
+    def work():
+        raise error("what, why and the remedy")
+
+    assert command_line.run(work) == status == (2 if issubclass(error, errors.UserError) else 1)
+    assert capsys.readouterr().err == "error: what, why and the remedy\n"
 
 
 def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz, tmp_path):

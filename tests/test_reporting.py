@@ -154,7 +154,8 @@ def make_summary(**changes) -> dict:
         "split": {"fingerprint": "ca70645745bfba0a", "class_counts": counts},
         "config": HEAD["config"] | {"seed": 3, "data": "maps.npz", "tracking_uri": None},
         "registered": {
-            "name": "wafer_classifier", "version": "4", "alias": "champion", "verdict": "Better than version 3.",
+            "name": "wafer_classifier", "version": "4", "alias": "champion",
+            "uri": "models:/wafer_classifier@champion", "verdict": "Better than version 3.",
             "comparison": None, "largest_difference_to_checkpoint": 5.4e-07,
         },
     }  # fmt: skip
