@@ -418,7 +418,23 @@ def generator_realism(record: dict) -> list[str]:
     ]
 
 
+def interval_coverage(record: dict) -> list[str]:
+    def cell(one: dict, score: str = "coverage") -> str:
+        return " / ".join(f"{one[way][score]:.3f}" for way in ("product", "percentile"))
+
+    return rows(
+        "test part, macro F1, its mean width, F1 of a class, accuracy, difference of two models",
+        [
+            [s["name"], cell(s["scores"]["macro_f1"]), cell(s["scores"]["macro_f1"], "mean_width"),
+             cell(s["scores"]["class_f1"]), cell(s["scores"]["accuracy"]), cell(s["differences"][0])]
+            for s in record["settings"]
+            if "scores" in s
+        ],
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
+    "interval_coverage": interval_coverage,
     "production": production,
     "champion": champion,
     "comparison_generated": comparison_models,
