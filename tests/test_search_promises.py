@@ -229,6 +229,8 @@ def test_values_of_several_objectives_stand_in_their_order(tiny_npz, tmp_path, m
     assert [t["values"] for t in found["trials"]] == [pytest.approx([f1, 12.5, size]) for f1 in (0.4, 0.6)]
     assert found["objectives"] == ["macro_f1", "latency", "parameters"]
     assert found["best"]["number"] == 1 and found["best"]["macro_f1"] == pytest.approx(0.6)
+    (front,) = found["pareto_front"]
+    assert front == {"number": 1, **{key: found["best"][key] for key in ("values", "parameters")}}
     study = made._studies["scripted"]
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
 
