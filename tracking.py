@@ -123,7 +123,7 @@ class Tracking:
         self.tracker = tracker
         self.uri = (uri or f"sqlite:///{folder / 'mlflow.db'}") if tracker == "mlflow" else str(folder / "wandb")
         self.broken = self.closed = False
-        self._warn, self._open_runs, self._numbers = warn, [], itertools.count(1)
+        self._print, self._open_runs, self._numbers = warn, [], itertools.count(1)
         self._warned_of: Exception | None = None
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._given: float = time.time()  # when we were told what is being carried out
@@ -319,6 +319,7 @@ class Tracking:
                 if not error.may_pass and command.do in ASKED:  # whoever asks is told
                     raise
                 if not error.may_pass:
+                    self._failing_since = None
                     self._warn_once(f"{self._store} did not take {command.do} ({error}); the rest goes on", error)
                     raise
                 self._failing_since = self._failing_since or time.monotonic()
@@ -368,6 +369,10 @@ class Tracking:
             if not self._warn_once(f"goes on without {self._store} ({error})", error):
                 since = time.strftime("%H:%M:%S", time.localtime(self._given))
                 self._warn(f"warning: nothing from {since} on was written to {self._store} ({error})")
+
+    def _warn(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._print(line)
 
     def _warn_once(self, line: str, error: Exception) -> bool:
         first = self._warned_of is None

@@ -379,7 +379,7 @@ def test_one_object_runs_twice_and_resumes_under_another_spelling_of_its_folder(
 def test_what_the_tracker_says_is_printed_as_it_is(tiny_npz, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("integrated_pipeline.Tracking", lambda *args, **kwargs: SimpleNamespace(**kwargs))
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path)))
-    line = "warning: goes on without MLflow at sqlite:////lots[red]/of[/b]/:smile:/mlflow.db"
+    line = "warning: goes on without MLflow at /lots[red]/of[/b]/:smile:/mlflow.db"
     pipeline.open_tracking().warn(line)
     assert capsys.readouterr().err == f"{line}\n"
 
