@@ -14,10 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from made_up import Scripted, pipeline
 from rich.console import Console
 
+import checkpoints
 import integrated_pipeline
 import training_callbacks
+from checkpoints import CheckpointFiles
+from errors import TrainingDivergedError
 from integrated_pipeline import MODEL_REGISTRY, ModelSpec
-from training_callbacks import CheckpointFiles, History, KeepInterrupt, ProgressBar, TimeBudget, TrainingDivergedError
+from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget
 
 
 @pytest.fixture
@@ -218,7 +221,7 @@ def test_a_checkpoint_takes_its_place_only_when_it_is_whole(tmp_path, monkeypatc
         replace(source, target)
 
     replace = os.replace
-    monkeypatch.setattr(training_callbacks.os, "replace", watched)
+    monkeypatch.setattr(checkpoints.os, "replace", watched)
     files.save_checkpoint({"weights": torch.ones(3)}, file)
     assert seen == [([1.0] * 3, True), [0.0] * 3]
     assert torch.load(file, weights_only=True)["weights"].tolist() == [1.0] * 3

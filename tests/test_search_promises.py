@@ -95,22 +95,11 @@ def test_the_chosen_pruner_stops_unpromising_trials(pruner, epochs, tiny_npz, tm
     assert [t["number"] for t in found["trials"] if t["values"] is None] == [i for i, n in enumerate(epochs) if n < 4]
 
 
-class BeforeTheStudy(Exception):
-    pass
-
-
-def made_with(monkeypatch, made):
-    """The sampler and the pruner that Optuna's study is made with."""
-    parts = {}
-
-    def stop(**given):
-        parts.update(given)
-        raise BeforeTheStudy
-
-    with monkeypatch.context() as patch, pytest.raises(BeforeTheStudy):
-        patch.setattr(optuna, "create_study", stop)
-        made.search(made.config.model_type)
-    return parts["sampler"], parts["pruner"]
+def made_with(made):
+    """The sampler and the pruner of the study that a search works with."""
+    made.prepare_data()
+    study = made._open_study(made.config.model_type)
+    return study.sampler, study.pruner
 
 
 @pytest.mark.parametrize(
@@ -124,9 +113,9 @@ def made_with(monkeypatch, made):
         ("none", 100, optuna.pruners.NopPruner),
     ],
 )
-def test_the_study_has_the_pruner_that_was_asked_for(asked, trials, kind, tiny_npz, tmp_path, monkeypatch):
+def test_the_study_has_the_pruner_that_was_asked_for(asked, trials, kind, tiny_npz, tmp_path):
     made = searching(tiny_npz, tmp_path, pruner=asked, num_optuna_trials=trials)
-    assert type(made_with(monkeypatch, made)[1]) is kind
+    assert type(made_with(made)[1]) is kind
 
 
 @pytest.mark.parametrize(
@@ -137,9 +126,9 @@ def test_the_study_has_the_pruner_that_was_asked_for(asked, trials, kind, tiny_n
         ("auto", optuna.samplers.TPESampler),
     ],
 )
-def test_the_sampler_that_was_asked_for_proposes_and_is_named(asked, kind, tiny_npz, tmp_path, monkeypatch):
+def test_the_sampler_that_was_asked_for_proposes_and_is_named(asked, kind, tiny_npz, tmp_path):
     made = searching(tiny_npz, tmp_path, sampler=asked, num_optuna_trials=1, search_epochs=1)
-    assert type(made_with(monkeypatch, made)[0]) is kind
+    assert type(made_with(made)[0]) is kind
     Scripted.scripts = [[0.5]]
     found = made.search("scripted")
     assert found["sampler"] == kind.__name__
@@ -247,7 +236,7 @@ def spent(seconds, best=0.5):
 def final_training(asked, score=0.9):
     def train(self, name, params=None, *, seconds=None):
         asked[name] = seconds
-        return {"model_type": name, "history": {"val_macro_f1": [score]}}
+        return {"model_type": name, "history": {"val_macro_f1": [score]}, "train_seconds": 0.0}
 
     return train
 
@@ -425,13 +414,19 @@ def test_the_seconds_of_an_experiments_training_hold_its_search(tiny_npz, tmp_pa
     monkeypatch.setattr(
         IntegratedMLPipeline,
         "search_and_train",
-        lambda self, name: {"model_type": name, "train_seconds": 20.0, "epochs": 2, "search": spent(300.0)},
+        lambda self, name: {
+            "model_type": name,
+            "train_seconds": 20.0,
+            "total_seconds": 320.0,
+            "epochs": 2,
+            "search": spent(300.0),
+        },
     )
 
     def scores(self, records):
         labels = self.maps.labels[self.split.test]
         predicted = evaluation.Predictions(torch.eye(9)[labels], labels, self.maps.groups[self.split.test], CLASS_NAMES)
-        metrics = evaluation.compute_metrics(predicted, n_bootstrap=10)
+        metrics = evaluation.compute_metrics(predicted)
         more = {"n_parameters": 1, "latency_ms": 1.0, "weights": "random (made up)", "parameters": {}}
         return [{**r, "validation": metrics, "test": metrics, **more} for r in records], [predicted]
 
