@@ -1167,7 +1167,9 @@ class IntegratedMLPipeline:
         )  # fmt: skip
 
     def _fingerprint(self) -> str:
-        text = f"{self.config.training_fingerprint()} {self.split.fingerprint}"
+        if self.split is None:
+            self.prepare_data()
+        text = f"{self.config.training_fingerprint()} {self.split.fingerprint} {self._equal_share()}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _weights_source(self, model: WaferClassifier, folder: TrainingFolder, *, resumed: bool) -> str:

@@ -420,6 +420,7 @@ def test_the_seconds_of_an_experiments_training_hold_its_search(tiny_npz, tmp_pa
             "total_seconds": 320.0,
             "epochs": 2,
             "search": spent(300.0),
+            "precision": "32-true",
         },
     )
 
