@@ -83,8 +83,7 @@ def choose_decision(by_views: Mapping[int, np.ndarray], labels: np.ndarray, trai
     offsets = tuple((strength * log_frequency).tolist()) if strength else ()
     decision = Decision(views=views, prior_strength=strength, offsets=offsets, left_out=left_out)
     corrected = decision.apply(torch.from_numpy(by_views[views]).double()).numpy()
-    among_trained = np.cumsum(trained) - 1  # the number of a class when those left out are not counted
-    return replace(decision, temperature=fit_temperature(corrected[:, trained], among_trained[labels]))
+    return replace(decision, temperature=fit_temperature(corrected, labels))
 
 
 def _smoothed_scores(probabilities: np.ndarray, labels: np.ndarray, log_frequency: np.ndarray) -> np.ndarray:

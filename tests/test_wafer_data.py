@@ -331,13 +331,20 @@ def test_large_lots_are_in_the_test_part_as_often_as_small_ones():
         in_test[list(tests[-1])] += 1 / 100
     # 30 lots of a size, 100 seeds: the mean has a standard error of 0.007
     assert all(abs(in_test[size::4].mean() - 0.15) < 0.03 for size in range(4))
-    # Seeds are as good as independent: two random fifteenths of the lots have 8% of their union in common.
+    # Seeds are as good as independent: two random 15% of the lots have 8% of their union in common.
     common = [len(a & b) / len(a | b) for a, b in itertools.pairwise(tests)]
     assert np.mean(common) < 0.12
 
 
+def test_lots_that_lie_side_by_side_are_dealt_independently():
+    maps = made_up(np.arange(400) % 2, np.arange(400))
+    in_test = np.zeros(400, bool)
+    in_test[split_by_lot(maps, seed=0).test] = True
+    assert in_test[:-2][in_test[2:]].mean() < 0.35  # 60 of 400: 0.15 by chance, nearly 1 if they stayed in order
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 8, 9, 11])  # the last three deal a lot of 30% to another part first
 def test_a_giant_lot_goes_to_training_and_the_run_is_told_where_shares_suffer(share, seed):
     lots = 1 + np.arange(2000) // 10
     lots[: int(2000 * share)] = 0
@@ -346,6 +353,7 @@ def test_a_giant_lot_goes_to_training_and_the_run_is_told_where_shares_suffer(sh
     assert len(split.train) >= 0.6 * 2000
     assert (shares_of(maps, split) > 0).all()
     assert 0 in maps.groups[split.train]
+    assert (np.abs(shares_of(maps, split) - [[0.70], [0.15], [0.15]]).max() < 0.06) == (share < 0.9)
     assert any("all maps 90 / 5 / 5%" in note for note in split.notes) == (share == 0.9)
 
 
@@ -374,6 +382,17 @@ def test_a_class_in_few_lots_is_in_training_first_and_costs_the_others_nothing(s
     assert len(split.train) >= 0.6 * len(maps)
     assert (np.delete(shares, CLASS_NAMES.index("Scratch"), axis=1) > 0).all()
     assert any(note in said for said in split.notes), split.notes
+
+
+def test_a_class_is_rather_missing_from_test_than_from_training():
+    """Each of two lots is the only one of a class; five more classes are in just these two, and want one in test."""
+    both = [4] * 5
+    table = np.array([[6, 0, *both, 0], [0, 6, *both, 0], *[[0] * 7 + [5]] * 6])
+    maps = made_up(np.repeat(np.tile(np.arange(8), 8), table.ravel()), np.repeat(np.arange(8), table.sum(1)))
+    for seed in range(6):
+        split = split_by_lot(maps, seed=seed)
+        assert {0, 1} <= set(maps.groups[split.train])
+        assert sum("none in validation and test" in note for note in split.notes) == 7
 
 
 @pytest.mark.parametrize(
