@@ -72,29 +72,36 @@ TARGETS = {
     "splitting": Target(
         "wafer_data.py",
         ("tests/test_wafer_data.py",),
-        functions=("split_by_lot", "_lots_*", "_deal*", "_fingerprint", "_at_most", "EpochBatches.*"),
+        functions=(
+            "split_by_lot", "_lots_*", "_deal", "_best_deal", "_improve", "_pairs", "_cost", "_notes_on", "_shares",
+            "_is_off", "_fingerprint", "_at_most", "EpochBatches.*",
+        ),
     ),
     "metrics": Target(
         "evaluation.py",
         ("tests/test_evaluation.py",),
         functions=(
             "Predictions.*", "_check_probabilities", "_as_integers", "compute_*", "compare_*", "_lot_*", "_scores",
-            "_divide", "_boot*", "_percentile*", "_roc*",
+            "_divide", "_jackknife*", "_score_interval", "_calibration_interval", "_t_quantile", "_share_at_least",
+            "_known", "_roc*",
         ),
     ),
+    "gate": Target("promotion.py", ("tests/test_promotion.py",)),
+    "checkpoints": Target("checkpoints.py", ("tests/test_checkpoints.py", "tests/test_callbacks.py")),
     "training_callbacks": Target("training_callbacks.py", ("tests/test_callbacks.py", "tests/test_pipeline.py")),
     "search": Target(
         "integrated_pipeline.py",
         ("tests/test_search_promises.py", "tests/test_search.py"),
         functions=(
             "suggest_parameters", "own_search_space", "_completed", "_counted_trials", "_study_*", "_run_again",
-            "_trial_*", "_out_of_memory",
+            "_trial_*", "_out_of_memory", "_proposed_by", "_mend_journal", "ends_one_model",
             *(
                 f"IntegratedMLPipeline.{name}"
                 for name in (
                     "search", "search_and_train", "optuna_objective", "_train_trial", "_equal_share", "_sampler",
                     "_seconds_by_merit", "start_and_search", "train_with_the_best", "_worth_training", "_pruner",
-                    "_search_*", "_trials_folder", "_open_study", "_study_storage", "_default_trial", "_better_of",
+                    "_search_*", "_trial_file", "_open_study", "_study_storage", "_default_trial", "_better_of",
+                    "_fetch_weights", "_share_weights", "_shared_weights",
                     "_forget_beaten_trials", "_start_without_search", "_starts_pretrained",
                 )
             ),
