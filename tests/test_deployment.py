@@ -33,7 +33,7 @@ def test_the_file_answers_as_the_model_does_for_maps_of_all_sizes(model_type, ti
     expected = predict_probabilities(model, resize_maps(maps, 32)[::9])
     file = export_onnx(model, tmp_path / "model.onnx", image_size=32)
     answered = OnnxClassifier(file).predict(some, batch_size=3)
-    np.testing.assert_allclose(answered, expected, atol=2e-4)
+    np.testing.assert_allclose(answered, expected, atol=1e-4)
     assert (answered.argmax(1) == expected.argmax(1)).mean() > 0.98
     np.testing.assert_allclose(answered.sum(1), 1, atol=1e-5)
 
@@ -46,7 +46,7 @@ def test_the_decision_is_in_the_file(tiny_npz, tmp_path):
     plain = predict_probabilities(model, resize_maps(maps, 32)[::9])
     file = export_onnx(model, tmp_path / "model.onnx", image_size=32, decision=decision)
     answered = OnnxClassifier(file).predict([maps[i] for i in range(0, len(maps), 9)], batch_size=3)
-    np.testing.assert_allclose(answered, expected, atol=2e-4)
+    np.testing.assert_allclose(answered, expected, atol=1e-4)
     assert np.abs(plain - expected).max() > 0.05
 
 
@@ -56,7 +56,7 @@ def test_one_map_large_or_small_goes_through(tmp_path):
     for shape in ((1, 22, 15), (1, 212, 204), (5, 32, 32)):
         maps = np.random.default_rng(0).integers(0, 3, shape, dtype=np.uint8)
         expected = RawMapClassifier(model, 32)(torch.from_numpy(maps)).detach()
-        np.testing.assert_allclose(classifier.predict(list(maps)), expected, atol=2e-4)
+        np.testing.assert_allclose(classifier.predict(list(maps)), expected, atol=1e-4)
 
 
 def test_the_file_says_what_it_is_and_holds_no_other_file(tmp_path):
