@@ -302,9 +302,9 @@ def test_the_verdict_quotes_the_score_of_the_file(tmp_path):
     file = write_file(tmp_path / "model.onnx")
     checkpoint = answers(file, FIRST)
     tied = checkpoint.probabilities.copy()
-    tied[0, :2] = tied[0, :2].sum() / 2 + np.array([-2e-4, 2e-4])  # a tie, which the checkpoint breaks the other way
+    tied[0, :2] = tied[0, :2].sum() / 2 + np.array([-2e-5, 2e-5])  # a tie, which the checkpoint breaks the other way
     leaning = tied.copy()
-    leaning[0, :2] += (4e-4, -4e-4)
+    leaning[0, :2] += (4e-5, -4e-5)
     classifier = OnnxClassifier.predict
     try:
         OnnxClassifier.predict = lambda *_: leaning
@@ -312,7 +312,7 @@ def test_the_verdict_quotes_the_score_of_the_file(tmp_path):
     finally:
         OnnxClassifier.predict = classifier
     assert isinstance(said, Promotion) and said.test_macro_f1 == 1.0
-    assert "test macro F1 1.0000" in said.verdict and said.largest_difference_to_checkpoint == pytest.approx(4e-4)
+    assert "test macro F1 1.0000" in said.verdict and said.largest_difference_to_checkpoint == pytest.approx(4e-5)
 
 
 # --- whatever fails is a sentence
