@@ -112,7 +112,8 @@ class ExperimentConfig:
         search_share: share of the time limit that the search may use; the rest belongs to the final training.
         favourite_share: share of the final trainings' time for the model whose search scored highest, once all
             searches are done; the others share the rest. None: each model is searched and trained with an equal share.
-        sampler: who proposes parameters: "auto" (TPE), "tpe" or "random".
+        sampler: who proposes parameters: "auto" and "tpe" (TPE, which draws its first 10 trials at random, so that a
+            shorter search is a random one) or "random".
         pruner: who stops unpromising trials: "auto" (median below 30 trials, then Hyperband), "median", "halving"
             (successive halving, the strictest: only the best third goes on after 2, 4, 10, ... epochs), "hyperband" or
             "none".
