@@ -1,5 +1,6 @@
 """Promises about the search: pruned, resumable, shared, never worse than its best trial."""
 
+import datetime
 import json
 import os
 import shutil
@@ -500,3 +501,28 @@ def test_ctrl_c_while_the_journals_lock_is_given_back_is_still_ctrl_c(tiny_npz, 
     with pytest.raises(KeyboardInterrupt):
         made.search("lightning_cnn")
     assert done
+
+
+@pytest.mark.parametrize(("last", "stopped"), [(0.45, False), (0.35, True)])
+def test_halving_lets_the_best_third_go_on(last, stopped, tiny_npz, tmp_path):
+    study = optuna.create_study(direction="maximize", pruner=pipeline(tiny_npz, tmp_path, pruner="halving")._pruner())
+    for value in (0.5, 0.4, 0.3, 0.2, 0.1, last):
+        trial = study.ask()
+        trial.report(value, step=1)
+        is_stopped = trial.should_prune()
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    assert is_stopped is stopped  # second of six is among the best third, third of six is not
+
+
+@pytest.mark.parametrize(("deadline", "left"), [(None, 20), (5.2, 5), (-3, 0)])
+def test_the_line_of_a_trial_says_how_long_the_search_will_take(deadline, left, monkeypatch):
+    study, start = optuna.create_study(direction="maximize"), datetime.datetime(2026, 1, 1)
+    for seconds in (8, 12):  # ten on average, and two of four are left
+        study.add_trial(optuna.trial.create_trial(value=0.5))
+        trial = study.trials[-1]
+        trial.datetime_start, trial.datetime_complete = start, start + datetime.timedelta(seconds=seconds)
+        study._storage._studies[study._study_id].trials[-1] = trial
+    monkeypatch.setattr(integrated_pipeline.time, "monotonic", lambda: 1000.0)
+    limit = None if deadline is None else 1000.0 + deadline
+    line = integrated_pipeline._trial_line(study, study.trials[-1], wanted=4, deadline=limit)
+    assert line.startswith("  trial 2/4  complete  0.500  best 0.500") and line.endswith(f"about {left} s left")
