@@ -7,10 +7,10 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import command_line
+from waferlab import command_line
 
 if TYPE_CHECKING:
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
 EXAMPLES = """\
   python demo.py                                     one model, about two minutes
@@ -52,7 +52,7 @@ def search_and_report(arguments: argparse.Namespace) -> None:
 
 def ultra() -> ExperimentConfig:
     """The small CNN with a search of eight trials."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     return ExperimentConfig(
         experiment_name="demo_ultra",
@@ -66,7 +66,7 @@ def ultra() -> ExperimentConfig:
 
 def quick() -> ExperimentConfig:
     """All four models, three trials each."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     return ExperimentConfig(
         experiment_name="demo_quick",
@@ -79,7 +79,7 @@ def quick() -> ExperimentConfig:
 
 def full() -> ExperimentConfig:
     """All four models, six trials each, longer final training."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     return ExperimentConfig(
         experiment_name="demo_full",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-import command_line
+from waferlab import command_line
 
 EXAMPLES = """\
   python pretrain.py                                     the small CNN, 200,000 maps, ten minutes on one core
@@ -31,8 +31,8 @@ def main() -> int:
 
 def pretrain_all(arguments: argparse.Namespace) -> None:
     """The work itself; imported late, so that --help and wrong flags answer at once."""
-    from integrated_pipeline import ExperimentConfig
-    from wafer_pretraining import pretrain
+    from waferlab.config import ExperimentConfig
+    from waferlab.training.pretraining import pretrain
 
     models = "all" if arguments.models == ["all"] else arguments.models
     config = ExperimentConfig(model_type=models, output_dir=arguments.output_dir)

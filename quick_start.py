@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-import command_line
+from waferlab import command_line
 
 EXAMPLES = """\
   python quick_start.py
@@ -21,7 +21,7 @@ def main() -> int:
 
 def train_and_report(arguments: argparse.Namespace) -> None:
     """The work itself; imported late, so that --help and wrong flags answer at once."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     config = ExperimentConfig(
         experiment_name="quick_start",

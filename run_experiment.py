@@ -13,10 +13,10 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import command_line
+from waferlab import command_line
 
 if TYPE_CHECKING:
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
 EXAMPLES = """\
   python run_experiment.py --mode comparison
@@ -62,8 +62,9 @@ def main() -> int:
 
 def run_and_report(arguments: argparse.Namespace) -> None:
     """The work itself; imported late, so that --help and wrong flags answer at once."""
-    from experiments import ablate, compare_architectures
     from integrated_pipeline import IntegratedMLPipeline
+    from waferlab.experiments.ablation import ablate
+    from waferlab.experiments.comparison import compare_architectures
 
     preset = {"demo": demo, "comparison": comparison, "production": production, "ablation": ablation}[arguments.mode]
     pipeline = IntegratedMLPipeline(replace(preset(), **_chosen(arguments)))
@@ -102,7 +103,7 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, object]:
 
 def demo() -> ExperimentConfig:
     """All four models, small searches, decision tuned: about ten minutes."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     return ExperimentConfig(
         experiment_name="experiment_demo",
@@ -117,7 +118,7 @@ def demo() -> ExperimentConfig:
 
 def production() -> ExperimentConfig:
     """A full search for every architecture, then the final trainings, the longest for what did best in its search."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     return ExperimentConfig(
         experiment_name="production",
@@ -135,14 +136,14 @@ def production() -> ExperimentConfig:
 
 def comparison() -> ExperimentConfig:
     """Every architecture with its default parameters and the same seconds."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     return ExperimentConfig(experiment_name="comparison", enable_optuna=False, max_epochs=20, time_limit=1080)
 
 
 def ablation() -> ExperimentConfig:
     """Each component on and off, for the small CNN; searches are part of a variant's seconds."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     return ExperimentConfig(
         experiment_name="ablation",

@@ -35,6 +35,8 @@ from measure import (
 )
 from provenance import BATCHES, FAMILY, TRAINING
 
+from waferlab.training.callbacks import History
+
 MEASURES = (
     *(*BATCHES, *TRAINING, *FAMILY["yolo_inspired"], "CheckpointFiles", "History"),
     *("against_ultralytics.ultralytics", "against_ultralytics.ours"),
@@ -93,20 +95,19 @@ def in_own_process(way: str, arguments: argparse.Namespace) -> dict:
 
 
 def ours(arguments: argparse.Namespace) -> dict:
-    import integrated_pipeline
-    from integrated_pipeline import import_ultralytics_tasks
+    from waferlab.models.yolo import import_ultralytics_tasks
 
     import_ultralytics_tasks()
     pipeline = prepare(arguments, "yolo_inspired")
     clock = ClockedF1()
-    original = integrated_pipeline.History.on_train_epoch_end
+    original = History.on_train_epoch_end
 
     def noted(history, trainer, model) -> None:
         original(history, trainer, model)
         score = round(float(trainer.callback_metrics["val_macro_f1"]), 4)
         clock.points.append((round(time.monotonic() - clock._started, 2), score))
 
-    integrated_pipeline.History.on_train_epoch_end = noted
+    History.on_train_epoch_end = noted
     started = time.monotonic()
     record = pipeline.train_final_model("yolo_inspired")
     seconds = time.monotonic() - started
@@ -115,7 +116,7 @@ def ours(arguments: argparse.Namespace) -> dict:
 
 
 def ultralytics(arguments: argparse.Namespace) -> dict:
-    from integrated_pipeline import import_ultralytics_tasks
+    from waferlab.models.yolo import import_ultralytics_tasks
 
     os.environ["YOLO_CONFIG_DIR"] = str(arguments.folder)  # settings of its own, thrown away afterwards
     import_ultralytics_tasks()
@@ -154,7 +155,7 @@ def test_score(model, pipeline, arguments: argparse.Namespace) -> float:
     import torch
     from sklearn.metrics import f1_score
 
-    from wafer_data import CLASS_NAMES
+    from waferlab.data.maps import CLASS_NAMES
 
     test = pipeline.data_module(arguments.batch_size).test_dataloader().dataset
     network = model.model.eval()

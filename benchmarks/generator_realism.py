@@ -23,7 +23,8 @@ from sklearn.metrics import confusion_matrix, f1_score
 from torch import nn
 from torch.nn import functional as F
 
-from wafer_generator import CLASS_NAMES, generate_wafer_maps
+from waferlab.data.generator import generate_wafer_maps
+from waferlab.data.maps import CLASS_NAMES
 
 MEASURES = (*GENERATOR, *(f"generator_realism.{name}" for name in ("Residual", "create_model", "train", "MIX")))
 SIDE = 32

@@ -4,8 +4,8 @@
 
 A data set is what two models say about maps in lots: lots hold one or two classes each, or a mixture; how good a model
 is varies from lot to lot and from class to class within a lot; what a lot's maps are taken for is particular to the
-lot; the two models err on much the same maps. Each data set is scored by `evaluation.compute_metrics` and
-`evaluation.compare_macro_f1` themselves, and by the method that they replaced: percentiles of a bootstrap over lots in
+lot; the two models err on much the same maps. Each data set is scored by `compute_metrics` and
+`compare_macro_f1` themselves, and by the method that they replaced: percentiles of a bootstrap over lots in
 which a resample without a class scores 0 for it. An interval counts if it holds the score of a very large sample of the
 same process. Data sets that lack a class are drawn again, since the product's split puts each class into the test part;
 a class that only one lot holds has no interval of its own and counts in none of the figures for classes.
@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from measure import write_record
 
-import evaluation
-from wafer_generator import CLASS_NAMES
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.evaluation.metrics import _lot_statistics, _scores, compare_macro_f1, compute_metrics
+from waferlab.evaluation.predictions import Predictions
 
 MEASURES = ("compute_metrics", "compare_macro_f1")
 C = len(CLASS_NAMES)
@@ -121,7 +122,7 @@ def pick(rng: np.random.Generator, shares: np.ndarray) -> np.ndarray:
 
 def draw_models(
     rng: np.random.Generator, lot: np.ndarray, labels: np.ndarray, lead: float
-) -> tuple[evaluation.Predictions, evaluation.Predictions]:
+) -> tuple[Predictions, Predictions]:
     """What two models say about maps of these lots and classes; the first is better by `lead` in log odds."""
     n_lots = lot[-1] + 1
     skill = np.array(SKILL)[labels] + DIFFICULTY * rng.standard_normal(len(lot))  # maps are hard for both models
@@ -136,13 +137,11 @@ def draw_models(
         confidence = np.clip(1 / (1 + np.exp(-OVERCONFIDENCE * (skill + ahead))), 0.3, 0.999)
         probabilities = np.repeat((1 - confidence[:, None]) / (C - 1), C, axis=1)
         probabilities[np.arange(len(lot)), np.where(right, labels, pick(rng, wrong_for))] = confidence
-        models.append(evaluation.Predictions(probabilities, labels, lot, CLASS_NAMES))
+        models.append(Predictions(probabilities, labels, lot, CLASS_NAMES))
     return models[0], models[1]
 
 
-def data_sets(
-    setting: Setting, lead: float, *, repeats: int, seed: int
-) -> Iterator[tuple[evaluation.Predictions, ...]]:
+def data_sets(setting: Setting, lead: float, *, repeats: int, seed: int) -> Iterator[tuple[Predictions, ...]]:
     """Pairs of models on maps of every class."""
     rng = np.random.default_rng(seed)
     for _ in range(repeats):
@@ -159,9 +158,9 @@ def true_scores(process: Setting, lead: float, n_lots: int) -> tuple[dict[str, n
     for start in range(0, n_lots, 1000):
         maps = draw_maps(rng, process, min(1000, n_lots - start))
         for model, predictions in enumerate(draw_models(rng, *maps, lead)):
-            for kind, of_lots in enumerate(evaluation._lot_statistics(predictions)):
+            for kind, of_lots in enumerate(_lot_statistics(predictions)):
                 sums[model][kind] = sums[model][kind] + of_lots.sum(axis=0)
-    return tuple(evaluation._scores(*of_model) for of_model in sums)
+    return tuple(_scores(*of_model) for of_model in sums)
 
 
 def true_difference(setting: Setting, lead: float, n_lots: int) -> float:
@@ -184,19 +183,19 @@ def lead_for(setting: Setting, difference: float, n_lots: int) -> float:
 # Coverage
 
 
-def percentile_intervals(*models: evaluation.Predictions, seed: int) -> list[dict[str, Any]]:
+def percentile_intervals(*models: Predictions, seed: int) -> list[dict[str, Any]]:
     """The former method: 2.5 to 97.5% of bootstrap resamples of lots, in each of which an absent class has F1 0.
 
     The resamples are the same for all models; last comes the difference of the first two, if there are two.
     """
     found, samples = [], []
     for predictions in models:
-        confusion, gaps = evaluation._lot_statistics(predictions)
+        confusion, gaps = _lot_statistics(predictions)
         n_lots, rng = len(confusion), np.random.default_rng(seed)
         drawn = rng.integers(n_lots, size=(N_RESAMPLES, n_lots)) + np.arange(N_RESAMPLES)[:, None] * n_lots
         weights = np.bincount(drawn.ravel(), minlength=N_RESAMPLES * n_lots).reshape(N_RESAMPLES, n_lots).astype(float)
         sums = weights @ confusion.reshape(n_lots, -1)
-        scores = evaluation._scores(sums.reshape(-1, C, C), weights @ gaps)
+        scores = _scores(sums.reshape(-1, C, C), weights @ gaps)
         scores["macro_f1"] = scores["f1"].mean(axis=-1)
         found.append({name: np.percentile(scores[name], [2.5, 97.5], axis=0).T for name in (*SCORES, "f1")})
         samples.append(scores["macro_f1"])
@@ -212,7 +211,7 @@ def rows_of_scores(setting: Setting, *, repeats: int, seed: int) -> tuple[np.nda
     """
     ours, theirs, alone = [], [], []
     for number, (_, model) in enumerate(data_sets(setting, 0.0, repeats=repeats, seed=seed)):
-        metrics = evaluation.compute_metrics(model)
+        metrics = compute_metrics(model)
         of_classes = [row["f1_interval"] or (np.nan, np.nan) for row in metrics["per_class"].values()]
         ours.append([*(metrics["intervals"][name] for name in SCORES), *of_classes])
         (old,) = percentile_intervals(model, seed=number)
@@ -226,7 +225,7 @@ def rows_of_differences(setting: Setting, lead: float, *, repeats: int, seed: in
     """Intervals of the difference in macro F1, [R, 1, 2], by the product and by percentiles."""
     ours, theirs = [], []
     for number, pair in enumerate(data_sets(setting, lead, repeats=repeats, seed=seed)):
-        ours.append([evaluation.compare_macro_f1(*pair)["interval"]])
+        ours.append([compare_macro_f1(*pair)["interval"]])
         theirs.append([percentile_intervals(*pair, seed=number)[-1]["difference"]])
     return np.array(ours), np.array(theirs)
 

@@ -44,7 +44,8 @@ def main() -> None:
 
 def score_odd_groups(summary: dict[str, Any], data: str) -> None:
     """Adds `test_macro_f1_odd_groups` to each model."""
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from integrated_pipeline import IntegratedMLPipeline
+    from waferlab.config import ExperimentConfig
 
     known = {field.name for field in fields(ExperimentConfig)}
     settings = {key: value for key, value in summary["config"].items() if key in known}

@@ -97,7 +97,7 @@ def write_pickle(path: Path, *, rows: int, seed: int = 0) -> int:
 def convert(path: Path) -> dict[str, float | int]:
     """Runs and times the conversion in this process."""
     sys.path.insert(0, str(ROOT))
-    from lswmd_reader import convert_lswmd
+    from waferlab.data.lswmd import convert_lswmd
 
     clock = [time.perf_counter()]
     cache = convert_lswmd(path)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from evaluation import Predictions
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-    from wafer_data import Split
+    from integrated_pipeline import IntegratedMLPipeline
+    from waferlab.config import ExperimentConfig
+    from waferlab.data.splitting import Split
+    from waferlab.evaluation.predictions import Predictions
 
 from provenance import ROOT, digests
 
@@ -112,7 +113,7 @@ def write_record(
         weights: what the trainings started from; None where nothing is trained.
         search: how parameters were chosen; None where nothing is trained.
     """
-    from integrated_pipeline import environment
+    from waferlab.records import environment
 
     if "data" in record:
         record = record | {"data": Path(record["data"]).name}
@@ -130,7 +131,7 @@ def write_record(
 
 def plain_config(**settings: Any) -> ExperimentConfig:
     """Random weights, no search, no tracking, nothing printed, all epochs trained, unless `settings` say otherwise."""
-    from integrated_pipeline import ExperimentConfig
+    from waferlab.config import ExperimentConfig
 
     plain = {"use_pretrained": False, "enable_optuna": False, "enable_mlflow": False, "quiet": True}
     if "max_epochs" in settings:
@@ -192,21 +193,23 @@ def few_maps(pipeline: IntegratedMLPipeline, per_class: int, validation_per_clas
 def score_on(pipeline: IntegratedMLPipeline, record: dict, indices: np.ndarray) -> dict:
     """What a trained model (any record with model_type, parameters and checkpoint) scores on maps of the pipeline.
 
-    As `evaluation.compute_metrics`, and `macro_f1_odd_groups` beside it.
+    As `compute_metrics`, and `macro_f1_odd_groups` beside it.
     """
-    import evaluation
-    from integrated_pipeline import predict_probabilities
-    from wafer_data import CLASS_NAMES, resize_maps
+    from waferlab.data.images import resize_maps
+    from waferlab.data.maps import CLASS_NAMES
+    from waferlab.evaluation.inference import predict_probabilities
+    from waferlab.evaluation.metrics import compute_metrics
+    from waferlab.evaluation.predictions import Predictions
 
     maps = pipeline.maps.select(indices)
-    predicted = evaluation.Predictions(
+    predicted = Predictions(
         probabilities=predict_probabilities(pipeline.load_model(record), resize_maps(maps, pipeline.config.image_size)),
         labels=maps.labels,
         groups=maps.groups,
         class_names=CLASS_NAMES,
     )
     odd = {"macro_f1_odd_groups": odd_groups_macro_f1(pipeline, predicted, indices)}
-    return evaluation.compute_metrics(predicted) | odd
+    return compute_metrics(predicted) | odd
 
 
 def odd_groups_macro_f1(pipeline: IntegratedMLPipeline, predicted: Predictions, indices: np.ndarray) -> float | None:
@@ -276,7 +279,7 @@ def write_image_folder(data, folder: Path) -> None:
     """
     from PIL import Image
 
-    from wafer_data import CLASS_NAMES
+    from waferlab.data.maps import CLASS_NAMES
 
     loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
     for part, loader in loaders.items():

@@ -32,7 +32,8 @@ from measure import (
 from provenance import BATCHES, FAMILY, SCORES, SEARCH, SPLIT, TRAINING, changed
 
 if TYPE_CHECKING:
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from integrated_pipeline import IntegratedMLPipeline
+    from waferlab.config import ExperimentConfig
 
 MEASURES = (*SPLIT, *BATCHES, *TRAINING, *SEARCH, *SCORES, "measure.few_maps")
 SETTINGS = ("data", "per_class", "validation_per_class", "model", "trials", "epochs", "batch_size", "image_size")

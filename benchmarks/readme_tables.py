@@ -309,7 +309,7 @@ def taken_for(name: str, names: list[str], counts: list[int]) -> str:
 
 def comparison(record: dict) -> list[str]:
     """The models, their differences and the verdict; nothing of a ranking where it would not be fair."""
-    from reporting import comparison_markdown
+    from waferlab.reports.tables import comparison_markdown
 
     table = comparison_markdown(record).strip()
     trials = {run["model_type"]: run["trials"] for run in record["runs"]}
@@ -348,7 +348,7 @@ def levels(runs: list[dict]) -> list[str]:
 
 
 def ablation(record: dict) -> list[str]:
-    from reporting import ablation_markdown
+    from waferlab.reports.tables import ablation_markdown
 
     return [*ablation_markdown(record).strip().splitlines(), "", record["verdict"]]
 

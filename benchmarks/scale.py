@@ -54,7 +54,8 @@ def main() -> None:
 
 def measure(n: int, arguments: argparse.Namespace) -> dict[str, float | str]:
     from integrated_pipeline import IntegratedMLPipeline
-    from wafer_data import load_wafer_maps, split_by_lot
+    from waferlab.data.reading import load_wafer_maps
+    from waferlab.data.splitting import split_by_lot
 
     seconds = {}
 

@@ -91,7 +91,8 @@ def in_own_process(arguments: argparse.Namespace, model_type: str, minutes: floa
 
 
 def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed: int, started: float) -> dict:
-    from integrated_pipeline import IntegratedMLPipeline, environment
+    from integrated_pipeline import IntegratedMLPipeline
+    from waferlab.records import environment
 
     config = plain_config(
         experiment_name=f"{model_type}_{minutes:g}min_seed{seed}",
@@ -158,7 +159,7 @@ def longest(runs: list[dict]) -> list[dict]:
 
 def draw(runs: list[dict], path: Path) -> None:
     """The models beside each other."""
-    from evaluation import plot_model_comparison
+    from waferlab.reports.run_figures import plot_model_comparison
 
     results = [
         {

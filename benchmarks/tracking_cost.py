@@ -77,7 +77,7 @@ def in_a_process(way: str) -> dict[str, float | str]:
 def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.one == "tracked":
-            from tracking import start_early
+            from waferlab.tracking.runs import start_early
 
             start_early(Path(folder))
         from integrated_pipeline import IntegratedMLPipeline

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def compare(prepared, model_type: str, folder: Path, repeats: int) -> dict:
-    from small_convolutions import SmallImageConv2d
+    from waferlab.models.small_convolutions import SmallImageConv2d
 
     ways = {"ours": partial(ours, prepared, model_type), "bare": partial(bare_loop, prepared, model_type, folder)}
     if any(isinstance(module, SmallImageConv2d) for module in prepared.create_model(model_type).modules()):
@@ -94,8 +94,8 @@ def bare_loop(prepared, model_type: str, folder: Path, *, plain_convolutions: bo
     import torch
     from sklearn.metrics import f1_score
 
-    from small_convolutions import SmallImageConv2d
-    from wafer_data import augment, encode
+    from waferlab.data.images import augment, encode
+    from waferlab.models.small_convolutions import SmallImageConv2d
 
     data = prepared.data_module(prepared.config.batch_size)
     torch.manual_seed(prepared.config.seed)

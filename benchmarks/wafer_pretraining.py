@@ -72,7 +72,7 @@ def main() -> None:
 
 def headers(folder: Path, runs: list[dict]) -> dict[str, dict]:
     """What the files that were fine-tuned from say of their pre-training."""
-    from pretrained_weights import read_header
+    from waferlab.models.starting_weights import read_header
 
     names = {run["weights"] for run in runs if not run["weights"].startswith("random")}
     files = [folder / name[name.index("(") + 1 : -1] for name in sorted(names)]

@@ -9,13 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run side by side; thr
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wafer_generator import generate_wafer_maps  # noqa: E402
+from waferlab.data.generator import generate_wafer_maps  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def tiny_arrays():
     """40 generated maps a class, in the arrays of the .npz layout."""
-    from wafer_data import CLASS_NAMES, pack_maps
+    from waferlab.data.maps import CLASS_NAMES, pack_maps
 
     drawn, labels, lots = generate_wafer_maps(40, seed=5)
     maps = pack_maps(drawn, labels, groups=lots, source="tiny")

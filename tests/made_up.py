@@ -8,8 +8,9 @@ import torch
 from conftest import tiny_settings
 from torch import nn
 
-from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-from simple_model import WaferClassifier
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.models.classifier import WaferClassifier
 
 settings = partial(tiny_settings, model_type="scripted", enable_mlflow=False, enable_optuna=False)
 

@@ -157,16 +157,16 @@ def test_every_record_names_its_commit_and_the_code_that_it_measures(file):
 
 
 def test_the_environment_names_the_commit_and_says_where_it_is_not_known(monkeypatch, tmp_path):
-    import integrated_pipeline
+    from waferlab.records import _commit_of_this_code, environment
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    integrated_pipeline._commit_of_this_code.cache_clear()
-    here = integrated_pipeline.environment()
+    _commit_of_this_code.cache_clear()
+    here = environment()
     assert here["commit"] == (git.stdout.strip() if git.returncode == 0 else None)
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
-    integrated_pipeline._commit_of_this_code.cache_clear()
-    without = integrated_pipeline.environment()
-    integrated_pipeline._commit_of_this_code.cache_clear()
+    _commit_of_this_code.cache_clear()
+    without = environment()
+    _commit_of_this_code.cache_clear()
     assert (without["commit"], without["uncommitted_changes"]) == (None, None)
     assert {"processor", "cpu_cores", "torch_threads"} <= without.keys()
 
@@ -204,7 +204,8 @@ def test_an_experiment_becomes_a_record_only_if_a_commit_holds_its_code(tmp_path
 
 
 def test_a_pipeline_run_is_scored_on_odd_groups_by_its_own_checkpoints(tiny_npz, tmp_path):
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from integrated_pipeline import IntegratedMLPipeline
+    from waferlab.config import ExperimentConfig
 
     settings = tiny_settings(tiny_npz, tmp_path, enable_optuna=False, enable_mlflow=False, max_epochs=1)
     IntegratedMLPipeline(ExperimentConfig(**settings)).run_complete_pipeline()
@@ -373,7 +374,7 @@ def test_tracking_cost_compares_tracked_with_untracked_and_times_the_storage(tin
 
 
 def test_wafer_pretraining_compares_both_starts_on_the_same_few_maps(tiny_npz, tmp_path):
-    from wafer_pretraining import pretrain
+    from waferlab.training.pretraining import pretrain
 
     pretrain("lightning_cnn", folder=tmp_path, maps=1152, maps_per_epoch=1152, image_size=16, say=lambda text: None)
     output = tmp_path / "record.json"

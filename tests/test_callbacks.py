@@ -14,20 +14,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from made_up import Scripted, pipeline
 from rich.console import Console
 
-import checkpoints
-import integrated_pipeline
-import training_callbacks
-from checkpoints import CheckpointFiles
-from errors import TrainingDivergedError
 from integrated_pipeline import MODEL_REGISTRY, ModelSpec
-from training_callbacks import History, KeepInterrupt, ProgressBar, TimeBudget
+from waferlab.errors import TrainingDivergedError
+from waferlab.training import checkpoints
+from waferlab.training.callbacks import History, KeepInterrupt, TimeBudget
+from waferlab.training.checkpoints import CheckpointFiles
+from waferlab.training.progress import ProgressBar
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(training_callbacks, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("waferlab.training.callbacks.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -165,8 +164,7 @@ def test_a_line_an_epoch_says_how_far_it_is_how_good_and_how_long_it_takes(clock
 
 @pytest.fixture
 def scripted(monkeypatch):
-    registry = {**MODEL_REGISTRY, "scripted": ModelSpec(Scripted)}
-    monkeypatch.setattr(integrated_pipeline, "MODEL_REGISTRY", registry)
+    monkeypatch.setitem(MODEL_REGISTRY, "scripted", ModelSpec(Scripted))
     monkeypatch.setattr(Scripted, "scripts", [])
 
 

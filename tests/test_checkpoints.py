@@ -13,9 +13,16 @@ import pytest
 import torch
 from conftest import tiny_settings
 
-from checkpoints import CheckpointFiles, TrainingFolder, checkpoint_digest, hold_folder, read_checkpoint
-from errors import ConfigError, DamagedFileError, FolderInUseError
-from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
+from waferlab.training.checkpoints import (
+    CheckpointFiles,
+    TrainingFolder,
+    checkpoint_digest,
+    hold_folder,
+    read_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

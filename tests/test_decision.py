@@ -7,11 +7,14 @@ import pytest
 import torch
 from rich.console import Console
 
-import integrated_pipeline
-from decision import Decision, choose_decision, fit_temperature
-from deployment import OnnxClassifier, export_onnx
-from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-from wafer_data import CLASS_NAMES, load_wafer_maps
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.data.reading import load_wafer_maps
+from waferlab.deployment.onnx_export import export_onnx
+from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.evaluation.decision import Decision, choose_decision, fit_temperature
+from waferlab.evaluation.inference import decision_of
 
 
 def made_up(counts, *, seed=0, lean=0.0, sharpness=1.0):
@@ -126,7 +129,7 @@ def test_eight_of_nine_classes_are_trained_scored_and_exported(tiny_arrays, tmp_
     assert np.array_equal(np.array(eight)[predictions.labels], truth)
     assert np.isfinite(record["history"]["train_loss"]).all()
 
-    decision = integrated_pipeline._decision_of(result)
+    decision = decision_of(result)
     assert decision.left_out == (CLASS_NAMES.index("Donut"),)
     file = export_onnx(pipeline.load_model(result), tmp_path / "m.onnx", image_size=16, decision=decision)
     classifier = OnnxClassifier(file)

@@ -8,10 +8,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from decision import Decision
-from deployment import OnnxClassifier, RawMapClassifier, export_onnx
-from integrated_pipeline import DEFAULT_MODEL_TYPES, ExperimentConfig, IntegratedMLPipeline, predict_probabilities
-from wafer_data import CLASS_NAMES, load_wafer_maps, resize_maps
+from integrated_pipeline import DEFAULT_MODEL_TYPES, IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.data.images import resize_maps
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.data.reading import load_wafer_maps
+from waferlab.deployment.onnx_export import RawMapClassifier, export_onnx
+from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.evaluation.decision import Decision
+from waferlab.evaluation.inference import predict_probabilities
 
 
 def model_of(model_type):

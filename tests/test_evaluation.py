@@ -18,9 +18,22 @@ from rich.console import Console
 from scipy import stats
 from sklearn import metrics as sk
 
-import evaluation
-from evaluation import Predictions, compare_macro_f1, compute_metrics, write_summary
+from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics
+from waferlab.evaluation.predictions import Predictions
+from waferlab.records import SUMMARY_SCHEMA_VERSION, write_summary
+from waferlab.reports.run_figures import (
+    _pick_samples,
+    _wafer_image,
+    plot_confusion_matrix,
+    plot_model_comparison,
+    plot_sample_predictions,
+    plot_training_history,
+)
+from waferlab.reports.style import FAIL_COLOUR, PASS_COLOUR
+from waferlab.reports.tables import write_per_class_table
+from waferlab.terminal import comparison_table
 
+ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Random", "Scratch", "none")
 
 
@@ -281,7 +294,7 @@ def test_intervals_do_not_change_from_call_to_call_nor_with_the_numbering_of_lot
 
 
 def test_intervals_hold_the_truth_as_often_as_promised_where_percentiles_do_not(tmp_path):
-    output, script = tmp_path / "coverage.json", Path(evaluation.__file__).parent / "benchmarks/interval_coverage.py"
+    output, script = tmp_path / "coverage.json", ROOT / "benchmarks/interval_coverage.py"
     flags = ("--lots", "18", "--repeats", "60", "--truth-lots", "2000", "--output", str(output))
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -351,7 +364,7 @@ def test_summary_holds_what_numpy_and_paths_mean(tmp_path):
         },
     )
     assert json.loads(written.read_text()) == {
-        "schema_version": evaluation.SUMMARY_SCHEMA_VERSION,
+        "schema_version": SUMMARY_SCHEMA_VERSION,
         "config": {"seed": 3, "output_dir": "results/wafers"},
         "accuracy": 0.5,
         "count": 7,
@@ -402,7 +415,7 @@ def test_a_failed_write_leaves_the_old_summary_and_no_litter(tmp_path, monkeypat
 
 def test_per_class_table_is_csv_with_dashes_for_a_class_without_maps(tmp_path):
     metrics = compute_metrics(make_predictions(labels=[0, 1] * 60))
-    path = evaluation.write_per_class_table(metrics, path=tmp_path / "per_class.csv")
+    path = write_per_class_table(metrics, path=tmp_path / "per_class.csv")
     rows = list(csv.DictReader(path.open()))
     assert [row["class"] for row in rows] == list(CLASSES)
     assert float(rows[0]["f1"]) == pytest.approx(metrics["per_class"]["Center"]["f1"], abs=1e-4)
@@ -431,7 +444,7 @@ RESULTS = [
 
 def test_comparison_table_fits_80_columns_and_shows_intervals():
     console = Console(file=io.StringIO(), width=80)
-    console.print(evaluation.comparison_table([*RESULTS, {"model_type": "vit[small]"}]))
+    console.print(comparison_table([*RESULTS, {"model_type": "vit[small]"}]))
     text = console.file.getvalue()
     assert "0.851 [0.831, 0.866]" in text
     assert "2.4M" in text
@@ -451,7 +464,7 @@ def make_wafer(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 @pytest.mark.parametrize("n_classes", [2, 9])
 def test_confusion_matrix_is_drawn(tmp_path, n_classes):
-    path = evaluation.plot_confusion_matrix(make_predictions(n_classes=n_classes), path=tmp_path / "c.png", title="T")
+    path = plot_confusion_matrix(make_predictions(n_classes=n_classes), path=tmp_path / "c.png", title="T")
     assert_is_a_picture(path)
 
 
@@ -467,35 +480,35 @@ def test_sample_predictions_are_drawn_from_maps_of_any_size(tmp_path, case):
     predictions = Predictions(probabilities, labels, labels, CLASSES)
     maps = [make_wafer(*rng.integers(5, 212, size=2), rng) for _ in labels]
     maps[0] = np.zeros((5, 5), dtype=np.uint8)  # a wafer without a die must not stop the report
-    path = evaluation.plot_sample_predictions(maps, predictions, path=tmp_path / "s.png", title="T", seed=1)
+    path = plot_sample_predictions(maps, predictions, path=tmp_path / "s.png", title="T", seed=1)
     assert_is_a_picture(path)
 
 
 def test_samples_show_every_class_once_and_the_most_confident_errors_first():
     predictions = make_predictions(n=2000)
-    right, wrong = evaluation._pick_samples(predictions, limit=12, seed=0)
+    right, wrong = _pick_samples(predictions, limit=12, seed=0)
     assert sorted(predictions.labels[right[:9]]) == list(range(9))
     assert (predictions.predicted[right] == predictions.labels[right]).all()
     errors = predictions.predicted != predictions.labels
     assert errors[wrong].all()
     np.testing.assert_array_equal(predictions.confidence[wrong], np.sort(predictions.confidence[errors])[::-1][:12])
-    assert right == evaluation._pick_samples(predictions, limit=12, seed=0)[0]
-    assert right != evaluation._pick_samples(predictions, limit=12, seed=1)[0]
+    assert right == _pick_samples(predictions, limit=12, seed=0)[0]
+    assert right != _pick_samples(predictions, limit=12, seed=1)[0]
 
 
 def test_wafer_image_keeps_the_dies_and_nothing_else():
     wafer_map = np.zeros((6, 7), dtype=np.uint8)  # padded: the dies are the 3 x 2 block
     wafer_map[1:4, 2:4] = [[1, 2], [1, 0], [2, 1]]
-    image = evaluation._wafer_image(wafer_map)
+    image = _wafer_image(wafer_map)
     rows, columns = (image.shape[0] * np.array([1, 3, 5]) // 6, image.shape[1] * np.array([1, 3]) // 4)
-    passed, failed = (bytes.fromhex(c[1:]) + b"\xff" for c in (evaluation.PASS_COLOUR, evaluation.FAIL_COLOUR))
+    passed, failed = (bytes.fromhex(c[1:]) + b"\xff" for c in (PASS_COLOUR, FAIL_COLOUR))
     centres = [[bytes(image[row, column]) for column in columns] for row in rows]
     assert centres == [[passed, failed], [passed, bytes(4)], [failed, passed]]
 
 
 def test_sample_predictions_refuses_maps_that_are_not_those_predicted(tmp_path):
     with pytest.raises(ValueError, match="3 wafer maps for 400 predictions"):
-        evaluation.plot_sample_predictions([np.ones((5, 5), np.uint8)] * 3, make_predictions(), path=tmp_path / "s.png")
+        plot_sample_predictions([np.ones((5, 5), np.uint8)] * 3, make_predictions(), path=tmp_path / "s.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -510,7 +523,7 @@ def test_sample_predictions_refuses_maps_that_are_not_those_predicted(tmp_path):
     ids=["one", "four", "gaps and a long name", "nothing measured"],
 )
 def test_model_comparison_is_drawn(tmp_path, results):
-    assert_is_a_picture(evaluation.plot_model_comparison(results, path=tmp_path / "m.png"))
+    assert_is_a_picture(plot_model_comparison(results, path=tmp_path / "m.png"))
 
 
 def make_history(n_epochs: int) -> dict[str, list[float | None]]:
@@ -535,37 +548,34 @@ def make_history(n_epochs: int) -> dict[str, list[float | None]]:
     ids=["five epochs", "sixty epochs", "hardly anything recorded"],
 )
 def test_training_history_is_drawn(tmp_path, histories):
-    assert_is_a_picture(evaluation.plot_training_history(histories, path=tmp_path / "h.png"))
+    assert_is_a_picture(plot_training_history(histories, path=tmp_path / "h.png"))
 
 
 def test_a_series_of_the_wrong_length_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="lightning_cnn: val_loss has 1 values for 2 epochs"):
-        evaluation.plot_training_history(
-            {"lightning_cnn": {"epoch": [1, 2], "val_loss": [1.0]}}, path=tmp_path / "h.png"
-        )
+        plot_training_history({"lightning_cnn": {"epoch": [1, 2], "val_loss": [1.0]}}, path=tmp_path / "h.png")
 
 
 def test_empty_reports_are_refused(tmp_path):
     with pytest.raises(ValueError, match="results are empty"):
-        evaluation.plot_model_comparison([], path=tmp_path / "m.png")
+        plot_model_comparison([], path=tmp_path / "m.png")
     with pytest.raises(ValueError, match="histories are empty"):
-        evaluation.plot_training_history({}, path=tmp_path / "h.png")
+        plot_training_history({}, path=tmp_path / "h.png")
 
 
 def test_the_same_figure_is_the_same_file(tmp_path):
-    first = evaluation.plot_model_comparison(RESULTS, path=tmp_path / "a.png")
-    assert first.read_bytes() == evaluation.plot_model_comparison(RESULTS, path=tmp_path / "b.png").read_bytes()
+    first = plot_model_comparison(RESULTS, path=tmp_path / "a.png")
+    assert first.read_bytes() == plot_model_comparison(RESULTS, path=tmp_path / "b.png").read_bytes()
 
 
 # House rules
 
 
 def test_evaluation_knows_nothing_of_training_and_its_import_is_light():
-    code = "import sys, evaluation; print([m for m in sys.modules if '.' not in m])"
-    folder = Path(evaluation.__file__).parent
-    output = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+    code = "import sys, waferlab.evaluation.metrics; print([m for m in sys.modules if '.' not in m])"
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     loaded = set(ast.literal_eval(output))
     heavy = {"torch", "lightning", "mlflow", "optuna", "pandas", "sklearn", "scipy", "seaborn"}
-    own = {"integrated_pipeline", "simple_model", "wafer_data", "deployment"}
+    own = {"integrated_pipeline", "simple_model"}
     assert not loaded & (heavy | own)
     assert "matplotlib.pyplot" not in output

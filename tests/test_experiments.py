@@ -13,21 +13,20 @@ import torch
 from scipy import stats
 from test_reporting import make_ablation, make_comparison
 
-import experiments
-import reporting
-from errors import RunError
-from experiments import (
-    COMPONENTS,
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.errors import ConfigError, RunError
+from waferlab.evaluation.statistics import (
     DIFFERENCE_METHOD,
     INTERVAL_METHOD,
-    ablate,
-    ablation_variants,
-    compare_architectures,
     holm_factors,
     mean_interval,
     paired_differences,
 )
-from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
+from waferlab.experiments.ablation import COMPONENTS, ablate, ablation_variants
+from waferlab.experiments.comparison import compare_architectures
+from waferlab.reports.pages import write_report
+from waferlab.reports.tables import ablation_markdown, comparison_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,15 +101,13 @@ def test_it_is_said_which_intervals_are_corrected(tmp_path):
     methods = {"interval_method": INTERVAL_METHOD, "difference_method": DIFFERENCE_METHOD}
     comparison, ablation = make_comparison(3) | methods, make_ablation() | methods
     pages = [
-        reporting.write_report(
-            record, folder=tmp_path, pictures=[], path=tmp_path / f"{record['mode']}.html"
-        ).read_text()
+        write_report(record, folder=tmp_path, pictures=[], path=tmp_path / f"{record['mode']}.html").read_text()
         for record in (comparison, ablation)
     ]
-    for text in (reporting.comparison_markdown(comparison), *pages):
+    for text in (comparison_markdown(comparison), *pages):
         assert "95% t interval of one mean" in text
         assert "p values and intervals corrected for the number of comparisons (Holm 1979)" in text
-    variants = reporting.ablation_markdown(ablation)
+    variants = ablation_markdown(ablation)
     assert "the intervals in the verdicts are corrected likewise, those of the means are not" in variants
 
 
@@ -176,7 +173,7 @@ def test_an_ablation_switches_what_it_says(tiny_npz, tmp_path, monkeypatch):
 @pytest.fixture
 def diverging(monkeypatch):
     """Trainings with seed 1 diverge."""
-    from simple_model import WaferClassifier
+    from waferlab.models.classifier import WaferClassifier
 
     step = WaferClassifier.training_step
 
@@ -197,7 +194,7 @@ def test_a_training_that_diverges_is_named_and_the_others_are_compared(diverging
 
 
 def test_an_ablation_without_all_of_its_trainings_says_which_failed(diverging, tiny_npz, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "ablation_variants", lambda: {"baseline": (), "everything": ()})
+    monkeypatch.setattr("waferlab.experiments.ablation.ablation_variants", lambda: {"baseline": (), "everything": ()})
     with pytest.raises(RunError, match=r"needs all of its trainings\. baseline, seed 1, failed .* --resume"):
         ablate(pipeline(tiny_npz, tmp_path, model_type="lightning_cnn"), seeds=(1, 2))
     with pytest.raises(RunError, match="None of 2 trainings came to its end"):

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import lswmd_reader
-from lswmd_reader import ALLOWED_GLOBALS, UnsafePickleError, convert_lswmd, read_lswmd
+from waferlab.data import lswmd as lswmd_reader
+from waferlab.data.lswmd import ALLOWED_GLOBALS, UnsafePickleError, convert_lswmd, read_lswmd
 
 MAPS = [
     np.array([[0, 1, 0], [1, 2, 1]], np.uint8),
@@ -296,7 +296,9 @@ HUGE = {
 
 @pytest.mark.parametrize("what", HUGE)
 def test_a_few_bytes_cannot_ask_for_gigabytes(tmp_path, what, monkeypatch):
-    monkeypatch.setattr(lswmd_reader, "_ListedUnpickler", lambda *_, **__: pytest.fail("was about to be unpickled"))
+    monkeypatch.setattr(
+        "waferlab.data.lswmd._ListedUnpickler", lambda *_, **__: pytest.fail("was about to be unpickled")
+    )
     path = write(tmp_path, HUGE[what])
     with pytest.raises(ValueError, match=r"not a complete pickle: .*(are announced|are said to lie before it)"):
         read_lswmd(path)
@@ -322,7 +324,9 @@ def with_argument(opcode: pickletools.OpcodeInfo) -> bytes:
 
 @pytest.mark.parametrize("opcode", [o for o in pickletools.opcodes if o.name != "STOP"], ids=lambda o: o.name)
 def test_every_opcode_is_passed_over_in_its_whole_length(tmp_path, opcode, monkeypatch):
-    monkeypatch.setattr(lswmd_reader, "_ListedUnpickler", lambda *_, **__: pytest.fail("was about to be unpickled"))
+    monkeypatch.setattr(
+        "waferlab.data.lswmd._ListedUnpickler", lambda *_, **__: pytest.fail("was about to be unpickled")
+    )
     path = write(tmp_path, with_argument(opcode) + in_memo(2**28))
     with pytest.raises(ValueError, match="268,435,456 objects are said to lie before it"):
         read_lswmd(path)
@@ -445,7 +449,7 @@ def test_the_copy_holds_the_same_arrays_and_needs_no_pickle(tmp_path):
 def test_the_copy_is_made_once(tmp_path, monkeypatch):
     path = write(tmp_path, make_frame())
     cache = convert_lswmd(path)
-    monkeypatch.setattr(lswmd_reader, "read_lswmd", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("waferlab.data.lswmd.read_lswmd", lambda path: pytest.fail("read again"))
     assert convert_lswmd(path) == cache
 
 

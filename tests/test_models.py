@@ -12,25 +12,17 @@ import torch
 from sklearn.metrics import f1_score
 from torch import nn
 
-import integrated_pipeline
-from integrated_pipeline import (
-    DEFAULT_MODEL_TYPES,
-    MODEL_REGISTRY,
-    ConfigError,
-    ExperimentConfig,
-    IntegratedMLPipeline,
-    ModelSpec,
-    TorchvisionLightningModel,
-    WeightsUnavailableError,
-    YOLOLightningAdapter,
-    fetch_weights,
-    import_ultralytics_tasks,
-    read_weights,
-    register_model,
-    ultralytics_classes,
-)
-from simple_model import LightningCNN, WaferClassifier, macro_f1
-from wafer_data import WaferMapDataModule, load_wafer_maps, split_by_lot
+from integrated_pipeline import DEFAULT_MODEL_TYPES, MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec, register_model
+from simple_model import LightningCNN
+from waferlab.config import ExperimentConfig
+from waferlab.data.datamodule import WaferMapDataModule
+from waferlab.data.reading import load_wafer_maps
+from waferlab.data.splitting import split_by_lot
+from waferlab.errors import ConfigError, WeightsUnavailableError
+from waferlab.models.classifier import WaferClassifier, macro_f1
+from waferlab.models.starting_weights import fetch_weights, read_weights
+from waferlab.models.torchvision_models import TorchvisionLightningModel
+from waferlab.models.yolo import YOLOLightningAdapter, import_ultralytics_tasks, ultralytics_classes
 
 
 def pipeline(**settings):
@@ -118,7 +110,7 @@ def test_an_architecture_is_added_by_one_registration(tiny_npz, tmp_path, monkey
                 nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 9)
             )
 
-    monkeypatch.setattr(integrated_pipeline, "MODEL_REGISTRY", dict(MODEL_REGISTRY))
+    monkeypatch.delitem(MODEL_REGISTRY, "linear", raising=False)  # it goes again when the test ends
     register_model("linear", ModelSpec(Linear, search_space={"width": (8, 16)}))
     summary = pipeline(model_type="linear", data=tiny_npz, max_epochs=1, output_dir=tmp_path).run_complete_pipeline()
     assert summary["best_model"] == "linear"
@@ -209,7 +201,7 @@ def test_without_weights_the_model_says_so_and_goes_on(tmp_path, monkeypatch):
     def no_host(url, file, *, wait, hash_prefix=None):
         raise WeightsUnavailableError("no answer")
 
-    monkeypatch.setattr(integrated_pipeline, "fetch_weights", no_host)
+    monkeypatch.setattr("waferlab.models.torchvision_models.fetch_weights", no_host)
     assert TorchvisionLightningModel(pretrained=True).weights_source == "random (no answer)"
     assert YOLOLightningAdapter(pretrained=True).weights_source == "random (no answer)"
 

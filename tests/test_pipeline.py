@@ -19,12 +19,12 @@ from conftest import tiny_settings
 from PIL import Image
 from rich.console import Console
 
-import command_line
-import errors
 import quick_start
-from errors import RunError, TrainingDivergedError
-from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
-from wafer_data import CLASS_NAMES, DataError
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab import command_line, errors
+from waferlab.config import ExperimentConfig
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.errors import ConfigError, DataError, RunError, TrainingDivergedError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,8 +77,8 @@ def test_the_best_model_is_chosen_on_validation_not_on_test(finished):
 def test_the_reported_figures_come_from_the_checkpoint_on_the_untouched_test_maps(finished):
     from sklearn.metrics import f1_score
 
-    from integrated_pipeline import predict_probabilities
-    from wafer_data import resize_maps
+    from waferlab.data.images import resize_maps
+    from waferlab.evaluation.inference import predict_probabilities
 
     pipeline, summary = finished
     record = summary["models"][0]
@@ -191,7 +191,8 @@ def test_bad_data_leaves_an_earlier_run_untouched(finished, tmp_path):
 
 def diverge(monkeypatch, *, only=None):
     """Trainings whose loss is no number: of all models, or of those of one class."""
-    from simple_model import LightningCNN, WaferClassifier
+    from simple_model import LightningCNN
+    from waferlab.models.classifier import WaferClassifier
 
     step = WaferClassifier.training_step
 

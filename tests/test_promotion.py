@@ -10,13 +10,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import promotion
-from deployment import OnnxClassifier
-from evaluation import Predictions
-from promotion import CannotCompareError, MapsSeen, NotRegistered, Promotion, judge, promote
-from tracking import Champion, ModelVersion, RegistryError, Tracking
-from tracking_worker import MlflowRuns
-from wafer_data import CLASS_NAMES, Split, pack_maps
+from waferlab.data.maps import CLASS_NAMES, pack_maps
+from waferlab.data.splitting import Split
+from waferlab.deployment import promotion
+from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.deployment.promotion import CannotCompareError, MapsSeen, NotRegistered, Promotion, judge, promote
+from waferlab.errors import RegistryError
+from waferlab.evaluation.predictions import Predictions
+from waferlab.tracking.runs import Champion, ModelVersion, Tracking
+from waferlab.tracking.worker import MlflowRuns
 
 CLASSES = len(CLASS_NAMES)
 CENTRES = np.arange(1, CLASSES + 1) / 12  # of the share of failing dies, by which the made-up classes differ
@@ -138,7 +140,7 @@ def test_digests_that_are_damaged_or_made_in_another_way_are_refused(tmp_path, m
         np.savez(file, **arrays | change)
         with pytest.raises(ValueError, match=said):
             MapsSeen.load(file)
-    monkeypatch.setattr(promotion, "MAX_DIGESTS", 100)
+    monkeypatch.setattr("waferlab.deployment.promotion.MAX_DIGESTS", 100)
     with pytest.raises(ValueError, match="more than 100"):
         MapsSeen.load(seen.save(file))
 

@@ -16,10 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluation import CLASSES, LONG_NAME, assert_is_a_picture, make_predictions
+from test_evaluation import CLASSES, LONG_NAME, ROOT, assert_is_a_picture, make_predictions
 
-import evaluation
-import reporting
+from waferlab.evaluation.metrics import compute_metrics
+from waferlab.reports import experiment_figures
+from waferlab.reports.experiment_figures import (
+    _not_told_apart,
+    _text_box,
+    plot_ablation,
+    plot_critical_difference,
+    plot_seed_comparison,
+    plot_trade_offs,
+)
+from waferlab.reports.model_card import write_model_card
+from waferlab.reports.pages import write_report
+from waferlab.reports.tables import ablation_markdown, comparison_markdown
 
 NAMES = (
     "lightning_cnn",
@@ -128,7 +139,7 @@ def make_summary(**changes) -> dict:
     rules = (leaning, {"prior_strength": 0.0, "offsets": []})  # as `choose_decision` gives them
     for (name, sharpness), rule in zip((("lightning_cnn", 3.0), ("yolo_inspired", 2.0)), rules, strict=True):
         predictions = make_predictions(sharpness=sharpness)
-        metrics = json.loads(json.dumps(evaluation.compute_metrics(predictions)))
+        metrics = json.loads(json.dumps(compute_metrics(predictions)))
         models.append(
             {
                 "model_type": name, "parameters": {"batch_size": 32, "learning_rate": 0.004, "class_weights": None},
@@ -200,7 +211,7 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="session")
 def picture(tmp_path_factory):
-    return reporting.plot_seed_comparison(make_comparison(1), path=tmp_path_factory.mktemp("pictures") / "p.png")
+    return plot_seed_comparison(make_comparison(1), path=tmp_path_factory.mktemp("pictures") / "p.png")
 
 
 @pytest.fixture
@@ -214,7 +225,7 @@ def folder(tmp_path, picture):
 
 
 def write_page(record: dict, folder: Path, pictures=("seed_comparison.png",)) -> str:
-    return reporting.write_report(record, folder=folder, pictures=pictures, path=folder / "report.html").read_text()
+    return write_report(record, folder=folder, pictures=pictures, path=folder / "report.html").read_text()
 
 
 # Pictures
@@ -225,29 +236,29 @@ def write_page(record: dict, folder: Path, pictures=("seed_comparison.png",)) ->
 @pytest.mark.parametrize("plot", ["seed_comparison", "critical_difference", "trade_offs"])
 def test_a_comparison_of_any_size_is_drawn_below_one_megabyte(tmp_path, plot, n_models, n_seeds):
     record = make_comparison(n_models, n_seeds=n_seeds)
-    path = getattr(reporting, f"plot_{plot}")(record, path=tmp_path / "p.png")
+    path = getattr(experiment_figures, f"plot_{plot}")(record, path=tmp_path / "p.png")
     assert_is_a_picture(path)
     assert path.stat().st_size < 2**20
 
 
 @pytest.mark.parametrize("record", [make_ablation(), make_ablation(n_seeds=1), make_ablation(components=["balancing"])])
 def test_an_ablation_is_drawn_with_harm_and_with_one_seed(tmp_path, record):
-    assert_is_a_picture(reporting.plot_ablation(record, path=tmp_path / "a.png"))
+    assert_is_a_picture(plot_ablation(record, path=tmp_path / "a.png"))
 
 
 def test_what_was_not_measured_is_left_out_of_its_panel(tmp_path):
     record = make_comparison(2)
     for model in record["models"]:
         model["latency_ms"] = None
-    assert_is_a_picture(reporting.plot_trade_offs(record, path=tmp_path / "t.png"))
+    assert_is_a_picture(plot_trade_offs(record, path=tmp_path / "t.png"))
 
 
 def test_records_without_a_model_or_variant_are_refused(tmp_path):
-    for plot in (reporting.plot_seed_comparison, reporting.plot_critical_difference, reporting.plot_trade_offs):
+    for plot in (plot_seed_comparison, plot_critical_difference, plot_trade_offs):
         with pytest.raises(ValueError, match="no model"):
             plot(make_comparison(0), path=tmp_path / "p.png")
     with pytest.raises(ValueError, match="no variant"):
-        reporting.plot_ablation(make_ablation() | {"variants": []}, path=tmp_path / "p.png")
+        plot_ablation(make_ablation() | {"variants": []}, path=tmp_path / "p.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -257,22 +268,22 @@ def test_a_bar_joins_only_models_of_which_no_pair_differs():
 
     alike, apart = [("a", "b"), ("b", "c"), ("a", "c"), ("c", "d")], [("a", "d"), ("b", "d")]
     differences = [pair(*names, significant=False) for names in alike] + [pair(*n, significant=True) for n in apart]
-    assert sorted(map(sorted, reporting._not_told_apart("abcd", differences))) == [["a", "b", "c"], ["c", "d"]]
+    assert sorted(map(sorted, _not_told_apart("abcd", differences))) == [["a", "b", "c"], ["c", "d"]]
     untested = [pair("a", "b", significant=False, p=None)]
-    assert reporting._not_told_apart("ab", untested) == []
+    assert _not_told_apart("ab", untested) == []
 
 
 @pytest.mark.parametrize("n_models", [4, 6])
 def test_labels_of_the_trade_offs_cover_neither_each_other_nor_a_dot(tmp_path, monkeypatch, n_models):
     drawn = []
-    monkeypatch.setattr(reporting, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("waferlab.reports.experiment_figures.save", lambda figure, path: drawn.append(figure))
     record = make_comparison(n_models)
     for model in record["models"]:
         model["mean"], model["interval"] = 0.8 + model["mean"] / 100, None  # all but equal
-    reporting.plot_trade_offs(record, path=tmp_path / "t.png")
+    plot_trade_offs(record, path=tmp_path / "t.png")
     renderer = drawn[0].canvas.get_renderer()
     for axes in drawn[0].axes:
-        boxes = [reporting._text_box(text, renderer) for text in axes.texts]
+        boxes = [_text_box(text, renderer) for text in axes.texts]
         boxes += [line.get_window_extent(renderer) for line in axes.lines if line.get_marker() == "o"]
         assert len(axes.texts) == n_models
         for one, other in itertools.combinations(boxes, 2):
@@ -285,7 +296,7 @@ def test_labels_of_the_trade_offs_cover_neither_each_other_nor_a_dot(tmp_path, m
 
 def test_the_comparison_in_markdown_has_a_row_a_model_and_the_best_first():
     record = make_comparison(4)
-    lines = reporting.comparison_markdown(record).splitlines()
+    lines = comparison_markdown(record).splitlines()
     best = max(record["models"], key=lambda model: model["mean"])
     low, high = best["interval"]
     assert lines[2].startswith(f"| **{best['model_type']}** | **{best['mean']:.3f} [{low:.3f}, {high:.3f}]**")
@@ -294,7 +305,7 @@ def test_the_comparison_in_markdown_has_a_row_a_model_and_the_best_first():
 
 
 def test_the_ablation_in_markdown_tells_gain_and_verdict():
-    table = reporting.ablation_markdown(make_ablation())
+    table = ablation_markdown(make_ablation())
     rows = {line.split(" | ")[0].strip("| *"): line for line in table.splitlines()}
     assert "| 0.720 [0.708, 0.732] | - | - |" in rows["baseline"]
     assert "+0.051 (+7.1%) | augmentation helps: +0.052 [+0.036, +0.067]" in rows["baseline + augmentation"]
@@ -305,7 +316,7 @@ def test_the_ablation_in_markdown_tells_gain_and_verdict():
 def test_markdown_shows_names_as_they_are():
     record = make_comparison(2)
     record["models"][0]["model_type"] = "a|b<script>![x](http://example.org/x.png)"
-    table = reporting.comparison_markdown(record | {"differences": []})
+    table = comparison_markdown(record | {"differences": []})
     assert "a\\|b&lt;script>" in table.replace("&gt;", ">")
     assert "](http" not in table
 
@@ -440,7 +451,7 @@ def test_a_failed_write_leaves_the_old_page(folder, monkeypatch):
 def test_the_model_card_names_weights_interval_and_limits(folder):
     summary = make_summary()
 
-    markdown, page = reporting.write_model_card(summary, folder=folder)
+    markdown, page = write_model_card(summary, folder=folder)
     test = summary["models"][0]["test"]
     low, high = test["intervals"]["macro_f1"]
     weakest = min(test["per_class"], key=lambda name: test["per_class"][name]["f1"])
@@ -461,13 +472,13 @@ def test_the_model_card_names_weights_interval_and_limits(folder):
 
 def test_the_model_card_of_the_ultralytics_network_names_its_licence(folder):
     for best, warned in (("yolo_inspired", True), ("lightning_cnn", False)):
-        markdown, _ = reporting.write_model_card(make_summary(best_model=best), folder=folder)
+        markdown, _ = write_model_card(make_summary(best_model=best), folder=folder)
         assert ("has to follow that licence" in markdown.read_text()) is warned
 
 
 def test_the_code_on_the_model_card_can_be_compiled(folder):
     for registered in (make_summary()["registered"], None):
-        markdown, _ = reporting.write_model_card(make_summary(registered=registered), folder=folder)
+        markdown, _ = write_model_card(make_summary(registered=registered), folder=folder)
         usage = markdown.read_text().split("## How to use it")[1].split("## Data")[0]
         code = "\n".join(line[4:] for line in usage.splitlines() if line.startswith("    "))
         compile(code, "MODEL_CARD.md", "exec")
@@ -479,10 +490,10 @@ def test_the_code_on_the_model_card_can_be_compiled(folder):
 def test_a_class_without_test_maps_is_named_and_has_no_score(folder, zero):
     summary = make_summary()
     few = make_predictions(labels=[0, 1, 2, 3, 4, 5, 6] * 30)  # no Scratch, no none
-    test = summary["models"][0]["test"] = json.loads(json.dumps(evaluation.compute_metrics(few)))
+    test = summary["models"][0]["test"] = json.loads(json.dumps(compute_metrics(few)))
     for name in CLASSES[7:]:
         test["per_class"][name] |= dict.fromkeys(("precision", "recall", "f1"), zero)
-    markdown, card = reporting.write_model_card(summary, folder=folder)
+    markdown, card = write_model_card(summary, folder=folder)
     page = Parsed(write_page(summary, folder))
     for text in (markdown.read_text(), Parsed(card.read_text()).text, page.text):
         assert "No test map of Scratch, none: without a score, and in no average." in text
@@ -493,7 +504,7 @@ def test_a_class_without_test_maps_is_named_and_has_no_score(folder, zero):
     assert "| Scratch | - | - | - | 0 |" in markdown.read_text()
     at = page.cells.index("Scratch")
     assert page.cells[at : at + 5] == ["Scratch", "-", "-", "-", "0"]
-    _, complete = (write_page(make_summary(), folder), reporting.write_model_card(make_summary(), folder=folder)[0])
+    _, complete = (write_page(make_summary(), folder), write_model_card(make_summary(), folder=folder)[0])
     assert "No test map" not in complete.read_text()
 
 
@@ -520,7 +531,7 @@ MEASURE = """
 @pytest.mark.parametrize("kind", ["comparison", "ablation", "production", "card"])
 def test_nothing_overflows_a_phone(folder, tmp_path, kind):
     if kind == "card":
-        page = reporting.write_model_card(make_summary(), folder=folder)[1].read_text()
+        page = write_model_card(make_summary(), folder=folder)[1].read_text()
     else:
         page = write_page(RECORDS[kind](), folder)
     outer = tmp_path / "outer.html"  # a window cannot be as narrow as a phone, a frame in it can
@@ -538,9 +549,8 @@ def test_nothing_overflows_a_phone(folder, tmp_path, kind):
 
 
 def test_reporting_trains_nothing_and_its_import_is_light():
-    code = "import sys, reporting; print([m for m in sys.modules if '.' not in m])"
-    folder = Path(reporting.__file__).parent
-    output = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+    code = "import sys, waferlab.reports.model_card; print([m for m in sys.modules if '.' not in m])"
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     heavy = {"torch", "lightning", "mlflow", "optuna", "pandas", "sklearn", "scipy"}
-    own = {"integrated_pipeline", "simple_model", "wafer_data", "deployment", "tracking"}
+    own = {"integrated_pipeline", "simple_model"}
     assert not set(ast.literal_eval(output)) & (heavy | own)

@@ -19,9 +19,11 @@ import pytest
 import torch
 from conftest import tiny_settings
 
-import integrated_pipeline
-from errors import ConfigError, DamagedFileError, SearchFailedError
-from integrated_pipeline import MODEL_REGISTRY, ExperimentConfig, IntegratedMLPipeline
+from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.errors import ConfigError, DamagedFileError, SearchFailedError
+from waferlab.search.study import proposed_by, run_again
+from waferlab.search.trials import study_seconds, suggest_parameters, trial_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +61,7 @@ def test_a_record_describes_the_weights_that_stay(resume, tiny_npz, tmp_path, mo
         }
 
     defaults = {"learning_rate": 4e-3, "base_channels": 16, "batch_size": 8}
-    monkeypatch.setattr(integrated_pipeline, "suggest_parameters", suggest)
+    monkeypatch.setattr("integrated_pipeline.suggest_parameters", suggest)
     monkeypatch.setattr(IntegratedMLPipeline, "_worth_training", lambda *_: defaults)
     more = {"max_epochs": 1, "search_epochs": 4, "num_optuna_trials": 2}
     (model,) = pipeline(tiny_npz, tmp_path, **more).run_complete_pipeline()["models"]
@@ -90,7 +92,7 @@ def test_the_final_training_keeps_the_defaults_unless_they_are_clearly_beaten(
 ):
     def objective(self, trial, model_type):
         trial.set_user_attr("macro_f1", 0.5 + lead * (trial.number == 1))
-        integrated_pipeline.suggest_parameters(trial, model_type, batch_size=16)
+        suggest_parameters(trial, model_type, batch_size=16)
         return 0.5 + lead * (trial.number == 1)
 
     monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", objective)
@@ -250,10 +252,10 @@ def proposals(tiny_npz, tmp_path, monkeypatch, *, cut_after=None, resume=False, 
     """What a search proposes, trial by trial, without a training; interrupted before trial `cut_after`."""
 
     def objective(self, trial, model_type):
-        trial.set_user_attr("proposed_by", integrated_pipeline._proposed_by(trial))
-        params = integrated_pipeline.suggest_parameters(trial, model_type, batch_size=16, pretrained=False)
+        trial.set_user_attr("proposed_by", proposed_by(trial))
+        params = suggest_parameters(trial, model_type, batch_size=16, pretrained=False)
         if trial.number == cut_after:
-            integrated_pipeline._run_again(trial.study, trial)
+            run_again(trial.study, trial)
             raise KeyboardInterrupt
         score = 1 - abs(np.log10(params["learning_rate"]) + 2.4)
         trial.set_user_attr("macro_f1", score)
@@ -429,7 +431,7 @@ def test_what_did_best_in_its_search_gets_the_longest_final_training(tiny_npz, t
     monkeypatch.setattr(made, "train_final_model", no_training)
     made.prepare_data()
     made._train_all()
-    spent = sum(integrated_pipeline._study_seconds(study) for study in made._studies.values())
+    spent = sum(study_seconds(study) for study in made._studies.values())
     assert sum(given.values()) == pytest.approx(100 - spent, abs=0.1)
     assert given["lightning_cnn"] == pytest.approx(0.7 * (100 - spent), abs=0.1)
     assert given["torchvision_resnet"] == given["yolo_inspired"]
@@ -460,7 +462,7 @@ def test_a_wrong_search_setting_is_named(wrong, message):
 def test_every_architectures_space_can_be_searched():
     for model_type, spec in MODEL_REGISTRY.items():
         trial = optuna.create_study().ask()
-        params = integrated_pipeline.suggest_parameters(trial, model_type, batch_size=128)
+        params = suggest_parameters(trial, model_type, batch_size=128)
         assert set(spec.search_space) < set(params)
         config = ExperimentConfig(use_pretrained=False, enable_mlflow=False)
         assert IntegratedMLPipeline(config).create_model(model_type, params) is not None
@@ -522,7 +524,7 @@ def test_the_line_of_a_trial_says_how_long_the_search_will_take(deadline, left, 
         trial = study.trials[-1]
         trial.datetime_start, trial.datetime_complete = start, start + datetime.timedelta(seconds=seconds)
         study._storage._studies[study._study_id].trials[-1] = trial
-    monkeypatch.setattr(integrated_pipeline.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr("waferlab.search.trials.time.monotonic", lambda: 1000.0)
     limit = None if deadline is None else 1000.0 + deadline
-    line = integrated_pipeline._trial_line(study, study.trials[-1], wanted=4, deadline=limit)
+    line = trial_line(study, study.trials[-1], wanted=4, deadline=limit)
     assert line.startswith("  trial 2/4  complete  0.500  best 0.500") and line.endswith(f"about {left} s left")

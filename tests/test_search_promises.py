@@ -11,18 +11,20 @@ from made_up import Scripted, before_training, pipeline
 from optuna_integration import PyTorchLightningPruningCallback
 from torch import nn
 
-import evaluation
-import integrated_pipeline
-from experiments import TrainingSeries, Variant
-from integrated_pipeline import MODEL_REGISTRY, ConfigError, IntegratedMLPipeline, ModelSpec
-from training_callbacks import TimeBudget
-from wafer_data import CLASS_NAMES
+from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.errors import ConfigError, SearchFailedError, TrainingDivergedError, TrialFailedError
+from waferlab.evaluation.metrics import compute_metrics
+from waferlab.evaluation.predictions import Predictions
+from waferlab.experiments.series import TrainingSeries, Variant
+from waferlab.search.trials import suggest_parameters
+from waferlab.training.callbacks import TimeBudget
 
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch):
     spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1})
-    monkeypatch.setattr(integrated_pipeline, "MODEL_REGISTRY", {**MODEL_REGISTRY, "scripted": spec})
+    monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
     monkeypatch.setattr(Scripted, "scripts", [])
     monkeypatch.setattr(Scripted, "seen", {})
 
@@ -151,7 +153,7 @@ def test_proposals_follow_the_seed(tiny_npz, tmp_path, monkeypatch):
 
 
 def suggest_only(self, trial, model_type):
-    integrated_pipeline.suggest_parameters(trial, model_type, batch_size=self.config.batch_size)
+    suggest_parameters(trial, model_type, batch_size=self.config.batch_size)
     trial.set_user_attr("macro_f1", 0.5)
     return 0.5
 
@@ -208,7 +210,7 @@ def test_the_winners_parameters_and_batch_size_are_trained_and_recorded(tiny_npz
 
 
 def test_values_of_several_objectives_stand_in_their_order(tiny_npz, tmp_path, monkeypatch):
-    monkeypatch.setattr(integrated_pipeline, "measure_latency", lambda *_, **__: 12.5)
+    monkeypatch.setattr("integrated_pipeline.measure_latency", lambda *_, **__: 12.5)
     Scripted.scripts = [[0.4], [0.6]]
     made = searching(
         tiny_npz, tmp_path, objectives=("macro_f1", "latency", "parameters"), num_optuna_trials=2, search_epochs=1
@@ -329,17 +331,17 @@ class Clock:
 
 def test_a_search_has_the_rest_of_its_seconds_only_and_a_trial_twice_its_even_share(tiny_npz, tmp_path, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(integrated_pipeline, "time", clock)
+    monkeypatch.setattr("integrated_pipeline.time", clock)
     made = searching(tiny_npz, tmp_path, num_optuna_trials=4)
     budgets = []
 
     def a_trial(trainer, model, *, datamodule, **_):
         budgets.append(next(c for c in trainer.callbacks if isinstance(c, TimeBudget)).seconds)
         clock.now += 30
-        raise integrated_pipeline.TrainingDivergedError("made up")
+        raise TrainingDivergedError("made up")
 
-    monkeypatch.setattr(integrated_pipeline.pl.Trainer, "fit", a_trial)
-    with pytest.raises(integrated_pipeline.SearchFailedError):
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", a_trial)
+    with pytest.raises(SearchFailedError):
         made.search("scripted", seconds=100)
     assert budgets == [50, 50, 40, 10]
 
@@ -358,7 +360,7 @@ def test_a_resumed_search_has_the_seconds_that_earlier_sittings_left(tiny_npz, t
         patch.setattr(Scripted, "on_train_epoch_start", interrupted_in_the_second)
         searching(tiny_npz, tmp_path, **more).search("scripted", seconds=30)
 
-    monkeypatch.setattr(integrated_pipeline, "time", Clock())
+    monkeypatch.setattr("integrated_pipeline.time", Clock())
     resumed = searching(tiny_npz, tmp_path, resume=True, **more)
     seen = before_training(monkeypatch, lambda: resumed.search("scripted", seconds=30))
     first, cut_off = resumed._studies["scripted"].trials[:2]
@@ -376,7 +378,7 @@ def test_seconds_of_pruned_and_failed_trials_are_counted_and_a_resumed_search_ke
             raise optuna.TrialPruned
         if trial.number == 2:
             trial.set_user_attr("reason", "made up")
-            raise integrated_pipeline.TrialFailedError("made up")
+            raise TrialFailedError("made up")
         return suggest_only(self, trial, model_type)
 
     with monkeypatch.context() as patch:
@@ -426,8 +428,8 @@ def test_the_seconds_of_an_experiments_training_hold_its_search(tiny_npz, tmp_pa
 
     def scores(self, records):
         labels = self.maps.labels[self.split.test]
-        predicted = evaluation.Predictions(torch.eye(9)[labels], labels, self.maps.groups[self.split.test], CLASS_NAMES)
-        metrics = evaluation.compute_metrics(predicted)
+        predicted = Predictions(torch.eye(9)[labels], labels, self.maps.groups[self.split.test], CLASS_NAMES)
+        metrics = compute_metrics(predicted)
         more = {"n_parameters": 1, "latency_ms": 1.0, "weights": "random (made up)", "parameters": {}}
         return [{**r, "validation": metrics, "test": metrics, **more} for r in records], [predicted]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import small_convolutions
-from integrated_pipeline import TorchvisionLightningModel
-from small_convolutions import SmallImageConv2d, quicken_small_convolutions
+from waferlab.models import small_convolutions
+from waferlab.models.small_convolutions import SmallImageConv2d, quicken_small_convolutions
+from waferlab.models.torchvision_models import TorchvisionLightningModel
 
 GEOMETRIES = {  # channels in, out, image, kernel, stride, groups
     "1x1 image": (6, 10, 1, 3, 1, 1),

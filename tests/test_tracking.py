@@ -23,9 +23,12 @@ import pytest
 from conftest import tiny_settings
 from unreliable_server import UnreliableServer
 
-import tracking
-from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-from tracking import MlflowServer, RegistryError, Tracking, _free_port, start_early, still_runs, this_process
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.errors import RegistryError
+from waferlab.tracking.processes import still_runs, this_process
+from waferlab.tracking.runs import Tracking, _early, start_early
+from waferlab.tracking.server import MlflowServer, _free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,7 +126,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
 
 
 def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
+    monkeypatch.setattr("waferlab.tracking.runs.OUTAGE", 1.0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -135,7 +138,7 @@ def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tm
 
 
 def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
+    monkeypatch.setattr("waferlab.tracking.runs.OUTAGE", 1.0)
 
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -164,7 +167,7 @@ def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
 def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tracking, "OUTAGE", 1.0)
+    monkeypatch.setattr("waferlab.tracking.runs.OUTAGE", 1.0)
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, enable_optuna=False)))
     worker, train = pipeline.open_tracking()._worker._process.pid, pipeline.train_final_model
 
@@ -188,7 +191,7 @@ def one_server(tmp_path_factory):
 
 @pytest.fixture
 def server(one_server, monkeypatch):
-    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("waferlab.tracking.runs.FIRST_PAUSE", 0.05)
     one_server.set()
     return one_server
 
@@ -221,7 +224,7 @@ def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(ti
 def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_says_what_is_missing(
     tmp_path, monkeypatch, server
 ):
-    monkeypatch.setattr(tracking, "OUTAGE", 0.3)
+    monkeypatch.setattr("waferlab.tracking.runs.OUTAGE", 0.3)
     warnings = []
     server.set(down=True)
     writes = Tracking("away", uri=server.uri, folder=tmp_path, warn=warnings.append)
@@ -259,7 +262,7 @@ def troubled(one_server, tmp_path_factory):
     one_server.client.delete_experiment(experiment)
     one_server.set(lost="runs/create")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "FIRST_PAUSE", 0.05)
+        patch.setattr("waferlab.tracking.runs.FIRST_PAUSE", 0.05)
         writes = Tracking("troubled", uri=one_server.uri, folder=folder, warn=said.append)
         run = writes.start("a run")
         writes.params(run, rate=0.1, seed=0, long="x" * 10_000)
@@ -308,7 +311,7 @@ def test_trouble_of_the_store_is_told_from_a_mistake():
     from mlflow.exceptions import MlflowException, RestException
     from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED, TEMPORARILY_UNAVAILABLE
 
-    from tracking_worker import may_pass
+    from waferlab.tracking.worker import may_pass
 
     passing = (
         MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE),
@@ -327,16 +330,16 @@ def test_trouble_of_the_store_is_told_from_a_mistake():
 
 
 def test_without_git_the_runs_have_no_commit_and_with_changed_files_they_say_so(tmp_path, monkeypatch):
-    import tracking_worker
+    from waferlab.tracking import worker as tracking_worker
 
     code = tmp_path / "code"
     code.mkdir()
-    monkeypatch.setattr(tracking_worker, "__file__", str(code / "tracking_worker.py"))
+    monkeypatch.setattr("waferlab.tracking.worker.__file__", str(code / "tracking_worker.py"))
     version = tracking_worker._code_version.__wrapped__
     monkeypatch.setenv("PATH", str(tmp_path))
     assert version() == {}
     monkeypatch.undo()
-    monkeypatch.setattr(tracking_worker, "__file__", str(code / "tracking_worker.py"))
+    monkeypatch.setattr("waferlab.tracking.worker.__file__", str(code / "tracking_worker.py"))
     (code / "file.py").write_text("a = 1")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
@@ -414,7 +417,9 @@ def start_and_wait_for_trial(config, tmp_path, number, *, code=CHILD):
 
 def worker_of(process):
     """The process that tracks for another one."""
-    (worker,) = [p for p in psutil.Process(process.pid).children() if "tracking_worker.py" in " ".join(p.cmdline())]
+    (worker,) = [
+        p for p in psutil.Process(process.pid).children() if "waferlab.tracking.worker" in " ".join(p.cmdline())
+    ]
     return worker
 
 
@@ -493,8 +498,8 @@ def test_a_tracking_process_that_is_killed_costs_a_warning_and_not_the_training(
 
 
 def test_a_tracking_process_that_hangs_does_not_hold_the_program_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "STORE_WAIT", 1.0)
-    monkeypatch.setattr(tracking, "STOP_WAIT", 0.5)
+    monkeypatch.setattr("waferlab.tracking.runs.STORE_WAIT", 1.0)
+    monkeypatch.setattr("waferlab.tracking.runs.STOP_WAIT", 0.5)
     warnings = []
     writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append)
     worker = psutil.Process(writes._worker._process.pid)
@@ -520,13 +525,13 @@ def test_a_program_without_a_main_guard_tracks(tiny_npz, tmp_path):
 
 def test_a_process_that_was_started_early_is_the_one_that_tracks_and_writes_nothing_before(tmp_path):
     start_early(tmp_path)
-    (early,) = tracking._early
+    (early,) = _early
     early_process = psutil.Process(early._process.pid)
     assert early_process.nice() >= psutil.Process().nice()
     wait_for(lambda: any(Path(f.path).name == "mlflow.db" for f in early_process.open_files()))
     assert list(tmp_path.iterdir()) == []
     writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
-    assert writes._worker is early and tracking._early == []
+    assert writes._worker is early and _early == []
     writes.start("a run")
     writes.close()
     assert runs_of(tmp_path)[0]["a run"].info.status == "FINISHED"
@@ -539,7 +544,7 @@ def test_a_process_that_was_started_early_for_nothing_ends_with_the_program(tmp_
 import sys, tracking
 from pathlib import Path
 tracking.start_early(Path(sys.argv[1]))
-print(tracking._early[0]._process.pid)
+print(_early[0]._process.pid)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not psutil.pid_exists(int(done.stdout))
@@ -679,9 +684,9 @@ def test_checkpoint_file_and_registered_model_agree(registered):
     import mlflow
     import numpy as np
 
-    from integrated_pipeline import predict_probabilities
-    from promotion import MAX_DIFFERENCE
-    from wafer_data import resize_maps
+    from waferlab.data.images import resize_maps
+    from waferlab.deployment.promotion import MAX_DIFFERENCE
+    from waferlab.evaluation.inference import predict_probabilities
 
     folder, outcomes = registered
     pipeline, summary = outcomes[1]

@@ -11,14 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from integrated_pipeline import ConfigError, ExperimentConfig, IntegratedMLPipeline
-from tracking import Tracking
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.errors import ConfigError
+from waferlab.tracking.runs import Tracking
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_without_weights_and_biases_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("integrated_pipeline.find_spec", lambda name: None)
+    monkeypatch.setattr("waferlab.config.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         ExperimentConfig(tracker="wandb")
     assert ExperimentConfig(tracker="wandb", enable_mlflow=False).tracker == "wandb"

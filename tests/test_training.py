@@ -16,20 +16,27 @@ from lightning.pytorch.callbacks import EarlyStopping
 from made_up import BeforeTraining, Scripted, before_training, pipeline
 from torch import nn
 
-import evaluation
-import integrated_pipeline
-from decision import Decision, choose_decision, fit_temperature
-from integrated_pipeline import MODEL_REGISTRY, ConfigError, ExperimentConfig, IntegratedMLPipeline, ModelSpec
+from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec
 from simple_model import LightningCNN
-from tracking import TrackedRun
-from training_callbacks import TimeBudget
-from wafer_data import CLASS_NAMES, WaferMapDataModule, encode, load_wafer_maps, resize_maps, split_by_lot, symmetries
+from waferlab.config import ExperimentConfig
+from waferlab.data.datamodule import WaferMapDataModule
+from waferlab.data.images import encode, resize_maps, symmetries
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.data.reading import load_wafer_maps
+from waferlab.data.splitting import split_by_lot
+from waferlab.errors import ConfigError
+from waferlab.evaluation.decision import Decision, choose_decision, fit_temperature
+from waferlab.evaluation.metrics import compute_metrics
+from waferlab.evaluation.predictions import Predictions
+from waferlab.reports.tables import write_per_class_table
+from waferlab.tracking.runs import TrackedRun
+from waferlab.training.callbacks import TimeBudget
 
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch):
-    registry = {**MODEL_REGISTRY, "scripted": ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1})}
-    monkeypatch.setattr(integrated_pipeline, "MODEL_REGISTRY", registry)
+    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1})
+    monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
     monkeypatch.setattr(Scripted, "scripts", [])
     monkeypatch.setattr(Scripted, "seen", {})
     return Scripted
@@ -133,10 +140,10 @@ def test_the_best_model_is_the_one_that_validation_prefers_where_test_prefers_an
     def made_up_scores(self, records):
         def scores(part, right):
             answers = self.maps.labels[self.split.parts()[part]] + (not right)
-            predicted = evaluation.Predictions(
+            predicted = Predictions(
                 np.eye(9)[answers % 9], answers - (not right), self.maps.groups[self.split.parts()[part]], CLASS_NAMES
             )
-            return evaluation.compute_metrics(predicted), predicted
+            return compute_metrics(predicted), predicted
 
         results, predictions = [], []
         for record in records:
@@ -519,14 +526,14 @@ def answered_by_hand(model, images, decision):
 @pytest.mark.parametrize("chosen", [LEAN, Decision(temperature=0.6), None], ids=["all", "temperature", "not tuned"])
 def test_scores_are_those_of_the_answers_with_views_offsets_and_temperature(chosen, trained, monkeypatch):
     made = as_trained(trained, tune_decision=chosen is not None)
-    monkeypatch.setattr(integrated_pipeline, "choose_decision", lambda *_, **__: chosen)
+    monkeypatch.setattr("integrated_pipeline.choose_decision", lambda *_, **__: chosen)
     (result,), (predicted,) = made.evaluate([trained[1]])
     model = made.load_model(trained[1])
     for part in ("validation", "test"):
         answers = answered_by_hand(model, made.data_module().images(part), chosen or Decision())
         indices = made.split.parts()[part]
-        by_hand = evaluation.Predictions(answers, made.maps.labels[indices], made.maps.groups[indices], CLASS_NAMES)
-        expected = evaluation.compute_metrics(by_hand)
+        by_hand = Predictions(answers, made.maps.labels[indices], made.maps.groups[indices], CLASS_NAMES)
+        expected = compute_metrics(by_hand)
         for name in ("accuracy", "macro_f1", "expected_calibration_error", "roc_auc_ovr"):
             # In float32 two answers can tie that do not in float64, which moves the area under the curve a little.
             assert result[part][name] == pytest.approx(expected[name], abs=1e-3), (part, name)
@@ -544,7 +551,7 @@ def test_scores_are_those_of_the_answers_with_views_offsets_and_temperature(chos
 def test_the_decision_is_chosen_from_validation_answers_and_training_counts(trained, monkeypatch):
     made, asked = as_trained(trained, tune_decision=True), []
     monkeypatch.setattr(
-        integrated_pipeline, "choose_decision", lambda *given: asked.append(given) or choose_decision(*given)
+        "integrated_pipeline.choose_decision", lambda *given: asked.append(given) or choose_decision(*given)
     )
     made.evaluate([trained[1]])
     ((by_views, labels, counts),) = asked
@@ -672,8 +679,8 @@ def test_the_exported_file_gets_the_decision_and_the_weights_of_the_record(train
         raise Exported
 
     made = as_trained(trained, tune_decision=True)
-    monkeypatch.setattr(integrated_pipeline, "choose_decision", lambda *_, **__: LEAN)
-    monkeypatch.setattr(integrated_pipeline, "export_onnx", export)
+    monkeypatch.setattr("integrated_pipeline.choose_decision", lambda *_, **__: LEAN)
+    monkeypatch.setattr("integrated_pipeline.export_onnx", export)
     (result,), (predicted,) = made.evaluate([trained[1]])
     made.config.enable_mlflow = True
     made._model_runs["lightning_cnn"] = TrackedRun("")
@@ -702,7 +709,7 @@ def test_the_latency_of_an_answer_counts_all_the_views_that_it_takes(views, trai
     made, model = as_trained(trained, tune_decision=True), CountingModel()
     monkeypatch.setattr(made, "load_model", lambda record: model)
     monkeypatch.setattr(made, "_check_is_what_was_trained", lambda *_: None)
-    monkeypatch.setattr(integrated_pipeline, "choose_decision", lambda *_, **__: Decision(views=views))
+    monkeypatch.setattr("integrated_pipeline.choose_decision", lambda *_, **__: Decision(views=views))
     (result,), _ = made.evaluate([trained[1]])
     one_at_a_time = [shape for shape in model.calls if shape[0] <= 8]
     assert one_at_a_time and set(one_at_a_time) == {(views, 1, 16, 16)}
@@ -715,8 +722,8 @@ def test_the_latency_of_an_answer_counts_all_the_views_that_it_takes(views, trai
 def test_the_table_of_classes_has_each_figure_under_its_heading(tmp_path):
     labels = np.repeat([0, 1], [30, 10])
     said = np.concatenate([np.zeros(24), np.ones(6), np.ones(9), np.zeros(1)]).astype(int)
-    predictions = evaluation.Predictions(np.eye(2)[said], labels, np.arange(40) % 5, ("good", "bad"))
-    table = evaluation.write_per_class_table(evaluation.compute_metrics(predictions), path=tmp_path / "t.csv")
+    predictions = Predictions(np.eye(2)[said], labels, np.arange(40) % 5, ("good", "bad"))
+    table = write_per_class_table(compute_metrics(predictions), path=tmp_path / "t.csv")
     good, bad = csv.DictReader(table.open())
     assert (good["class"], good["support"]) == ("good", "30") and (bad["class"], bad["support"]) == ("bad", "10")
     assert float(good["precision"]) == pytest.approx(24 / 25) and float(good["recall"]) == pytest.approx(24 / 30)

@@ -12,22 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-import deployment
-import npz_reader
-import wafer_data
-from wafer_data import (
-    CLASS_NAMES,
-    DataError,
-    EpochBatches,
-    WaferMapDataModule,
-    augment,
-    encode,
-    load_wafer_maps,
-    pack_maps,
-    resize_maps,
-    split_by_lot,
-    symmetries,
-)
+from waferlab.data.datamodule import EpochBatches, WaferMapDataModule
+from waferlab.data.images import augment, encode, resize_maps, symmetries
+from waferlab.data.maps import CLASS_NAMES, pack_maps
+from waferlab.data.reading import MIXEDWM38_COLUMNS, load_wafer_maps
+from waferlab.data.splitting import split_by_lot
+from waferlab.deployment.onnx_export import export_onnx
+from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +61,7 @@ def test_mixedwm38_keeps_single_and_defect_free_maps_and_says_what_it_left_out(t
     dense[9, 0, 0] = 3
     maps = load_wafer_maps(save(tmp_path, arr_0=dense, arr_1=columns))
     names = [CLASS_NAMES[label] for label in maps.labels]
-    assert names == [*wafer_data.MIXEDWM38_COLUMNS, "none"]
+    assert names == [*MIXEDWM38_COLUMNS, "none"]
     assert "left out: 1 mixed, 1 with die values other than 0 to 2" in maps.notes[0]
 
 
@@ -223,7 +215,7 @@ def test_an_npz_that_declares_what_it_does_not_hold_is_refused_before_memory_is_
 
 def test_an_npz_that_inflates_far_beyond_its_size_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
     path = npz_that_says(tmp_path / "x.npz", (1, 2**12, 2**12), bytes(2**24))
-    monkeypatch.setattr(npz_reader, "ALWAYS_ALLOWED", 2**20)
+    monkeypatch.setattr("waferlab.data.npz.ALWAYS_ALLOWED", 2**20)
     tracemalloc.start()
     with pytest.raises(DataError, match=r"inflate to 16,7\d\d,\d\d\d; at most .* 200 times the file"):
         load_wafer_maps(path)
@@ -606,9 +598,7 @@ class GreyLevels(torch.nn.Module):
 @pytest.fixture(scope="module")
 def file_of_grey_levels(tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "m.onnx"
-    return deployment.OnnxClassifier(
-        deployment.export_onnx(GreyLevels(), path, image_size=24, class_names=["pixel"] * 24 * 24)
-    )
+    return OnnxClassifier(export_onnx(GreyLevels(), path, image_size=24, class_names=["pixel"] * 24 * 24))
 
 
 def test_a_file_resizes_maps_exactly_as_training_does(generated, file_of_grey_levels):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from wafer_generator import CLASS_NAMES, generate_wafer_maps
+from waferlab.data.generator import generate_wafer_maps
+from waferlab.data.maps import CLASS_NAMES
 
 
 @pytest.fixture(scope="module")

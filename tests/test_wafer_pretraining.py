@@ -11,19 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import integrated_pipeline
-import wafer_pretraining
-from integrated_pipeline import (
-    FINE_TUNING_SHARE,
-    MODEL_REGISTRY,
-    ExperimentConfig,
-    IntegratedMLPipeline,
-    WeightsUnavailableError,
-)
-from pretrained_weights import read_header
-from wafer_data import load_wafer_maps, pack_maps
-from wafer_generator import generate_wafer_maps
-from wafer_pretraining import HELD_OUT_SEED, GeneratedMaps, GeneratedStream, pretrain, stream_seed
+from integrated_pipeline import FINE_TUNING_SHARE, MODEL_REGISTRY, IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.data.generator import generate_wafer_maps
+from waferlab.data.maps import pack_maps
+from waferlab.data.reading import load_wafer_maps
+from waferlab.errors import ConfigError, WeightsUnavailableError
+from waferlab.models.starting_weights import read_header
+from waferlab.training import pretraining as wafer_pretraining
+from waferlab.training.pretraining import HELD_OUT_SEED, GeneratedMaps, GeneratedStream, pretrain, stream_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"image_size": 16, "maps_per_epoch": 1152}
@@ -45,7 +41,7 @@ def no_host(monkeypatch):
     def fetch_weights(url, file, *, wait, hash_prefix=None):
         raise WeightsUnavailableError("no answer")
 
-    monkeypatch.setattr(integrated_pipeline, "fetch_weights", fetch_weights)
+    monkeypatch.setattr("waferlab.models.torchvision_models.fetch_weights", fetch_weights)
 
 
 # --- the stream
@@ -114,7 +110,7 @@ def test_weights_are_made_once(made):
 
 def test_a_killed_pretraining_leaves_no_half_file_and_resumes_to_the_same_weights(made, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from wafer_pretraining import pretrain;"
+        "import sys; from pathlib import Path; from waferlab.training.pretraining import pretrain;"
         "pretrain('lightning_cnn', folder=Path(sys.argv[1]), maps=2304, image_size=16, maps_per_epoch=1152,"
         "say=lambda text: print(text, flush=True))"
     )
@@ -203,7 +199,7 @@ def test_wafer_does_not_ask_for_imagenet_weights(tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("asked for ImageNet weights")
 
-    monkeypatch.setattr(integrated_pipeline, "fetch_weights", never)
+    monkeypatch.setattr("waferlab.models.torchvision_models.fetch_weights", never)
     source = pipeline(tmp_path, pretrained_source="wafer").create_model("torchvision_resnet").weights_source
     assert source.startswith("random (none on generated maps in")
     assert "python pretrain.py --models torchvision_resnet --image-size 16" in source
@@ -292,7 +288,7 @@ def test_a_resumed_fine_tuning_keeps_its_learning_rate_and_the_name_of_its_weigh
 def test_the_fingerprint_of_a_training_changes_with_the_source_of_its_weights():
     prints = {ExperimentConfig(pretrained_source=s).training_fingerprint() for s in ("auto", "imagenet", "wafer")}
     assert len(prints) == 3
-    with pytest.raises(integrated_pipeline.ConfigError, match="pretrained_source='coco' is unknown"):
+    with pytest.raises(ConfigError, match="pretrained_source='coco' is unknown"):
         ExperimentConfig(pretrained_source="coco")
 
 

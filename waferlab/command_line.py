@@ -1,0 +1,126 @@
+"""What the scripts' command lines have in common: flags, error messages, exit statuses.
+
+Imports nothing heavy, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from waferlab.errors import ConfigError, RunError, UserError
+
+if TYPE_CHECKING:
+    from integrated_pipeline import IntegratedMLPipeline
+    from waferlab.config import ExperimentConfig
+
+
+def make_plain_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every script has and examples below the help."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of data, split, weights and batches (default 0)")
+    parser.add_argument(
+        "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
+    parser.add_argument("--quiet", action="store_true", help="print the outcome only")
+    return parser
+
+
+def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all scripts have which run the pipeline."""
+    parser = make_plain_parser(description, examples)
+    parser.add_argument(
+        "--data",
+        default="synthetic",
+        metavar="PATH",
+        help="'synthetic' (default), or a path: LSWMD.pkl, MixedWM38 .npz, .npz in our layout, folder of class folders",
+    )
+    parser.add_argument("--no-mlflow", action="store_true", help="do not track with MLflow")
+    return parser
+
+
+def run_pipeline(config: ExperimentConfig, *, start_mlflow: bool = False) -> None:
+    """Runs the pipeline; with `start_mlflow`, beside the MLflow page."""
+    from integrated_pipeline import IntegratedMLPipeline
+
+    pipeline = IntegratedMLPipeline(config)
+    with mlflow_page(pipeline, wanted=start_mlflow):
+        pipeline.run_complete_pipeline()
+
+
+@contextlib.contextmanager
+def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[None]:
+    """The MLflow page is up before the work starts and, in a terminal, stays after it until Ctrl-C.
+
+    Raises:
+        ConfigError: the page is wanted without tracking.
+        ServerError: the server does not start.
+    """
+    from waferlab.tracking.server import MlflowServer
+
+    if not wanted:
+        yield
+        return
+    if not pipeline.config.enable_mlflow:
+        raise ConfigError("The MLflow page shows what --no-mlflow switches off. Leave out one of the two.")
+    Path(pipeline.config.output_dir).mkdir(parents=True, exist_ok=True)
+    tracking = pipeline.open_tracking()
+    experiment_id = tracking.experiment_id
+    server = MlflowServer(tracking.uri)
+    try:
+        server.wait_until_up()
+        print(f"MLflow: {server.link(experiment_id)}", flush=True)
+        yield
+        if sys.stdout.isatty():
+            print(f"\nMLflow stays at {server.link(experiment_id)}\nCtrl-C stops it.", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
+    finally:
+        server.stop()
+
+
+def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = None) -> int:
+    """Calls `work`; turns a user's mistake into one message and status 2, Ctrl-C into a hint and status 130.
+
+    SIGTERM, and SIGHUP of a terminal that closes, stop it like Ctrl-C, with status 143 and 129.
+
+    With the `arguments` of a script that tracks, MLflow starts at once, beside the imports of `work`.
+    """
+    stopped_by = [signal.SIGINT]
+
+    def stop(number: int, _: object) -> None:
+        stopped_by.append(number)
+        signal.raise_signal(signal.SIGINT)  # whoever handles Ctrl-C just now handles this
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, stop)
+    try:
+        if arguments is not None and not arguments.no_mlflow:
+            from waferlab.tracking.runs import start_early
+
+            start_early(Path(arguments.output_dir))
+        work()
+    except KeyboardInterrupt:
+        again = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        again += [] if "--resume" in again else ["--resume"]
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"\nStopped. Finished epochs are kept. To go on: python {shlex.join(again)}", file=sys.stderr)
+        return 128 + stopped_by[-1]
+    except ModuleNotFoundError as error:
+        print(f"error: {error}. Install what is needed: pip install -r requirements.txt", file=sys.stderr)
+        return 1
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0

@@ -1,0 +1,1 @@
+"""Wafer maps: read or generated, split without leaks, served in batches."""

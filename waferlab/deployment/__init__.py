@@ -1,0 +1,1 @@
+"""The file that leaves: exported, checked, registered, run."""

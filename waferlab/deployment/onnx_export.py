@@ -1,0 +1,103 @@
+"""From a trained model to a file that stands alone: ONNX with the preprocessing inside; exported, checked, run.
+
+What goes in are raw die maps as they come (uint8 [N, rows, columns], 0 no die, 1 pass, 2 fail, any size); what comes
+out are class probabilities (float32 [N, classes]). An ONNX file holds a graph and tensors, no code: unlike a pickle, it
+is safe to load from others. ONNX Runtime reads no tensors from outside of the file's folder, and no operators but its
+own are given to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from waferlab.data.images import encode, resize_dies, symmetries
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.evaluation.decision import Decision
+
+CONTRACT = "maps uint8 [N, rows, columns] (0 no die, 1 pass, 2 fail) -> probabilities float32 [N, classes]"
+
+
+class RawMapClassifier(nn.Module):
+    """A model with all that surrounds it: maps resized as in training and encoded; the decision made of its outputs."""
+
+    def __init__(self, model: nn.Module, image_size: int, decision: Decision | None = None) -> None:
+        super().__init__()
+        self.model, self.image_size, self.decision = model, image_size, decision or Decision()
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, rows, columns] to probabilities float32 [N, classes], without those that are left out."""
+        images = encode(resize_dies(maps, self.image_size))
+        views = list(symmetries(images)) if self.decision.views == 8 else [images]
+        outputs = self.model(torch.cat(views)).softmax(-1)
+        probabilities = self.decision.apply(outputs.unflatten(0, (len(views), -1)).mean(0))
+        return probabilities[:, self.decision.answered(probabilities.shape[-1])]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Path,
+    *,
+    image_size: int,
+    decision: Decision | None = None,
+    class_names: Sequence[str] = CLASS_NAMES,
+    **metadata: str,
+) -> Path:
+    """Writes a model with its preprocessing as one ONNX file for any number of maps of any size.
+
+    The same model gives the same bytes. The exporter's notes on each node are left out: they name lines of source code
+    and the folders of this machine.
+
+    Args:
+        model: float [N, 1, S, S] in -1..1 to logits [N, classes]; on the CPU, in evaluation mode.
+        path: the file to write.
+        image_size: the S that it was trained with.
+        decision: how the answer is made of its outputs.
+        class_names: of all outputs of the model; the file keeps the names of those that it answers with.
+        **metadata: more that the file shall say of itself.
+
+    Raises:
+        ValueError: the exporter cannot follow the model.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    decision = decision or Decision()
+    program = _traced(RawMapClassifier(model, image_size, decision).eval())
+    answered = [class_names[label] for label in decision.answered(len(class_names))]
+    about = {"class_names": json.dumps(answered), "contract": CONTRACT, "image_size": str(image_size)}
+    ClearMetadataAndDocStringPass()(program.model)
+    program.model.metadata_props.update(about | metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(str(path))
+    return path
+
+
+def _traced(whole: RawMapClassifier) -> torch.onnx.ONNXProgram:
+    from torch.export import Dim
+
+    example = torch.ones(2, 25, 27, dtype=torch.uint8)
+    sizes = {0: Dim("maps"), 1: Dim("rows", min=2, max=4096), 2: Dim("columns", min=2, max=4096)}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # The exporter warns of its own future, and when it fails it writes the whole graph to the terminal.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            return torch.onnx.export(
+                whole, (example,), dynamo=True, dynamic_shapes=(sizes,), opset_version=18, verbose=False,
+                input_names=["maps"], output_names=["probabilities"],
+            )  # fmt: skip
+        except Exception as error:  # the exporter's own kind says how to debug it; what was wrong is its cause
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0][:200]}"
+            raise ValueError(
+                f"{type(whole.model).__name__} cannot be exported ({reason}). Keep its forward to operations on "
+                "tensors, without branches on their values."
+            ) from error

@@ -1,0 +1,83 @@
+"""Architectures compared over seeds."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab.evaluation.statistics import (
+    DIFFERENCE_METHOD,
+    INTERVAL_METHOD,
+    mean_interval,
+    paired_differences,
+    scores_by_seed,
+    test_over_train,
+)
+from waferlab.experiments.series import TrainingSeries, Variant, head, publish
+from waferlab.records import write_summary
+from waferlab.reports.experiment_figures import plot_critical_difference, plot_seed_comparison, plot_trade_offs
+from waferlab.reports.tables import comparison_markdown
+
+
+def compare_architectures(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str, Any]:
+    """Every architecture of the configuration with every seed; writes comparison.json and returns the record."""
+    config = pipeline.config
+    variants = [Variant(name, name) for name in config.model_types()]
+    series = TrainingSeries(pipeline, variants, seeds)
+    series.say(f"Comparison of {len(variants)} architectures, {len(series.seeds)} seeds; {series.budget()}")
+    records = series.run()
+    seeds_of = {name: set(scores_by_seed(records, name)) for name in config.model_types()}
+    models = [_model_row(records, name) for name, seeds in seeds_of.items() if seeds]
+    pairs = [(a, b) for a, b in itertools.combinations(seeds_of, 2) if seeds_of[a] & seeds_of[b]]
+    differences = paired_differences(records, pairs)
+    record = {
+        **head(config, "comparison", series, records),
+        "verdict": f"{_comparison_verdict(models, differences)} {series.failures()}".strip(),
+        "runs": records,
+        "models": models,
+        "interval_method": INTERVAL_METHOD,
+        "differences": differences,
+        "difference_method": DIFFERENCE_METHOD,
+    }
+    write_summary(config.results_dir / "comparison.json", record)
+    draw = (plot_critical_difference, plot_seed_comparison, plot_trade_offs)
+    publish(series, record, draw, table=comparison_markdown(record))
+    return record
+
+
+def _model_row(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    some = [r for r in records if r["variant"] == name]
+    found = mean_interval([r["macro_f1"] for r in some], test_over_train=test_over_train(records))
+    typical = {key: statistics.median(r[key] for r in some) for key in ("train_seconds", "latency_ms", "epochs")}
+    return {
+        "model_type": name,
+        "n": len(some),
+        **{key: found[key] for key in ("mean", "std", "interval")},
+        "accuracy_mean": statistics.mean(r["accuracy"] for r in some),
+        "n_parameters": some[0]["n_parameters"],
+        **typical,
+    }
+
+
+def _comparison_verdict(models: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> str:
+    best = max(models, key=lambda m: m["mean"])
+    text = f"{best['model_type']} has the highest mean macro F1, {_with_interval(best)}."
+    if len(models) == 1:
+        return f"{text} Nothing was compared with it."
+    if best["n"] < 2:
+        return f"{text} With one seed nothing can be said of how sure that is."
+    name = best["model_type"]
+    close = [
+        d["b"] if d["a"] == name else d["a"] for d in differences if name in (d["a"], d["b"]) and not d["significant"]
+    ]
+    if not close:
+        return f"{text} Its lead over every other architecture is larger than chance explains."
+    return f"{text} Over {', '.join(close)} its lead may be chance at {best['n']} seeds."
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    interval = row["interval"]
+    return f"{row['mean']:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")

@@ -1,0 +1,148 @@
+"""What all networks have in common: one training step, one set of metrics, one optimiser and schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+
+
+class WaferClassifier(pl.LightningModule):
+    """One training step, one set of metrics, one optimiser set-up for all models.
+
+    Subclasses set `self.network` and call `self.save_hyperparameters()` with plain values only, so that their
+    checkpoints load with `weights_only=True`.
+
+    `weights_source` says what the network really starts from: the name of the weights, or "random (reason)".
+
+    Args:
+        learning_rate: peak of the schedule.
+        weight_decay: of matrices and kernels; biases and normalisation layers are not decayed.
+        optimizer: "adamw", "adam" or "sgd" (Nesterov momentum 0.9).
+        label_smoothing: 0..1, share of the target spread over all classes.
+        warmup: share of the training over which the learning rate rises to its peak, before the cosine decay.
+        class_weights: nine loss weights, or None for equal ones.
+        num_classes: length of the logits.
+
+    Raises:
+        ValueError: an unknown optimizer.
+    """
+
+    network: nn.Module
+    weights_source = "random (not asked for)"
+
+    def __init__(
+        self,
+        *,
+        learning_rate: float = 4e-3,
+        weight_decay: float = 0.05,
+        optimizer: str = "adamw",
+        label_smoothing: float = 0.05,
+        warmup: float = 0.15,
+        class_weights: Sequence[float] | None = None,
+        num_classes: int = 9,
+    ) -> None:
+        super().__init__()
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={optimizer!r} is unknown. Allowed: {', '.join(OPTIMIZERS)}.")
+        self.learning_rate, self.weight_decay, self.optimizer_name = learning_rate, weight_decay, optimizer
+        self.warmup = warmup
+        # Where a time limit ends training before the last epoch, a callback raises this towards 1 (see `TimeBudget`).
+        self.time_progress = 0.0
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing)
+        self.confusion = nn.ModuleDict(
+            {stage: MulticlassConfusionMatrix(num_classes, validate_args=False) for stage in ("fit", "val")}
+        )
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Changes the peak of the schedule, before training; what the checkpoint says of it too."""
+        self.learning_rate = self.hparams["learning_rate"] = learning_rate
+
+    def setup(self, stage: str) -> None:
+        """Puts kernels in channels-last order: faster convolutions on CPU and GPU, the same results."""
+        self.network.to(memory_format=torch.channels_last)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Float [B, 1, S, S] in -1..1 to logits [B, 9]."""
+        return self.network(images.contiguous(memory_format=torch.channels_last))
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Loss of one batch of images [B, 1, S, S] and labels int64 [B]."""
+        return self._step(batch, "fit")
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Adds one batch to the validation loss and metrics."""
+        self._step(batch, "val")
+
+    def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Class probabilities float32 [B, 9]."""
+        return self(batch[0]).float().softmax(-1)
+
+    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> torch.Tensor:
+        images, labels = batch
+        logits = self(images).float()
+        loss = self.loss(logits, labels)
+        self.confusion[stage].update(logits.detach(), labels)
+        name = "train_loss" if stage == "fit" else "val_loss"
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def on_fit_start(self) -> None:
+        """Remembers the seed that the run was started with."""
+        self._base_seed = torch.initial_seed() % 2**31
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds each epoch by its number: a resumed run draws the same augmentation and dropout as an unbroken one."""
+        torch.manual_seed(self._base_seed + self.current_epoch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of the epoch: the training ones here too, so that callbacks at its end see both."""
+        self._log_metrics("val", prefix="val")
+        if self.confusion["fit"].update_called:
+            self._log_metrics("fit", prefix="train")
+
+    def _log_metrics(self, stage: str, *, prefix: str) -> None:
+        counts = self.confusion[stage].compute().double()
+        self.confusion[stage].reset()
+        self.log(f"{prefix}_macro_f1", macro_f1(counts))
+        self.log(f"{prefix}_accuracy", counts.diagonal().sum() / counts.sum())
+
+    def configure_optimizers(self):
+        """The optimiser, and a learning rate that rises linearly and then falls to zero along a cosine."""
+        kernels = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": kernels, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        match self.optimizer_name:
+            case "adamw":
+                optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+            case "adam":
+                optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+            case "sgd":
+                optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True, fused=True)
+        total_steps = max(1, self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            progress = min(1.0, max(step / total_steps, self.time_progress))
+            if progress < self.warmup:
+                return max(0.02, progress / self.warmup)
+            return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def macro_f1(confusion: torch.Tensor) -> torch.Tensor:
+    """Mean F1 over the classes that have a true map, from counts [C, C] (rows true).
+
+    The same definition as `sklearn.metrics.f1_score(labels=<classes among the true ones>, average="macro",
+    zero_division=0)`: a class that a part of the data lacks says nothing about the model.
+    """
+    true, answered, hits = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    return (2 * hits / (true + answered).clamp(min=1)).sum() / (true > 0).sum().clamp(min=1)

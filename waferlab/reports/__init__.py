@@ -1,0 +1,1 @@
+"""Pictures, tables and pages; the only place that draws."""

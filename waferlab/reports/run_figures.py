@@ -1,0 +1,383 @@
+"""The pictures of a run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from waferlab.evaluation.metrics import divide
+from waferlab.evaluation.predictions import Predictions
+from waferlab.reports.style import (
+    DPI,
+    FAIL_COLOUR,
+    GRID,
+    INK,
+    MUTED,
+    PALETTE,
+    PASS_COLOUR,
+    WAFER_COLOUR,
+    model_colours,
+    new_figure,
+    save,
+    shorten,
+    style,
+    wrap_name,
+)
+
+TRAIN_LINE = (0, (4, 2))  # dashes; validation is solid
+
+
+def plot_confusion_matrix(
+    predictions: Predictions, *, path: str | os.PathLike[str], title: str = "Confusion matrix"
+) -> Path:
+    """Draws counts and shares of the true class side by side (PNG); rows are true, columns predicted classes."""
+    counts = predictions.confusion()
+    shares = divide(counts, np.broadcast_to(counts.sum(axis=1, keepdims=True), counts.shape))
+    side = float(np.clip(0.6 * len(counts), 3.6, 14))  # inches
+    figure = new_figure(2 * side + 2.4, side + 1.8, title)
+    left, right = figure.subplots(1, 2)
+    names = [shorten(name, 32) for name in predictions.class_names]
+    # Shaded by logarithm, or the commonest class would hide all others; half a map keeps empty cells at the pale end.
+    scale = LogNorm(vmin=0.5, vmax=max(2, counts.max()))
+    _draw_matrix(left, counts, names, form="{:,.0f}", image=left.imshow(np.maximum(counts, 0.5), "Blues", norm=scale))
+    _draw_matrix(right, shares, names, form="{:.2f}", image=right.imshow(shares, "Blues", vmin=0, vmax=1))
+    left.set_title(f"Number of maps ({counts.sum():,} in all, shaded on a log scale)", fontsize=11.5, color=INK)
+    right.set_title("Share of each true class (diagonal: recall)", fontsize=11.5, color=INK)
+    return save(figure, path)
+
+
+def _draw_matrix(axes: Axes, values: np.ndarray, names: Sequence[str], *, form: str, image: AxesImage) -> None:
+    """Writes the labels, and the numbers in black or white, whichever stands out from the cell's shade."""
+    size = 9.0 if len(names) <= 20 else 6.0
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("Predicted class", color=INK, fontsize=11)
+    axes.set_ylabel("True class", color=INK, fontsize=11)
+    axes.tick_params(length=0, labelsize=size + 1)
+    axes.spines[:].set_color(GRID)
+    shade = image.norm(image.get_array())
+    for row, column in np.argwhere(values > 0):  # empty cells stay empty: the eye finds the errors at once
+        colour = "white" if shade[row, column] > 0.6 else INK
+        axes.text(column, row, form.format(values[row, column]), ha="center", va="center", fontsize=size, color=colour)
+
+
+def plot_sample_predictions(
+    wafer_maps: Sequence[np.ndarray],
+    predictions: Predictions,
+    *,
+    path: str | os.PathLike[str],
+    title: str = "Sample predictions",
+    seed: int = 0,
+) -> Path:
+    """Draws up to 12 wafers that the model got right, one of each class first, and its 12 most confident errors (PNG).
+
+    Args:
+        wafer_maps: N maps in the order of the predictions, uint8 [h, w], 0 no die / 1 pass / 2 fail, any sizes.
+        predictions: of the same maps.
+        path: the PNG to write.
+        title: the figure's title.
+        seed: chooses among the right ones.
+
+    Raises:
+        ValueError: if the number of maps is not the number of predictions.
+    """
+    if len(wafer_maps) != len(predictions.labels):
+        raise ValueError(f"{len(wafer_maps)} wafer maps for {len(predictions.labels)} predictions: pass one for each")
+    n_columns, tile_width, tile_height, header, heading = 6, 2.1, 2.5, 0.8, 0.45  # sizes in inches
+    right, wrong = _pick_samples(predictions, limit=2 * n_columns, seed=seed)
+    n_right = int((predictions.predicted == predictions.labels).sum())
+    n_wrong = len(predictions.labels) - n_right
+    sections = (
+        (f"Right: {len(right)} of {n_right:,}" if right else "Right: none", PALETTE[0], right),
+        (f"Wrong: {len(wrong)} of {n_wrong:,}, most confident first" if wrong else "Wrong: none", FAIL_COLOUR, wrong),
+    )
+    n_rows = sum(math.ceil(len(chosen) / n_columns) for _, _, chosen in sections)
+    width, height = n_columns * tile_width + 0.3, header + 2 * heading + n_rows * tile_height + 0.1
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    # One sheet measured in inches, y downwards, for all wafers: two dozen axes would take much longer to draw.
+    sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    sheet.set_axis_off()
+    sheet.text(0.25, 0.4, title, fontsize=16, fontweight="bold", color=INK, va="center")
+    dies = [Patch(color=PASS_COLOUR, label="die passed"), Patch(color=FAIL_COLOUR, label="die failed")]
+    place = {"loc": "center right", "bbox_to_anchor": (width - 0.1, 0.4), "bbox_transform": sheet.transData}
+    sheet.legend(handles=dies, ncols=2, frameon=False, fontsize=10, **place)
+    top = header
+    for text, colour, chosen in sections:
+        sheet.text(0.25, top + 0.12, text, fontsize=12, fontweight="bold", color=colour, va="center")
+        top += heading
+        for position, index in enumerate(chosen):
+            row, column = divmod(position, n_columns)
+            x, y = 0.15 + (column + 0.5) * tile_width, top + row * tile_height + 0.85
+            _draw_wafer(sheet, np.asarray(wafer_maps[index]), x=x, y=y, radius=0.83)
+            _caption_wafer(sheet, predictions, index, x=x, y=y + 1.03, colour=colour)
+        top += math.ceil(len(chosen) / n_columns) * tile_height
+    return save(figure, path)
+
+
+def _pick_samples(predictions: Predictions, *, limit: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of right predictions (one of each class, then a second, ...) and of the most confident errors."""
+    hit = predictions.predicted == predictions.labels
+    shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(hit))
+    by_class = [shuffled[predictions.labels[shuffled] == label] for label in range(len(predictions.class_names))]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_class))
+    right = [int(index) for index in turns if index is not None][:limit]
+    errors = np.flatnonzero(~hit)
+    wrong = errors[np.argsort(-predictions.confidence[errors], kind="stable")][:limit]
+    return right, wrong.tolist()
+
+
+def _draw_wafer(sheet: Axes, wafer_map: np.ndarray, *, x: float, y: float, radius: float) -> None:
+    """A round wafer with its dies as cells: dies are rarely square, so rows and columns are stretched to the circle."""
+    sheet.add_patch(Circle((x, y), radius * 1.04, facecolor="none", edgecolor=WAFER_COLOUR, linewidth=0.9))
+    extent = (x - radius, x + radius, y + radius, y - radius)
+    sheet.imshow(_wafer_image(wafer_map), extent=extent, aspect="auto", interpolation="antialiased", zorder=2)
+
+
+def _wafer_image(wafer_map: np.ndarray, *, pixels: int = 400) -> np.ndarray:
+    """RGBA picture of a map, uint8 [pixels, pixels, 4]: transparent off the dies and, if large, between them."""
+    rows, columns = np.flatnonzero(wafer_map.any(axis=1)), np.flatnonzero(wafer_map.any(axis=0))
+    if len(rows):  # some sources pad their maps; the circle is that of the dies
+        wafer_map = wafer_map[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    colours = np.zeros((3, 4), dtype=np.uint8)
+    for value, colour in ((1, PASS_COLOUR), (2, FAIL_COLOUR)):
+        colours[value] = [*bytes.fromhex(colour[1:]), 255]
+    y, x = (((np.arange(pixels) + 0.5) * size / pixels) for size in wafer_map.shape)
+    image = colours[wafer_map[np.ix_(y.astype(np.int64), x.astype(np.int64))]]
+    if max(wafer_map.shape) <= 64:  # streets between smaller dies would be thinner than a pixel of the figure
+        image[np.abs(y % 1 - 0.5) > 0.43] = 0
+        image[:, np.abs(x % 1 - 0.5) > 0.43] = 0
+    return image
+
+
+def _caption_wafer(sheet: Axes, predictions: Predictions, index: int, *, x: float, y: float, colour: str) -> None:
+    names, confidence = predictions.class_names, predictions.confidence[index]
+    share = ">99%" if confidence > 0.995 else f"{confidence:.0%}"  # a rounded 100% would claim certainty
+    lines = (
+        (f"true {shorten(names[predictions.labels[index]], 18)}", INK),
+        (f"predicted {shorten(names[predictions.predicted[index]], 18)}", colour),
+        (f"confidence {share}", MUTED),
+    )
+    for number, (line, shade) in enumerate(lines):
+        sheet.text(x, y + 0.17 * number, line, fontsize=9, color=shade, ha="center", va="center")
+
+
+def plot_model_comparison(
+    results: Sequence[Mapping[str, Any]],
+    *,
+    path: str | os.PathLike[str],
+    title: str = "Model comparison",
+    error_bars: str = "95% interval over lots",
+) -> Path:
+    """Draws macro F1 with error bars, training time, parameters and latency of each model (PNG).
+
+    Args:
+        results: a dict for each model with model_type and any of macro_f1, macro_f1_interval ([low, high] or None),
+            train_seconds, n_parameters, latency_ms. What is missing is drawn as "not measured".
+        path: the PNG to write.
+        title: the figure's title.
+        error_bars: what ``macro_f1_interval`` is, for the reader.
+
+    Raises:
+        ValueError: if there are no results.
+    """
+    if not results:
+        raise ValueError("results are empty: pass a dict for at least one model")
+    figure = new_figure(14.5, 2.2 + 0.66 * len(results), title)
+    score, *costs = figure.subplots(1, 4, sharey=True, width_ratios=[1.5, 1, 1, 1])
+    _draw_scores(score, results, error_bars)
+    _draw_costs(costs[0], results, "train_seconds", label="Training time (s)", form=" {:,.1f}")
+    _draw_costs(costs[1], results, "n_parameters", label="Parameters (millions)", form=" {:,.2f}", factor=1e-6)
+    _draw_costs(costs[2], results, "latency_ms", label="Latency (ms per map)", form=" {:,.2f}")
+    names = [wrap_name(str(result["model_type"]), 30) for result in results]
+    score.set_yticks(range(len(results)), names, fontsize=11)
+    margin = 0.6 if len(results) > 1 else 0.9
+    score.set_ylim(len(results) - 1 + margin, -margin)  # first model on top
+    return save(figure, path)
+
+
+def _draw_scores(axes: Axes, results: Sequence[Mapping[str, Any]], error_bars: str) -> None:
+    """Dots, not bars: a bar must start at zero, and there the differences that matter could not be seen."""
+    ends, label = [], "Macro F1"
+    for row, (result, colour) in enumerate(zip(results, model_colours(len(results)), strict=True)):
+        value, interval = result.get("macro_f1"), result.get("macro_f1_interval")
+        if value is None:
+            centre = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}
+            axes.text(0.5, row, "not measured", fontsize=10, color=MUTED, **centre)
+            continue
+        if interval is not None:
+            # Drawn as a line from low to high: an interval over seeds need not contain the value itself.
+            axes.plot(interval, [row, row], "-|", color=colour, linewidth=2.5, markersize=11, markeredgewidth=2.5)
+            label = f"Macro F1\nerror bars: {error_bars}"
+        axes.plot(value, row, "o", color=colour, markersize=9)
+        above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{value:.3f}", (value, row), fontsize=10, color=INK, **above)
+        ends += [value, *(() if interval is None else interval)]
+    if ends:
+        margin = max(0.04, 0.12 * (max(ends) - min(ends)))
+        axes.set_xlim(max(-0.02, min(ends) - margin), min(1.02, max(ends) + margin))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))  # more labels than that touch each other
+    style(axes, label, grid="x")
+
+
+def _draw_costs(
+    axes: Axes, results: Sequence[Mapping[str, Any]], key: str, *, label: str, form: str, factor: float = 1.0
+) -> None:
+    lengths = [(result.get(key) or 0.0) * factor for result in results]
+    axes.barh(range(len(results)), lengths, height=0.55, color=model_colours(len(results)))
+    for row, (result, length) in enumerate(zip(results, lengths, strict=True)):
+        known = result.get(key) is not None
+        text = form.format(length) if known else " not measured"
+        axes.text(length, row, text, va="center", fontsize=10, color=INK if known else MUTED)
+    axes.set_xlim(0, 1.35 * (max(lengths) or 1.0))  # leaves room for the longest bar's number
+    style(axes, label, grid="x")
+    axes.tick_params(axis="y", length=0, labelleft=False)
+
+
+def plot_training_history(
+    histories: Mapping[str, Mapping[str, Sequence[float | None]]],
+    *,
+    path: str | os.PathLike[str],
+    title: str = "Training history",
+) -> Path:
+    """Draws loss, macro F1 and, where recorded, the learning rate against the epoch (PNG).
+
+    Args:
+        histories: for each model a dict with epoch and any of train_loss, val_loss, train_macro_f1, val_macro_f1,
+            learning_rate, each as long as epoch; None or NaN leaves a gap.
+        path: the PNG to write.
+        title: the figure's title.
+
+    Raises:
+        ValueError: if there are no histories, or a series is not as long as its epochs.
+    """
+    if not histories:
+        raise ValueError("histories are empty: pass the history of at least one model")
+    panels = [("Loss", {"train_loss": TRAIN_LINE, "val_loss": "-"})]
+    panels += [("Macro F1", {"train_macro_f1": TRAIN_LINE, "val_macro_f1": "-"})]
+    if any(history.get("learning_rate") is not None for history in histories.values()):
+        panels += [("Learning rate (log scale)", {"learning_rate": "-"})]
+    figure = new_figure(4.8 * len(panels), 5.0, title)
+    for axes, (label, series) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for (model, history), colour in zip(histories.items(), model_colours(len(histories)), strict=True):
+            for key, line_style in series.items():
+                _draw_series(axes, model, history, key, colour=colour, line_style=line_style)
+        style(axes, "Epoch", grid="both")
+        axes.set_ylabel(label, color=INK, fontsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        if "learning_rate" in series:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:.0e}")  # typesetting powers of ten would take a quarter of a second
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
+            axes.set(xticks=[], yticks=[])
+    _history_legend(figure, list(histories))
+    return save(figure, path)
+
+
+def plot_study(
+    study: Any, *, folder: str | os.PathLike[str], name: str, objectives: Sequence[str] = ("macro_f1",)
+) -> list[Path]:
+    """Draws an Optuna study with Optuna's own plots, as `optuna_<name>_<what>.png`.
+
+    Args:
+        study: an `optuna.Study`.
+        folder: where the PNGs go.
+        name: of the model, for titles and file names.
+        objectives: what the study's values are; with several, the Pareto front is drawn.
+
+    Returns:
+        The pictures that the study has enough trials for: history, slices, importances, Pareto front.
+    """
+    from optuna.trial import TrialState
+    from optuna.visualization import matplotlib as optuna_plots
+
+    done = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
+    first = {"target": lambda trial: trial.values[0], "target_name": objectives[0]} if len(objectives) > 1 else {}
+    pictures = {}
+    if done:
+        pictures["history"] = lambda: optuna_plots.plot_optimization_history(study, **first)
+        pictures["slices"] = lambda: optuna_plots.plot_slice(study, **first)
+    if len({trial.values[0] for trial in done}) >= 4:  # fewer tell nothing of what mattered
+        pictures["importances"] = lambda: optuna_plots.plot_param_importances(study, **first)
+    if len(objectives) == 2 and done:
+        pictures["pareto_front"] = lambda: optuna_plots.plot_pareto_front(study, target_names=list(objectives))
+    return [
+        _save_optuna(draw, Path(folder) / f"optuna_{name}_{what}.png", title=f"{name}: {what.replace('_', ' ')}")
+        for what, draw in pictures.items()
+    ]
+
+
+def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
+    """Optuna draws with pyplot: its figure is fitted, saved and closed."""
+    import warnings
+
+    from matplotlib import pyplot
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its plots are marked experimental
+        axes = np.ravel(draw())
+    figure = axes[0].figure
+    figure.set_size_inches(max(8.0, 3.2 * len(axes)), 4.8)
+    for a in axes:
+        a.set_title("")
+        a.set_title("", loc="left")
+        if a.get_ylabel() == "Objective Value":
+            a.set_ylabel("validation macro F1")
+        if a.get_xscale() == "log":  # its labels of 2, 3, 4, ... times a power of ten would cover each other
+            low, high = a.get_xlim()
+            a.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high / low < 100 else (1.0,), numticks=4))
+            a.xaxis.set_major_formatter("{x:.0e}")
+            a.xaxis.set_minor_formatter(NullFormatter())
+        elif a.get_xlabel() == "Trial":
+            a.xaxis.set_major_locator(MaxNLocator(integer=True))
+        elif a.get_xlabel() == "Hyperparameter Importance" and a.get_legend():
+            a.get_legend().remove()  # it names one colour only, and covers the last label
+    figure.suptitle(title)
+    figure.set_layout_engine("constrained")
+    try:
+        return save(figure, path)
+    finally:
+        pyplot.close(figure)
+
+
+def _draw_series(axes: Axes, model: str, history: Mapping[str, Any], key: str, *, colour: str, line_style: Any) -> None:
+    """A line, if the series was recorded: short ones with a dot an epoch, validation macro F1 starred at its best."""
+    if history.get(key) is None or len(history[key]) == 0:
+        return
+    epochs, values = np.asarray(history["epoch"]), np.asarray(history[key], dtype=np.float64)  # None becomes NaN
+    if epochs.shape != values.shape:
+        raise ValueError(f"{model}: {key} has {len(values)} values for {len(epochs)} epochs; put None where one lacks")
+    marker = "o" if len(epochs) <= 12 else ""
+    axes.plot(epochs, values, linestyle=line_style, linewidth=1.8, marker=marker, markersize=4, color=colour)
+    if key == "val_macro_f1" and np.isfinite(values).any():
+        best = int(np.nanargmax(values))
+        axes.plot(epochs[best], values[best], "*", color=colour, markersize=13, markeredgecolor="white", zorder=4)
+
+
+def _history_legend(figure: Figure, models: Sequence[str]) -> None:
+    """Colours say which model, line styles which split: one legend below all panels instead of one in each."""
+    colours = model_colours(len(models))
+    handles = [
+        Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in zip(models, colours, strict=True)
+    ]
+    handles += [
+        Line2D([], [], color=MUTED, linestyle=TRAIN_LINE, label="train"),
+        Line2D([], [], color=MUTED, linestyle="-", label="validation"),
+        Line2D([], [], color=MUTED, linestyle="none", marker="*", markersize=11, label="best validation macro F1"),
+    ]
+    columns = 4 if max(map(len, models)) <= 30 else 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)

@@ -1,0 +1,1 @@
+"""The tree of runs in MLflow or Weights & Biases, and the page that shows it."""

@@ -1,0 +1,79 @@
+"""The MLflow page on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+from waferlab.errors import ServerError
+from waferlab.tracking.runs import PATHS, WORKER
+
+QUIET_SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+class MlflowServer:
+    """`mlflow ui` on 127.0.0.1, stopped with all processes that it started, at the latest when this program is gone.
+
+    Args:
+        uri: the store that it shows; it must exist, since several processes making a fresh database get in each
+            other's way.
+        port: tried first; the next free one is taken.
+
+    Raises:
+        ServerError: it did not come up within a minute.
+    """
+
+    def __init__(self, uri: str, *, port: int = 5000) -> None:
+        self.port = _free_port(port)
+        self.url = f"http://127.0.0.1:{self.port}"
+        # One worker and no job processes: half the start-up time, a tenth of the memory, and nothing left behind.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop`
+        self._process = subprocess.Popen(
+            [*WORKER, "watch", sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri,
+             "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"],
+            env=os.environ | {"PYTHONPATH": PATHS, **QUIET_SERVER},
+            stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_until_up(self, seconds: float = 60.0) -> None:
+        """Returns as soon as the server answers."""
+        from urllib.error import URLError
+        from urllib.request import urlopen
+
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                with urlopen(f"{self.url}/health", timeout=2):
+                    return
+            except (URLError, OSError):
+                time.sleep(0.2)
+        self._log.seek(0)
+        last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
+        self.stop()
+        raise ServerError(f"The MLflow server did not start on {self.url}: {' '.join(last) or 'no answer'}")
+
+    def link(self, experiment_id: str) -> str:
+        """The page with the experiment's runs."""
+        return f"{self.url}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+
+    def stop(self) -> None:
+        """Ends the server and all processes that it started."""
+        self._process.stdin.close()  # what `tracking_worker.watch` waits for
+        self._process.wait()
+        self._log.close()
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, first + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given back is free
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ServerError(f"No free port from {first} to {first + 99}. Stop a server that runs there.")

@@ -1,0 +1,1 @@
+"""What surrounds a training: callbacks, checkpoints, precision, progress, pre-training."""
