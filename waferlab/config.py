@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from waferlab.data.reading import IMAGE_LEVELS, SYNTHETIC
 from waferlab.errors import ConfigError
-from waferlab.models.registry import MODEL_REGISTRY
+from waferlab.models.registry import MODEL_REGISTRY, find_model
 
 SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")
 TRACKERS = ("mlflow", "wandb")
 PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
+FREE = {"trains": False}  # of a field that a training does not depend on: a resumed one may have another value
+TRAINER_IS_OURS = {
+    *(
+        "max_epochs",
+        "callbacks",
+        "logger",
+        "plugins",
+        "default_root_dir",
+        "enable_progress_bar",
+        "enable_model_summary",
+    ),
+    *("num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones"),
+}
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
+
+
+def whole(default: int | None, low: int, high: int, *, trains: bool = True) -> Any:
+    """A field for a whole number in a range, or None where that is the default.
+
+    With trains=False, a resumed training may have another value (see `FREE`).
+    """
+    return field(default=default, metadata={"kinds": (int,), "low": low, "high": high, "trains": trains})
+
+
+def number(default: float | None, low: float, high: float, *, trains: bool = True) -> Any:
+    """As `whole`, for any number."""
+    return field(default=default, metadata={"kinds": (int, float), "low": low, "high": high, "trains": trains})
+
+
+def one_of(default: str, choices: Sequence[str], *, trains: bool = True) -> Any:
+    """A field for one of some words."""
+    return field(default=default, metadata={"choices": choices, "trains": trains})
 
 
 @dataclass(kw_only=True)
@@ -28,9 +62,9 @@ class ExperimentConfig:
         experiment_name: folder name under results/ and checkpoints/.
         model_type: "all", one registered name, or a list of names.
         use_pretrained: start from pre-trained weights where they can be had.
-        pretrained_source: which: "imagenet" (published weights), "wafer" (made by pretrain.py on generated maps) or
+        pretrained_source: which: "imagenet" (published weights), "wafer" (made on generated maps) or
             "auto", which takes published ones where they can be had, else those made on generated maps.
-        pretrained_dir: folder of the weights made by pretrain.py; None for checkpoints/pretrained in the output
+        pretrained_dir: folder of the weights made on generated maps; None for checkpoints/pretrained in the output
             folder.
         max_epochs: of the final training, with early stopping.
         batch_size: maps a training batch.
@@ -72,6 +106,7 @@ class ExperimentConfig:
         devices: "auto" or 1 for one device, or its number in a list, [1] for the second; passed to Lightning.
         precision: passed to Lightning; "auto" takes bf16-mixed where the hardware computes in it, else 32-true.
         accumulate_grad_batches: passed to Lightning.
+        trainer: any other argument of Lightning's Trainer, such as {"gradient_clip_val": 1.0}.
         pretrained_wait: seconds to wait for the host of pre-trained weights to answer.
         tune_decision: choose on validation, after training, whether to average over eight views of each map, how far
             to lean to frequent classes, and the temperature of the probabilities (see `decision.py`).
@@ -81,76 +116,56 @@ class ExperimentConfig:
     """
 
     experiment_name: str = "wafer_defect_complete"
-    model_type: str | Sequence[str] = "all"
+    model_type: str | Sequence[str] = field(default="all", metadata=FREE)
     use_pretrained: bool = True
-    pretrained_source: str = "auto"
-    pretrained_dir: str | Path | None = None
-    max_epochs: int = 50
-    batch_size: int = 32
-    num_optuna_trials: int = 20
-    search_epochs: int = 8
-    search_share: float = 0.6
-    favourite_share: float | None = None
-    sampler: str = "auto"
-    pruner: str = "auto"
+    pretrained_source: str = one_of("auto", PRETRAINED_SOURCES)
+    pretrained_dir: str | Path | None = field(default=None, metadata=FREE)
+    max_epochs: int = whole(50, 1, 100_000)
+    batch_size: int = whole(32, 2, 65_536)
+    num_optuna_trials: int = whole(20, 1, 1_000_000)
+    search_epochs: int = whole(8, 1, 100_000)
+    search_share: float = number(0.6, 0.05, 0.95)
+    favourite_share: float | None = number(None, 0.05, 0.95)
+    sampler: str = one_of("auto", SAMPLERS)
+    pruner: str = one_of("auto", PRUNERS)
     objectives: Sequence[str] = ("macro_f1",)
-    storage: str | None = None
-    artifacts: str | Path | None = None
-    enable_mlflow: bool = True
-    tracker: str = "mlflow"
-    tracking_uri: str | None = None
-    registry_name: str | None = "wafer_defect_classifier"
+    storage: str | None = field(default=None, metadata=FREE)
+    artifacts: str | Path | None = field(default=None, metadata=FREE)
+    enable_mlflow: bool = field(default=True, metadata=FREE)
+    tracker: str = one_of("mlflow", TRACKERS, trains=False)
+    tracking_uri: str | None = field(default=None, metadata=FREE)
+    registry_name: str | None = field(default="wafer_defect_classifier", metadata=FREE)
     enable_optuna: bool = True
     data_augmentation: bool = True
     class_balancing: bool = True
-    balance_by: str = "sampler"
-    data: str | Path = SYNTHETIC
-    samples_per_class: int = 150
-    max_samples_per_class: int | None = None
-    image_levels: str = "auto"
-    image_size: int = 40
-    seed: int = 0
-    learning_rate: float | None = None
-    early_stopping_patience: int = 15
-    time_limit: float | None = None
+    balance_by: str = one_of("sampler", ("sampler", "loss"))
+    data: str | Path = field(default=SYNTHETIC, metadata=FREE)
+    samples_per_class: int = whole(150, 1, 1_000_000)
+    max_samples_per_class: int | None = whole(None, 1, 100_000_000)
+    image_levels: str = one_of("auto", IMAGE_LEVELS)
+    image_size: int = whole(40, 16, 512)
+    seed: int = whole(0, 0, 2**31 - 1)
+    learning_rate: float | None = number(None, 1e-6, 1.0)
+    early_stopping_patience: int = whole(15, 1, 100_000)
+    time_limit: float | None = number(None, 1, 10_000_000)
     accelerator: str = "auto"
     devices: int | str | list[int] = "auto"
     precision: str | int = "auto"
-    accumulate_grad_batches: int = 1
-    pretrained_wait: float = 5.0
-    tune_decision: bool = False
-    output_dir: str | Path = "."
-    resume: bool = False
-    quiet: bool = False
+    accumulate_grad_batches: int = whole(1, 1, 100_000)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    pretrained_wait: float = number(5.0, 0.1, 600, trains=False)
+    tune_decision: bool = field(default=False, metadata=FREE)
+    output_dir: str | Path = field(default=".", metadata=FREE)
+    resume: bool = field(default=False, metadata=FREE)
+    quiet: bool = field(default=False, metadata=FREE)
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("max_epochs", 1, 100_000),
-            ("batch_size", 2, 65_536),
-            ("num_optuna_trials", 1, 1_000_000),
-            ("search_epochs", 1, 100_000),
-            ("search_share", 0.05, 0.95),
-            ("favourite_share", 0.05, 0.95),
-            ("samples_per_class", 1, 1_000_000),
-            ("max_samples_per_class", 1, 100_000_000),
-            ("image_size", 16, 512),
-            ("seed", 0, 2**31 - 1),
-            ("learning_rate", 1e-6, 1.0),
-            ("early_stopping_patience", 1, 100_000),
-            ("time_limit", 1, 10_000_000),
-            ("accumulate_grad_batches", 1, 100_000),
-            ("pretrained_wait", 0.1, 600),
-        ):
-            self._check_range(name, low, high)
+        for option in fields(self):
+            self._check(option)
         self._check_one_device()
-        self._check_choice("balance_by", ("sampler", "loss"))
-        self._check_choice("image_levels", IMAGE_LEVELS)
-        self._check_choice("sampler", SAMPLERS)
-        self._check_choice("pruner", PRUNERS)
-        self._check_choice("tracker", TRACKERS)
+        self._check_trainer()
         if self.tracker == "wandb" and self.enable_mlflow and find_spec("wandb") is None:
             raise ConfigError("tracker='wandb' needs Weights & Biases, which is not installed: pip install wandb.")
-        self._check_choice("pretrained_source", PRETRAINED_SOURCES)
         objectives = list(self.objectives)
         if not objectives or objectives[0] != "macro_f1" or not set(objectives) <= set(OBJECTIVES):
             raise ConfigError(
@@ -162,16 +177,17 @@ class ExperimentConfig:
             raise ConfigError(f"experiment_name={name!r} names a folder: use letters, digits, '_', '-' and inner dots.")
         self.model_types()
 
-    def _check_range(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        optional = type(self).__dataclass_fields__[name].default is None
-        if value is None and optional:
+    def _check(self, option: Field) -> None:
+        """Against the range or the choices that stand at the field."""
+        value, allowed = getattr(self, option.name), option.metadata
+        if "choices" in allowed and value not in allowed["choices"]:
+            raise ConfigError(f"{option.name}={value!r} is unknown. Allowed: {', '.join(allowed['choices'])}.")
+        if "low" not in allowed or (value is None and option.default is None):
             return
-        integral = "int" in str(type(self).__dataclass_fields__[name].type)
-        right_type = isinstance(value, int if integral else (int, float)) and not isinstance(value, bool)
-        if not right_type or not low <= value <= high:
-            kind = "a whole number" if integral else "a number"
-            raise ConfigError(f"{name}={value!r} is out of range. Allowed: {kind} from {low:,} to {high:,}.")
+        low, high, kinds = allowed["low"], allowed["high"], allowed["kinds"]
+        if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+            kind = "a number" if float in kinds else "a whole number"
+            raise ConfigError(f"{option.name}={value!r} is out of range. Allowed: {kind} from {low:,} to {high:,}.")
 
     def _check_one_device(self) -> None:
         devices = self.devices
@@ -182,24 +198,38 @@ class ExperimentConfig:
                 "number. To use several, run an experiment on each."
             )
 
-    def _check_choice(self, name: str, allowed: Sequence[str]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ConfigError(f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(allowed)}.")
+    def _check_trainer(self) -> None:
+        if not self.trainer:
+            return
+        from lightning.pytorch import Trainer
+
+        allowed = set(inspect.signature(Trainer).parameters) - TRAINER_IS_OURS - {f.name for f in fields(self)}
+        if wrong := sorted(set(self.trainer) - allowed):
+            near = difflib.get_close_matches(wrong[0], allowed, 1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"trainer={dict(self.trainer)!r}: {wrong[0]!r} is no argument of Lightning's Trainer, or one that the "
+                f"pipeline sets or has a field of its own for.{meant}"
+            )
 
     def model_types(self) -> list[str]:
         """The chosen model types in order, each once."""
         if not MODEL_REGISTRY:
-            raise ConfigError("No model is registered yet: import integrated_pipeline first, which registers all of them.")
+            raise ConfigError(
+                "No model is registered yet: import integrated_pipeline first, which registers all of them."
+            )
         if self.model_type == "all":
             return [name for name, spec in MODEL_REGISTRY.items() if spec.in_all]
         names = [self.model_type] if isinstance(self.model_type, str) else list(self.model_type)
         for name in names:
-            if name not in MODEL_REGISTRY:
-                allowed = ", ".join(["all", *MODEL_REGISTRY])
-                raise ConfigError(f"model_type={name!r} is unknown. Allowed: {allowed}.")
+            find_model(name)
         if not names:
             raise ConfigError("model_type=[] is empty. Name at least one model, or 'all'.")
         return list(dict.fromkeys(names))
+
+    def equal_share(self) -> float | None:
+        """Seconds of the time limit for each model, search included; None without a limit."""
+        return None if self.time_limit is None else self.time_limit / len(self.model_types())
 
     def favours_the_best(self) -> bool:
         """Whether the final training's time goes by the outcome of the searches."""
@@ -233,21 +263,6 @@ class ExperimentConfig:
 
     def training_fingerprint(self) -> str:
         """Changes with any setting that a resumed training depends on."""
-        free = {
-            "resume",
-            "quiet",
-            "output_dir",
-            "model_type",
-            "pretrained_wait",
-            "pretrained_dir",
-            "enable_mlflow",
-            "tracker",
-            "tracking_uri",
-            "registry_name",
-            "storage",
-            "artifacts",
-            "data",
-            "tune_decision",
-        }
-        settings = {k: v for k, v in asdict(self).items() if k not in free}
+        trains = {option.name for option in fields(self) if option.metadata.get("trains", True)}
+        settings = {name: value for name, value in asdict(self).items() if name in trains}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]

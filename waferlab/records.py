@@ -10,15 +10,217 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps
+from waferlab.data.splitting import Split
+
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_SCHEMA_VERSION = 1
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "lightning",
+    "optuna",
+    "mlflow",
+    "ultralytics",
+    "numpy",
+    "scikit-learn",
+    "onnxruntime",
+)
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+@dataclass(frozen=True)
+class StartingWeights:
+    """What a network starts from.
+
+    Attributes:
+        kind: "random", "published" or "generated" (made on generated wafer maps).
+        name: of the weights; "" for random ones.
+        reason: why they are random, or "".
+    """
+
+    kind: str
+    name: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"random ({self.reason})" if self.kind == "random" else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """All that is to be known of a training; it describes the weights in its checkpoint and goes where they go.
+
+    Attributes:
+        model_type: a registered name.
+        parameters: batch size and all hyperparameters of the model, by name.
+        weights: what the network started from.
+        precision: that it was computed in, in Lightning's words.
+        n_parameters: of the network.
+        epochs: that were trained.
+        best_epoch: whose weights are in the checkpoint, from 1.
+        train_seconds: validation included, over all sittings.
+        history: a value an epoch, by name: epoch, train_loss, val_macro_f1, learning_rate, ...
+        checkpoint: path in the model's folder of checkpoints.
+        checkpoint_sha256: that the checkpoint must have.
+    """
+
+    model_type: str
+    parameters: dict[str, Any]
+    weights: StartingWeights
+    precision: str
+    n_parameters: int
+    epochs: int
+    best_epoch: int
+    train_seconds: float
+    history: dict[str, list[float]]
+    checkpoint: str
+    checkpoint_sha256: str
+
+    @property
+    def val_macro_f1(self) -> float:
+        """Of the best epoch."""
+        return max(self.history["val_macro_f1"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; with `starting_weights` for programs and the same as a text, `weights`, for people."""
+        record = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return record | {"starting_weights": record["weights"], "weights": str(self.weights)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """The record that `as_json` gave."""
+        fields = {f.name for f in dataclasses.fields(cls)} - {"weights"}
+        some = {name: value for name, value in record.items() if name in fields}
+        return cls(weights=StartingWeights(**record["starting_weights"]), **some)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """What is kept of a trial.
+
+    Attributes:
+        number: in its study.
+        state: "complete", "pruned", "fail", ...
+        values: of the objectives; None if it did not come to its end.
+        last_macro_f1: the last that it reported, on validation.
+        epochs: that it reported.
+        parameters: that it was asked to try.
+        seconds: from its start to its end.
+        proposed_by: the sampler, chance, the defaults, ...
+        reason: why it failed.
+        again: the number of the cut-off trial that it runs again.
+    """
+
+    number: int
+    state: str
+    values: list[float] | None
+    last_macro_f1: float | None
+    epochs: int
+    parameters: dict[str, Any]
+    seconds: float | None
+    proposed_by: str | None = None
+    reason: str | None = None
+    again: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestTrial:
+    """The trial with the highest macro F1 of those that no other beats.
+
+    Attributes:
+        number: in its study.
+        values: of the objectives.
+        macro_f1: on validation.
+        best_epoch: from 1.
+        parameters: that it tried.
+        checkpoint: path in the model's folder of checkpoints; None if its weights are not here.
+        record: that describes its weights.
+    """
+
+    number: int
+    values: list[float]
+    macro_f1: float
+    best_epoch: int | None
+    parameters: dict[str, Any]
+    checkpoint: str | None
+    record: TrainingRecord | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRecord:
+    """What a search did and found.
+
+    Attributes:
+        study: its name in the storage.
+        sampler, pruner: the names of their classes; no pruner with several objectives.
+        proposed_by: how many trials each proposed.
+        objectives: what was searched for.
+        seconds: that all trials took.
+        best: the trial to go on from.
+        pareto_front: number, values and parameters of the trials that no other beats.
+        trials: all of them.
+    """
+
+    study: str
+    sampler: str
+    pruner: str | None
+    proposed_by: dict[str, int]
+    objectives: list[str]
+    seconds: float
+    best: BestTrial
+    pareto_front: list[dict[str, Any]]
+    trials: list[TrialRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(TrainingRecord):
+    """The weights that stay after search and final training.
+
+    Attributes:
+        weights_from: "final training" or the trial.
+        search: what it did and found, if there was one.
+        total_seconds: of search and final training.
+        final_training: of which a trial was better, in the words of `TrainingRecord`.
+    """
+
+    weights_from: str = "final training"
+    search: SearchRecord | None = None
+    total_seconds: float | None = None
+    final_training: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult(TrainedModel):
+    """A trained model with its scores.
+
+    Attributes:
+        validation, test: see `evaluation.metrics.compute_metrics`.
+        latency_ms: median to answer one map on the CPU.
+        left_out: numbers of the classes that it does not answer with.
+        decision: the rule that was fitted on validation, with scores before and after.
+    """
+
+    validation: dict[str, Any]
+    test: dict[str, Any]
+    latency_ms: float
+    left_out: tuple[int, ...] = ()
+    decision: dict[str, Any] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------ writing
 
 
 def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> Path:
@@ -69,6 +271,75 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     return path
 
 
+# ------------------------------------------------------------------------------------------------- the summary
+
+
+def summarise(
+    config: Any,
+    maps: WaferMaps,
+    split: Split,
+    results: Sequence[ModelResult],
+    *,
+    best: str,
+    failed: Mapping[str, BaseException],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """What `experiment_summary.json` says of a run, but for its registration.
+
+    Args:
+        config: the configuration, a dataclass.
+        maps: all maps.
+        split: its three parts.
+        results: of the models that could be trained.
+        best: the name of the best one on validation.
+        failed: why the others could not be trained.
+        seconds: of each phase so far; those of later phases are added to the same mapping.
+    """
+    counts = {
+        part: dict(zip(CLASS_NAMES, np.bincount(maps.labels[i], minlength=NUM_CLASSES).tolist(), strict=True))
+        for part, i in split.parts().items()
+    }
+    why = [f"{name} could not be trained: {error}" for name, error in failed.items()]
+    return {
+        "experiment_name": config.experiment_name,
+        "mode": "pipeline",
+        "command": command_line_used(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "verdict": " ".join([_verdict(results, best), *why]),
+        "config": dataclasses.asdict(config),
+        "environment": environment(),
+        "data": {
+            "source": maps.source,
+            "notes": (*maps.notes, *split.notes),
+            "maps": len(maps),
+            "lots": maps.n_lots,
+        },
+        "split": {"fingerprint": split.fingerprint, "class_counts": counts},
+        "models": [result.as_json() for result in results],
+        "failed_models": [
+            {"model_type": name, "reason": f"{type(error).__name__}: {error}"} for name, error in failed.items()
+        ],
+        "best_model": best,
+        "best_model_rule": "highest macro F1 on the validation part",
+        "seconds": seconds,
+    }
+
+
+def _verdict(results: Sequence[ModelResult], best: str) -> str:
+    """Two sentences: what was chosen and how good it is, and what the runner-up on validation reaches."""
+    by_name = {result.model_type: result for result in results}
+
+    def score(name: str) -> str:
+        test = by_name[name].test
+        low, high = (test["intervals"] or {}).get("macro_f1") or (None, None)
+        return f"{test['macro_f1']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+    first = f"{best} is best on validation and reaches macro F1 {score(best)} on {by_name[best].test['n_samples']:,} "
+    first += "test maps of lots it has never seen."
+    others = sorted((n for n in by_name if n != best), key=lambda n: -by_name[n].validation["macro_f1"])
+    return f"{first} {others[0]}, next on validation, reaches {score(others[0])}." if others else first
+
+
 def command_line_used() -> str:
     """How this program was started, without the folder it lies in."""
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -80,16 +351,15 @@ def environment() -> dict[str, Any]:
     Returns:
         commit: of this code; None where git or the repository is missing, as in an installed copy.
         uncommitted_changes: whether its tracked Python files differed from that commit; None where that is not known.
-        python, torch, lightning, processor, cpu_capability, cpu_cores, torch_threads, gpu.
+        python, and the version of each library of `LIBRARIES`.
+        processor, cpu_capability, cpu_cores, torch_threads, gpu.
     """
-    import lightning
     import torch
 
     return {
         **_commit_of_this_code(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
+        **{name: version(name) for name in LIBRARIES},
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the vector instructions that PyTorch uses
         "cpu_cores": os.cpu_count(),
@@ -111,7 +381,3 @@ def _commit_of_this_code() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         pass
     return {"commit": None, "uncommitted_changes": None}
-
-
-def plain_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dict(hparams).items()}

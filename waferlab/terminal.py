@@ -1,16 +1,173 @@
-"""What is printed."""
+"""What is printed: plain lines, bars with the time left on a terminal, tables."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from waferlab.reports.tables import format_number
+from waferlab.config import ExperimentConfig
+from waferlab.data.maps import WaferMaps
+from waferlab.data.splitting import Split
+from waferlab.records import ModelResult, SearchRecord, StartingWeights
+from waferlab.reports import tables as reports
+from waferlab.reports.tables import comparison_rows, format_number
+from waferlab.tracking.runs import NoRuns, Run, RunTree
+from waferlab.training.progress import ProgressBar
+
+CHATTY = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps back what libraries say of themselves, such as which devices there are, while the block lasts."""
+    from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            for message in ("exists and is not empty", "LeafSpec", "smaller than the logging interval"):
+                warnings.filterwarnings("ignore", message=f".*{message}.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class Terminal:
+    """Prints what a run has to say, and keeps the seconds of its phases.
+
+    Args:
+        console: where to.
+        quiet: print the outcome only.
+
+    Attributes:
+        seconds: of each phase that was `timed`.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self.seconds: dict[str, float] = {}
+        # The file itself: it warns from another thread, whoever redirects `sys.stderr` meanwhile.
+        self._errors = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def say(self, text: str, *, style: str | None = None) -> None:
+        """Prints a line as it is: brackets in a path are no markup. The terminal wraps; a log keeps whole lines."""
+        self.console.print(text, soft_wrap=True, markup=False, emoji=False, style=style)
+
+    def warn(self, text: str) -> None:
+        """Prints a line to the standard error, from any thread."""
+        self._errors.print(text)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the seconds of the block to a phase."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+
+    def progress(self, title: str) -> ProgressBar | None:
+        """A bar for a training; None where lines are printed instead, since nobody watches."""
+        return ProgressBar(self.console, title) if self._somebody_watches() else None
+
+    def watch(self, batches: Sequence[Any], title: str) -> Iterable[Any]:
+        """The batches one by one, on a terminal with a bar that shows the time left."""
+        if not self._somebody_watches():
+            return batches
+        return track(batches, f"  {title}", console=self.console, transient=True)
+
+    def _somebody_watches(self) -> bool:
+        return self.console.is_terminal and not self.quiet
+
+    def print_configuration(self, config: ExperimentConfig) -> None:
+        """What is about to be done."""
+        limit = f", at most {config.time_limit:g} s of training" if config.time_limit else ""
+        search = "none"
+        if config.enable_optuna:
+            search = f"{config.num_optuna_trials} trials a model, of {config.search_epochs} epochs"
+        tracking = f"{config.tracker} at {config.tracking_uri or config.output_dir}" if config.enable_mlflow else "none"
+        self.say(config.experiment_name, style="bold")
+        self.say(f"  models     {', '.join(config.model_types())}")
+        self.say(f"  data       {config.data}, maps resized to {config.image_size}x{config.image_size}")
+        self.say(f"  search     {search}")
+        self.say(f"  training   {config.max_epochs} epochs, batches of {config.batch_size}{limit}")
+        self.say(f"  precision  {config.precision}, seed {config.seed}")
+        self.say(f"  tracking   {tracking}")
+
+    def print_data(self, maps: WaferMaps, split: Split) -> None:
+        """What there is to learn from."""
+        self.say(f"Dataset ready: {len(maps)} samples, {np.count_nonzero(maps.class_counts)} classes")
+        sizes = " / ".join(f"{len(part):,} {name}" for name, part in split.parts().items())
+        self.say(f"  {sizes}, no lot of {maps.n_lots:,} in two parts, split {split.fingerprint}")
+        for note in (*maps.notes, *split.notes):
+            self.say(f"  {note}")
+
+    def print_start(self, weights: StartingWeights, *, wanted: bool) -> None:
+        """What a training starts from, if pre-trained weights were wanted."""
+        if weights.kind != "random":
+            self.say(f"  starts from {weights}")
+        elif wanted:
+            self.say(f"  no pre-trained weights: {weights.reason}; goes on without")
+
+    def print_search(self, found: SearchRecord) -> None:
+        """What a search came to."""
+        best = found.best
+        self.say(
+            f"  {len(found.trials)} trials in {found.seconds:.0f} s; the best is trial {best.number} "
+            f"({best.macro_f1:.3f} on validation)"
+        )
+
+    def print_table(self, table: reports.Table) -> None:
+        """A table of a report, with its note below."""
+        shown = Table(box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
+        for column, heading in enumerate(table.headings):
+            number = table.is_number(column)
+            shown.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
+        for row, cells in enumerate(table.rows):
+            shown.add_row(*map(Text, cells), style="bold" if row == table.best else None)
+        self.console.print()
+        self.console.print(shown)
+        if table.note:
+            self.say(table.note)
+
+    def print_outcome(
+        self, results: Sequence[ModelResult], summary: Mapping[str, Any], *, runs: RunTree | NoRuns, run: Run
+    ) -> None:
+        """Scores, the table of all models, where everything is."""
+        for result in results:
+            self.say(
+                f"\n{result.model_type} Results: accuracy {result.test['accuracy']:.4f}, macro F1 "
+                f"{result.test['macro_f1']:.4f} (best epoch {result.best_epoch} of {result.epochs})"
+            )
+        out = Console(highlight=False) if self.quiet else self.console
+        out.print()
+        out.print(comparison_table(comparison_rows(results)))
+        spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
+        self.say(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
+        for failed in summary["failed_models"]:
+            self.say(f"Not trained: {failed['model_type']} ({failed['reason']})")
+        config = summary["config"]
+        self.say(f"Results and pictures: {Path(config['output_dir']) / 'results' / config['experiment_name']}")
+        if config["enable_mlflow"] and not runs.broken:
+            self.say(runs.how_to_look(run))
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -59,49 +216,3 @@ def comparison_markdown(results: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-class Stopwatch:
-    """Adds the seconds of a `with` block to a phase."""
-
-    def __init__(self, seconds: dict[str, float], phase: str) -> None:
-        self.seconds, self.phase = seconds, phase
-
-    def __enter__(self) -> None:
-        self.started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.monotonic() - self.started
-
-
-def comparison_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of each model that the comparison table and picture show."""
-    return [
-        {
-            "model_type": r["model_type"],
-            "accuracy": r["test"]["accuracy"],
-            "macro_f1": r["test"]["macro_f1"],
-            "macro_f1_interval": (r["test"]["intervals"] or {}).get("macro_f1"),
-            "n_parameters": r["n_parameters"],
-            "train_seconds": r["train_seconds"],
-            "latency_ms": r["latency_ms"],
-        }
-        for r in results
-    ]
-
-
-def pipeline_verdict(results: Sequence[dict[str, Any]], best: str) -> str:
-    """Two sentences: what was chosen and how good it is, and what the runner-up on validation reaches."""
-    by_name = {r["model_type"]: r for r in results}
-
-    def score(name: str) -> str:
-        test = by_name[name]["test"]
-        low, high = (test["intervals"] or {}).get("macro_f1") or (None, None)
-        return f"{test['macro_f1']:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
-
-    first = (
-        f"{best} is best on validation and reaches macro F1 {score(best)} on {by_name[best]['test']['n_samples']:,} "
-    )
-    first += "test maps of lots it has never seen."
-    others = sorted((n for n in by_name if n != best), key=lambda n: -by_name[n]["validation"]["macro_f1"])
-    return f"{first} {others[0]}, next on validation, reaches {score(others[0])}." if others else first

@@ -65,7 +65,7 @@ class Promotion:
 
     def in_summary(self) -> dict[str, Any]:
         """What a run's summary says of it."""
-        return {"registered": asdict(self)}
+        return {"registered": asdict(self), "not_registered_because": None}
 
     def __str__(self) -> str:
         return f"Registered as {self.uri}, version {self.version}. {self.verdict}"

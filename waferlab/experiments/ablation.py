@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, RunError
 from waferlab.evaluation.statistics import (
     DIFFERENCE_METHOD,
@@ -16,9 +16,8 @@ from waferlab.evaluation.statistics import (
     test_over_train,
 )
 from waferlab.experiments.series import TrainingSeries, Variant, head, publish
-from waferlab.records import write_summary
 from waferlab.reports.experiment_figures import plot_ablation
-from waferlab.reports.tables import ablation_markdown
+from waferlab.reports.tables import variants_table
 
 COMPONENTS = {
     "pretraining": "use_pretrained",
@@ -28,28 +27,47 @@ COMPONENTS = {
 }
 
 
-def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str, Any]:
+def ablate(config: ExperimentConfig, *, seeds: Sequence[int], **means: Any) -> dict[str, Any]:
     """Switches components on one by one and off one by one; writes ablation.json and returns the record.
 
     All variants get the same budget: one that searches has less of it for its final training.
+
+    Args:
+        config: names one model.
+        seeds: of data, split, weights and batches.
+        **means: `train`, `runs` and `terminal`, see `TrainingSeries`.
+
+    Raises:
+        ConfigError: the configuration names several models.
+        RunError: a training failed; a comparison needs all of them.
     """
-    config = pipeline.config
     if len(config.model_types()) != 1:
         raise ConfigError(f"model_type={config.model_type!r}: an ablation takes one model, for example lightning_cnn.")
     (model_type,) = config.model_types()
     switched = ablation_variants()
     variants = [Variant(name, model_type, _changes(on)) for name, on in switched.items()]
-    series = TrainingSeries(pipeline, variants, seeds)
-    series.say(f"Ablation of {model_type}, {len(variants)} variants, {len(series.seeds)} seeds; {series.budget()}")
-    records = series.run()
-    if series.failed:
-        raise RunError(
-            f"An ablation needs all of its trainings. {series.failures()} The others are kept: repeat the command with "
-            "--resume once the reason is mended."
-        )
+    series = TrainingSeries(config, variants, seeds, **means)
+    series.terminal.say(
+        f"Ablation of {model_type}, {len(variants)} variants, {len(series.seeds)} seeds; {series.budget()}"
+    )
+    with series.open():
+        records = series.train_all()
+        if series.failed:
+            raise RunError(
+                f"An ablation needs all of its trainings. {series.failures()} The others are kept: repeat the command "
+                "with --resume once the reason is mended."
+            )
+        record = _record(series, model_type, switched, records)
+        publish(series, record, (plot_ablation,), tables=[variants_table(record)])
+    return record
+
+
+def _record(
+    series: TrainingSeries, model_type: str, switched: Mapping[str, Sequence[str]], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     *effects, together = _effects(records)
-    record = {
-        **head(config, "ablation", series, records),
+    return {
+        **head(series.config, "ablation", series, records),
         "model_type": model_type,
         "components": list(COMPONENTS),
         "verdict": _ablation_verdict(effects, together, records),
@@ -69,9 +87,6 @@ def ablate(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str,
         "interval_method": INTERVAL_METHOD,
         "difference_method": DIFFERENCE_METHOD,
     }
-    write_summary(config.results_dir / "ablation.json", record)
-    publish(series, record, (plot_ablation,), table=ablation_markdown(record))
-    return record
 
 
 def ablation_variants() -> dict[str, tuple[str, ...]]:
@@ -129,7 +144,7 @@ def _ablation_verdict(
     }
     said = [f"{', '.join(names)}: {verdict}" for verdict, names in by_verdict.items() if names]
     second = f"Each alone, {'; '.join(said)}."
-    random_start = all(r["weights"].startswith("random") for r in records)
+    random_start = all(r["starting_weights"]["kind"] == "random" for r in records)
     if random_start:
         second += " Pre-training was asked for, but no pre-trained weights could be had, so its rows compare equals."
     return f"{first} {second}"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
 from waferlab.evaluation.statistics import (
     DIFFERENCE_METHOD,
     INTERVAL_METHOD,
@@ -17,23 +17,36 @@ from waferlab.evaluation.statistics import (
     test_over_train,
 )
 from waferlab.experiments.series import TrainingSeries, Variant, head, publish
-from waferlab.records import write_summary
 from waferlab.reports.experiment_figures import plot_critical_difference, plot_seed_comparison, plot_trade_offs
-from waferlab.reports.tables import comparison_markdown
+from waferlab.reports.tables import differences_table, models_table
 
 
-def compare_architectures(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int]) -> dict[str, Any]:
-    """Every architecture of the configuration with every seed; writes comparison.json and returns the record."""
-    config = pipeline.config
+def compare_architectures(config: ExperimentConfig, *, seeds: Sequence[int], **means: Any) -> dict[str, Any]:
+    """Every architecture of the configuration with every seed; writes comparison.json and returns the record.
+
+    Args:
+        config: its `model_type` says what is compared.
+        seeds: of data, split, weights and batches.
+        **means: `train`, `runs` and `terminal`, see `TrainingSeries`.
+    """
     variants = [Variant(name, name) for name in config.model_types()]
-    series = TrainingSeries(pipeline, variants, seeds)
-    series.say(f"Comparison of {len(variants)} architectures, {len(series.seeds)} seeds; {series.budget()}")
-    records = series.run()
+    series = TrainingSeries(config, variants, seeds, **means)
+    series.terminal.say(f"Comparison of {len(variants)} architectures, {len(series.seeds)} seeds; {series.budget()}")
+    with series.open():
+        record = _record(series, series.train_all())
+        draw = (plot_critical_difference, plot_seed_comparison, plot_trade_offs)
+        tables = [models_table(record), *([differences_table(record)] if record["differences"] else [])]
+        publish(series, record, draw, tables=tables)
+    return record
+
+
+def _record(series: TrainingSeries, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    config = series.config
     seeds_of = {name: set(scores_by_seed(records, name)) for name in config.model_types()}
     models = [_model_row(records, name) for name, seeds in seeds_of.items() if seeds]
     pairs = [(a, b) for a, b in itertools.combinations(seeds_of, 2) if seeds_of[a] & seeds_of[b]]
     differences = paired_differences(records, pairs)
-    record = {
+    return {
         **head(config, "comparison", series, records),
         "verdict": f"{_comparison_verdict(models, differences)} {series.failures()}".strip(),
         "runs": records,
@@ -42,10 +55,6 @@ def compare_architectures(pipeline: IntegratedMLPipeline, *, seeds: Sequence[int
         "differences": differences,
         "difference_method": DIFFERENCE_METHOD,
     }
-    write_summary(config.results_dir / "comparison.json", record)
-    draw = (plot_critical_difference, plot_seed_comparison, plot_trade_offs)
-    publish(series, record, draw, table=comparison_markdown(record))
-    return record
 
 
 def _model_row(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:

@@ -1,4 +1,9 @@
-"""Many trainings, a record each."""
+"""Many trainings, a record each.
+
+A seed changes the split, the initial weights and the batches, so the spread over seeds holds all three. All variants of
+a seed share its split, so differences are taken pair by pair. Each finished training leaves a small record; with
+`resume=True` it is taken over, and a training that was cut off goes on from its last epoch.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,22 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
+from waferlab.data.maps import WaferMaps
+from waferlab.data.reading import load_wafer_maps
+from waferlab.data.splitting import Split, split_by_lot
 from waferlab.errors import ConfigError, RunError, ends_one_model
-from waferlab.records import command_line_used, environment, write_summary
+from waferlab.records import ModelResult, command_line_used, environment, write_summary
 from waferlab.reports.pages import write_report
-from waferlab.tracking.runs import TrackedRun
+from waferlab.reports.tables import Table, table_markdown
+from waferlab.terminal import Terminal
+from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.training.checkpoints import hold_folder
 
 TRAINING_SHARE = 0.8  # of the time limit; the rest is for data, evaluation and pictures
@@ -41,20 +51,30 @@ class TrainingSeries:
     """Trains every variant with every seed and keeps a record of each.
 
     Args:
-        pipeline: whose configuration all have in common, whose terminal is used, and below whose MLflow experiment each
-            training becomes a run. A `time_limit` is for the whole series; each training gets an equal share of
-            `TRAINING_SHARE` of it, search included. Without one, all train for `max_epochs`.
+        config: what all trainings have in common. A `time_limit` is for the whole series; each training gets an equal
+            share of `TRAINING_SHARE` of it, search included. Without one, all train for `max_epochs`.
         variants: what to compare.
         seeds: of data, split, weights and batches.
+        train: trains and scores the only model of a configuration on maps that are split.
+        runs: the tree in which each training becomes a run.
+        terminal: where to print.
 
     Raises:
         ConfigError: the time limit leaves less than a second for each training.
     """
 
-    def __init__(self, pipeline: IntegratedMLPipeline, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
-        config = self.config = pipeline.config
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        variants: Sequence[Variant],
+        seeds: Sequence[int],
+        *,
+        train: Callable[[ExperimentConfig, WaferMaps, Split], ModelResult],
+        runs: RunTree | NoRuns,
+        terminal: Terminal,
+    ) -> None:
+        self.config, self.terminal, self.runs, self._train_and_score = config, terminal, runs, train
         self.variants, self.seeds = list(variants), list(dict.fromkeys(seeds))
-        self._console, self._tracking = pipeline.console, pipeline.open_tracking()
         total = len(self.variants) * len(self.seeds)
         self.seconds_each = None if config.time_limit is None else TRAINING_SHARE * config.time_limit / total
         if self.seconds_each is not None and self.seconds_each < 1:
@@ -62,8 +82,8 @@ class TrainingSeries:
                 f"time_limit={config.time_limit:g} leaves {self.seconds_each:.2g} s for each of {total} trainings. "
                 f"Give {total / TRAINING_SHARE:.0f} s or more, or fewer seeds or models."
             )
+        self._data: dict[int, tuple[WaferMaps, Split]] = {}
         self.failed: list[dict[str, Any]] = []  # variant, seed and reason of trainings that gave no record
-        self._maps_and_split: tuple[int, Any, Any] | None = None  # of the seed at work
 
     def budget(self) -> str:
         """What each training is given, in words."""
@@ -71,24 +91,22 @@ class TrainingSeries:
             return f"equal epochs: at most {self.config.max_epochs} for each training, with early stopping"
         return f"equal time: {self.seconds_each:.0f} s for each training, any search included"
 
-    def run(self) -> list[dict[str, Any]]:
-        """All records, seed by seed, so that a series that is cut short has whole seeds."""
-        try:
-            with hold_folder(self.config.results_dir):
-                records = self._run()
-        except KeyboardInterrupt:
-            self._tracking.close("KILLED", reason="interrupted")
-            raise
-        except BaseException as error:
-            self._tracking.close("FAILED", reason=f"{type(error).__name__}: {error}")
-            raise
-        return records
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Holds the folder and opens the series' run; however the block ends, the tree is closed accordingly."""
+        with hold_folder(self.config.results_dir), self.runs.closing():
+            self.run_above = self.runs.start(self.config.experiment_name, key=self._fingerprint(self.config))
+            self.runs.tags(self.run_above, budget=self.budget())
+            yield
 
-    def _run(self) -> list[dict[str, Any]]:
+    def train_all(self) -> list[dict[str, Any]]:
+        """All records, seed by seed, so that a series that is cut short has whole seeds.
+
+        Raises:
+            RunError: no training came to its end.
+        """
         records, started, trained = [], time.monotonic(), 0
         jobs = [(variant, seed) for seed in self.seeds for variant in self.variants]
-        self.parent = self._tracking.start(self.config.experiment_name, key=self._fingerprint(self.config))
-        self._tracking.tags(self.parent, budget=self.budget())
         for number, (variant, seed) in enumerate(jobs, 1):
             record = self._finished(variant, seed)
             again = record is not None
@@ -103,7 +121,7 @@ class TrainingSeries:
                 trained += 1
             records.append(record)
             left = (len(jobs) - number) * (time.monotonic() - started) / max(1, trained)
-            self.say(
+            self.terminal.say(
                 f"  {number}/{len(jobs)}  {variant.name}, seed {seed}: macro F1 {record['macro_f1']:.3f}"
                 + (", finished before" if again else f", {record['epochs']} epochs, about {left / 60:.0f} min left")
             )
@@ -113,21 +131,11 @@ class TrainingSeries:
 
     def _leave_out(self, variant: Variant, seed: int, error: BaseException) -> None:
         self.failed.append({"variant": variant.name, "seed": seed, "reason": f"{type(error).__name__}: {error}"})
-        self.say(f"  {variant.name}, seed {seed}, is left out: {error}")
+        self.terminal.say(f"  {variant.name}, seed {seed}, is left out: {error}")
 
     def failures(self) -> str:
         """A sentence for each training that failed; empty if all came to their end."""
         return " ".join(f"{f['variant']}, seed {f['seed']}, failed ({f['reason']})." for f in self.failed)
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        self._console.print(text, soft_wrap=True, markup=False, emoji=False)
-
-    def close(self, note: str, files: Sequence[Path]) -> None:
-        """Ends the series' run in MLflow with a table on its page and the pictures as artifacts."""
-        self._tracking.note(self.parent, note)
-        self._tracking.files(self.parent, files)
-        self._tracking.close()
 
     def _variant_config(self, variant: Variant, seed: int) -> ExperimentConfig:
         # Where time ends the training, no number of epochs and no patience shall.
@@ -164,19 +172,17 @@ class TrainingSeries:
         config, folder = self._variant_config(variant, seed), self._folder(variant, seed)
         if not config.resume:
             shutil.rmtree(folder, ignore_errors=True)
-        pipeline = IntegratedMLPipeline(config)
-        self._share_data(pipeline, seed)
-        run = self._tracking.start(f"{variant.name}, seed {seed}", parent=self.parent)
+        maps, split = self._data_of(seed)
+        run = self.runs.start(f"{variant.name}, seed {seed}", parent=self.run_above)
         try:
-            trained = pipeline.search_and_train(variant.model_type)
-            (result,), _ = pipeline.evaluate([trained])
+            result = self._train_and_score(config, maps, split)
         except BaseException as error:
-            self._tracking.end(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason=repr(error))
+            self.runs.end(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason=repr(error))
             raise
         record = _short_record(variant, seed, result) | {
-            "split": pipeline.split.fingerprint,
-            "maps": {part: len(indices) for part, indices in pipeline.split.parts().items()},
-            "data": {"maps": len(pipeline.maps), "lots": pipeline.maps.n_lots, "notes": pipeline.maps.notes},
+            "split": split.fingerprint,
+            "maps": {part: len(indices) for part, indices in split.parts().items()},
+            "data": {"maps": len(maps), "lots": maps.n_lots, "notes": maps.notes},
             "fingerprint": self._fingerprint(config),
         }
         self._track(run, variant, record)
@@ -185,23 +191,31 @@ class TrainingSeries:
             shutil.rmtree(folder / rest, ignore_errors=True)
         return record
 
-    def _share_data(self, pipeline: IntegratedMLPipeline, seed: int) -> None:
-        if self._maps_and_split is None or self._maps_and_split[0] != seed:
-            pipeline.prepare_data()
-            self._maps_and_split = (seed, pipeline.maps, pipeline.split)
-        _, pipeline.maps, pipeline.split = self._maps_and_split
+    def _data_of(self, seed: int) -> tuple[WaferMaps, Split]:
+        """Maps and split of a seed, which all of its variants share; those of the last seed are kept."""
+        if seed not in self._data:
+            config = self.config
+            maps = load_wafer_maps(
+                config.data,
+                samples_per_class=config.samples_per_class,
+                max_samples_per_class=config.max_samples_per_class,
+                image_levels=config.image_levels,
+                seed=seed,
+            )
+            self._data = {seed: (maps, split_by_lot(maps, seed=seed))}
+        return self._data[seed]
 
-    def _track(self, run: TrackedRun, variant: Variant, record: dict[str, Any]) -> None:
-        self._tracking.params(run, model_type=variant.model_type, seed=record["seed"], **variant.changes)
+    def _track(self, run: Run, variant: Variant, record: dict[str, Any]) -> None:
+        self.runs.params(run, model_type=variant.model_type, seed=record["seed"], **variant.changes)
         scores = ("macro_f1", "accuracy", "validation_macro_f1", "train_seconds", "latency_ms", "n_parameters")
-        self._tracking.metrics(run, {key: record[key] for key in scores})
-        self._tracking.tags(run, weights=record["weights"], split=record["split"])
-        self._tracking.end(run)
+        self.runs.metrics(run, {key: record[key] for key in scores})
+        self.runs.tags(run, weights=record["weights"], split=record["split"])
+        self.runs.end(run)
 
 
-def _short_record(variant: Variant, seed: int, result: dict[str, Any]) -> dict[str, Any]:
+def _short_record(variant: Variant, seed: int, result: ModelResult) -> dict[str, Any]:
     """What tables, tests and pictures need of one training."""
-    test, search = result["test"], result.get("search")
+    test = result.test
     return {
         "variant": variant.name,
         "model_type": variant.model_type,
@@ -210,31 +224,46 @@ def _short_record(variant: Variant, seed: int, result: dict[str, Any]) -> dict[s
         "macro_f1_interval": (test["intervals"] or {}).get("macro_f1"),
         "accuracy": test["accuracy"],
         "per_class_f1": {name: row["f1"] for name, row in test["per_class"].items()},
-        "validation_macro_f1": result["validation"]["macro_f1"],
-        "train_seconds": result.get("total_seconds", result["train_seconds"]),  # any search included
-        "epochs": result["epochs"],
-        "trials": len(search["trials"]) if search else 0,
-        "n_parameters": result["n_parameters"],
-        "latency_ms": result["latency_ms"],
-        "weights": result["weights"],
-        "precision": result["precision"],
-        "parameters": result["parameters"],
-        "decision": result.get("decision"),
+        "validation_macro_f1": result.validation["macro_f1"],
+        "train_seconds": result.total_seconds or result.train_seconds,  # any search included
+        "epochs": result.epochs,
+        "trials": len(result.search.trials) if result.search else 0,
+        "n_parameters": result.n_parameters,
+        "latency_ms": result.latency_ms,
+        "weights": str(result.weights),
+        "starting_weights": asdict(result.weights),
+        "precision": result.precision,
+        "parameters": result.parameters,
+        "decision": result.decision,
     }
 
 
-def publish(series: TrainingSeries, record: dict[str, Any], draw: Sequence[Callable[..., Path]], *, table: str) -> None:
-    """Pictures, the page, and the run in MLflow; the terminal shows the table and the verdict."""
-    folder = series.config.results_dir
+def publish(
+    series: TrainingSeries, record: dict[str, Any], draw: Sequence[Callable[..., Path]], *, tables: Sequence[Table]
+) -> None:
+    """Writes the record, pictures and the page, and tells terminal and MLflow of them.
+
+    Args:
+        series: that gave the record.
+        record: with its `mode`, which names the file.
+        draw: functions that draw it.
+        tables: for the terminal and the run's page.
+    """
+    folder, mode = series.config.results_dir, record["mode"]
+    write_summary(folder / f"{mode}.json", record)
     files = [plot(record, path=folder / f"{plot.__name__.removeprefix('plot_')}.png") for plot in draw]
     page = write_report(record, folder=folder, pictures=[file.name for file in files], path=folder / "report.html")
-    series.close(table, [*files, page, folder / f"{record['mode']}.json"])
-    series.say(f"\n{table}\n\n{record['verdict']}\n\nResults, pictures and report.html: {folder}")
+    series.runs.note(series.run_above, "\n\n".join(map(table_markdown, tables)))
+    series.runs.files(series.run_above, [*files, page, folder / f"{mode}.json"])
+    for table in tables:
+        series.terminal.print_table(table)
+    series.terminal.say(f"\n{record['verdict']}\n\nResults, pictures and report.html: {folder}")
 
 
 def head(
     config: ExperimentConfig, mode: str, series: TrainingSeries, records: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
+    """What all records of experiments begin with."""
     return {
         "mode": mode,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

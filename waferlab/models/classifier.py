@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torchmetrics.classification import MulticlassConfusionMatrix
+
+from waferlab.data.images import encode
+from waferlab.errors import WeightsUnavailableError
+from waferlab.records import StartingWeights
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 
@@ -19,7 +25,11 @@ class WaferClassifier(pl.LightningModule):
     Subclasses set `self.network` and call `self.save_hyperparameters()` with plain values only, so that their
     checkpoints load with `weights_only=True`.
 
-    `weights_source` says what the network really starts from: the name of the weights, or "random (reason)".
+    Attributes:
+        network: float [B, 1, S, S] in -1..1 to logits [B, 9].
+        starting_weights: what the network really starts from.
+        time_progress: share of a time limit that is used, 0..1 (see `TimeBudget`); the schedule follows it or the
+            steps, whichever is further.
 
     Args:
         learning_rate: peak of the schedule.
@@ -35,7 +45,7 @@ class WaferClassifier(pl.LightningModule):
     """
 
     network: nn.Module
-    weights_source = "random (not asked for)"
+    starting_weights = StartingWeights("random", reason="not asked for")
 
     def __init__(
         self,
@@ -49,17 +59,33 @@ class WaferClassifier(pl.LightningModule):
         num_classes: int = 9,
     ) -> None:
         super().__init__()
+        if "pytorch_lightning" in sys.modules:
+            warnings.warn(
+                "This program imports pytorch_lightning, whose Trainer refuses models of lightning.pytorch as no "
+                "LightningModule. Write `import lightning.pytorch as pl`.",
+                stacklevel=2,
+            )
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r} is unknown. Allowed: {', '.join(OPTIMIZERS)}.")
         self.learning_rate, self.weight_decay, self.optimizer_name = learning_rate, weight_decay, optimizer
         self.warmup = warmup
-        # Where a time limit ends training before the last epoch, a callback raises this towards 1 (see `TimeBudget`).
         self.time_progress = 0.0
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing)
         self.confusion = nn.ModuleDict(
             {stage: MulticlassConfusionMatrix(num_classes, validate_args=False) for stage in ("fit", "val")}
         )
+
+    def load_published(self, wait: float) -> str:
+        """Loads published weights into `network` and returns their name; what has none keeps this.
+
+        Args:
+            wait: seconds for their host to answer.
+
+        Raises:
+            WeightsUnavailableError: there are none, or they cannot be had.
+        """
+        raise WeightsUnavailableError("none are published for this network")
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Changes the peak of the schedule, before training; what the checkpoint says of it too."""
@@ -70,7 +96,8 @@ class WaferClassifier(pl.LightningModule):
         self.network.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Float [B, 1, S, S] in -1..1 to logits [B, 9]."""
+        """Float [B, 1, S, S] in -1..1 to logits [B, 9]; uint8, as our loaders give without their data module, too."""
+        images = encode(images) if images.dtype == torch.uint8 else images
         return self.network(images.contiguous(memory_format=torch.channels_last))
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -93,14 +120,6 @@ class WaferClassifier(pl.LightningModule):
         name = "train_loss" if stage == "fit" else "val_loss"
         self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
-
-    def on_fit_start(self) -> None:
-        """Remembers the seed that the run was started with."""
-        self._base_seed = torch.initial_seed() % 2**31
-
-    def on_train_epoch_start(self) -> None:
-        """Seeds each epoch by its number: a resumed run draws the same augmentation and dropout as an unbroken one."""
-        torch.manual_seed(self._base_seed + self.current_epoch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics of the epoch: the training ones here too, so that callbacks at its end see both."""

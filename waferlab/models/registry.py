@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from waferlab.errors import ConfigError
-from waferlab.models.classifier import WaferClassifier
+
+if TYPE_CHECKING:
+    from waferlab.models.classifier import WaferClassifier
+
+# What people call parameters elsewhere, and we call:
+ALSO_KNOWN_AS = {"dropout_rate": "dropout", "lr": "learning_rate", "batch": "batch_size"}
+
+
+def nothing_of_its_own(trial: Any, *, pretrained: bool) -> dict[str, Any]:
+    """The search space of an architecture that has only the parameters which all have."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -15,36 +26,34 @@ class ModelSpec:
     """One line of the registry.
 
     Attributes:
-        build: called with the model's own parameters and those of `WaferClassifier`; returns the model.
-        search_space: parameters that only this architecture has, each with the values that a search may choose.
-        defaults: what to build without a search.
-        loads_pretrained: whether `build` takes `pretrained` and `pretrained_wait`.
+        model: the class of the model.
+        fixed: its parameters that make this architecture of it.
+        suggest: asks an Optuna trial for the parameters that only this architecture has and returns them by name; told
+            whether the training starts from `pretrained` weights. A default value must lie in what it asks for.
+        defaults: what to build without a search, where it differs from the defaults of the class.
         bf16_pays: whether precision="auto" may take bfloat16; on CPU it slows depthwise convolutions down.
         in_all: whether model_type="all" means it too; the others are chosen by name.
-        takes_image_size: whether `build` takes `image_size`, as networks for one size of images do.
     """
 
-    build: Callable[..., WaferClassifier]
-    search_space: dict[str, tuple] = field(default_factory=dict)
-    defaults: dict[str, Any] = field(default_factory=dict)
-    loads_pretrained: bool = False
+    model: type[WaferClassifier]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    suggest: Callable[..., dict[str, Any]] = nothing_of_its_own
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     bf16_pays: bool = True
-    takes_image_size: bool = False
     in_all: bool = False
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters that may be chosen, with their defaults: those of the class and its parents."""
+        found: dict[str, Any] = {}
+        for parent in reversed(self.model.__mro__):
+            signature = inspect.signature(parent.__init__) if "__init__" in vars(parent) else None
+            chosen = {} if signature is None else signature.parameters
+            found |= {p.name: p.default for p in chosen.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        ours = ("self", "class_weights", "num_classes", *self.fixed)
+        return {name: value for name, value in found.items() if name not in ours} | dict(self.defaults)
 
 
 MODEL_REGISTRY: dict[str, ModelSpec] = {}
-
-# What every search chooses beside an architecture's own parameters.
-SHARED_SEARCH_SPACE = ("learning_rate", "batch_size", "dropout", "weight_decay")
-# To freeze random weights would leave the head to learn from noise, and short trials do not always show it.
-NEEDS_PRETRAINED = ("freeze_backbone",)
-
-
-def own_search_space(model_type: str, *, pretrained: bool) -> dict[str, tuple]:
-    """The parameters that only this architecture has, as far as they make sense for the weights it starts from."""
-    space = MODEL_REGISTRY[model_type].search_space
-    return {name: values for name, values in space.items() if pretrained or name not in NEEDS_PRETRAINED}
 
 
 def register_model(name: str, spec: ModelSpec) -> None:
@@ -56,3 +65,14 @@ def register_model(name: str, spec: ModelSpec) -> None:
     if name in MODEL_REGISTRY or name == "all":
         raise ConfigError(f"model name {name!r} is taken. Choose another.")
     MODEL_REGISTRY[name] = spec
+
+
+def find_model(name: str) -> ModelSpec:
+    """The registered architecture of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in MODEL_REGISTRY:
+        raise ConfigError(f"model_type={name!r} is unknown. Allowed: {', '.join(['all', *MODEL_REGISTRY])}.")
+    return MODEL_REGISTRY[name]

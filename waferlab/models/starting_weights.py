@@ -17,6 +17,43 @@ from torch import nn
 
 from waferlab.errors import WeightsUnavailableError
 from waferlab.models.classifier import WaferClassifier
+from waferlab.records import StartingWeights
+
+
+def start_from(
+    model: WaferClassifier,
+    *,
+    model_type: str,
+    source: str,
+    wait: float,
+    folder: Path,
+    image_size: int,
+) -> StartingWeights:
+    """Loads the weights that a network is to start from, and says what came of it.
+
+    Args:
+        model: filled in place, or left as it is where there are none.
+        model_type: a registered name.
+        source: "imagenet" (published ones), "wafer" (made on generated maps) or "auto": published ones where they can
+            be had, else generated ones.
+        wait: seconds for the host of published ones to answer.
+        folder: of the generated ones.
+        image_size: side in pixels that generated ones must have been trained on.
+    """
+    reasons = []
+    if source != "wafer":
+        try:
+            return StartingWeights("published", model.load_published(wait))
+        except WeightsUnavailableError as error:
+            publishes = type(model).load_published is not WaferClassifier.load_published
+            reasons += [str(error)] if publishes or source == "imagenet" else []
+    if source != "imagenet":
+        try:
+            name = load_generated_weights(folder, model.network, model_type=model_type, image_size=image_size)
+            return StartingWeights("generated", name)
+        except WeightsUnavailableError as error:
+            reasons.append(str(error))
+    return StartingWeights("random", reason="; ".join(reasons))
 
 
 def within(seconds: float, function: Callable[[], Any], *, what: str) -> Any:
@@ -208,20 +245,3 @@ def _tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-class AdaptedModel(WaferClassifier):
-    """A published network turned to one channel and nine classes."""
-
-    def start_from_pretrained(self, pretrained: bool, wait: float) -> None:
-        """Loads pre-trained weights where they can be had; says in `weights_source` what came of it."""
-        if not pretrained:
-            return
-        try:
-            self.weights_source = self.load_pretrained(wait)
-        except WeightsUnavailableError as error:
-            self.weights_source = f"random ({error})"
-
-    def load_pretrained(self, wait: float) -> str:
-        """Loads the weights into `self.network` and returns their name, or raises `WeightsUnavailableError`."""
-        raise WeightsUnavailableError("none are published for this network")

@@ -9,19 +9,18 @@ from torch import nn
 
 from waferlab.data.maps import NUM_CLASSES
 from waferlab.errors import WeightsUnavailableError
+from waferlab.models.classifier import WaferClassifier
 from waferlab.models.small_convolutions import quicken_small_convolutions
-from waferlab.models.starting_weights import AdaptedModel, fetch_weights, read_weights, sum_first_layer
+from waferlab.models.starting_weights import fetch_weights, read_weights, sum_first_layer
 
 
-class TorchvisionLightningModel(AdaptedModel):
+class TorchvisionLightningModel(WaferClassifier):
     """A torchvision classifier with a one-channel first layer and a head of 512 units.
 
     Args:
         architecture: "resnet18", "resnet50", "efficientnet_b0" or "vit_b_16".
         dropout: in the head, 0..1.
         freeze_backbone: train the head only.
-        pretrained: start from torchvision's default ImageNet weights where they can be had.
-        pretrained_wait: seconds to wait for their host.
         image_size: side of the images, needed by vision transformers.
         **training: see `WaferClassifier`.
 
@@ -37,8 +36,6 @@ class TorchvisionLightningModel(AdaptedModel):
         architecture: str = "resnet18",
         dropout: float = 0.2,
         freeze_backbone: bool = False,
-        pretrained: bool = False,
-        pretrained_wait: float = 5.0,
         image_size: int = 40,
         num_classes: int = NUM_CLASSES,
         **training,
@@ -46,7 +43,7 @@ class TorchvisionLightningModel(AdaptedModel):
         super().__init__(num_classes=num_classes, **training)
         if architecture not in self.ARCHITECTURES:
             raise ValueError(f"architecture={architecture!r} is unknown. Allowed: {', '.join(self.ARCHITECTURES)}.")
-        self.save_hyperparameters(ignore=["pretrained", "pretrained_wait"])
+        self.save_hyperparameters()
         import torchvision.models
 
         self.architecture = architecture
@@ -59,7 +56,6 @@ class TorchvisionLightningModel(AdaptedModel):
         self._replace_first_layer()
         self._replace_head(dropout, num_classes)
         quicken_small_convolutions(self.network)
-        self.start_from_pretrained(pretrained, pretrained_wait)
         if freeze_backbone:
             head = set(self.network.get_submodule(self._head_name()).parameters())
             for parameter in self.network.parameters():
@@ -85,7 +81,7 @@ class TorchvisionLightningModel(AdaptedModel):
         )
         self.network.set_submodule(self._head_name(), head)
 
-    def load_pretrained(self, wait: float) -> str:
+    def load_published(self, wait: float) -> str:
         """ImageNet weights into all but the head; the first layer's kernels summed over RGB."""
         import torchvision.models
 

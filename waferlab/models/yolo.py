@@ -11,10 +11,11 @@ from torch import nn
 
 from waferlab.data.maps import NUM_CLASSES
 from waferlab.errors import WeightsUnavailableError
-from waferlab.models.starting_weights import AdaptedModel, fetch_weights, read_weights, sum_first_layer
+from waferlab.models.classifier import WaferClassifier
+from waferlab.models.starting_weights import fetch_weights, read_weights, sum_first_layer
 
 
-class YOLOLightningAdapter(AdaptedModel):
+class YOLOLightningAdapter(WaferClassifier):
     """The classification network of YOLO11 (CSP blocks, SiLU) from ultralytics, for one channel and nine classes.
 
     ultralytics is AGPL-3.0 and is imported only when this model is built.
@@ -22,8 +23,6 @@ class YOLOLightningAdapter(AdaptedModel):
     Args:
         model_size: "n", "s" or "m".
         dropout: before the last layer, 0..1.
-        pretrained: start from ultralytics' ImageNet weights where they can be had.
-        pretrained_wait: seconds to wait for their host.
         **training: see `WaferClassifier`.
 
     Raises:
@@ -38,28 +37,25 @@ class YOLOLightningAdapter(AdaptedModel):
         *,
         model_size: str = "n",
         dropout: float = 0.2,
-        pretrained: bool = False,
-        pretrained_wait: float = 5.0,
         num_classes: int = NUM_CLASSES,
         **training,
     ) -> None:
         super().__init__(num_classes=num_classes, **training)
         if model_size not in self.SIZES:
             raise ValueError(f"model_size={model_size!r} is unknown. Allowed: {', '.join(self.SIZES)}.")
-        self.save_hyperparameters(ignore=["pretrained", "pretrained_wait"])
+        self.save_hyperparameters()
         self.model_size = model_size
         self.network = import_ultralytics_tasks().ClassificationModel(
             f"yolo11{model_size}-cls.yaml", ch=1, nc=num_classes, verbose=False
         )
         self.network.model[-1].drop.p = dropout
-        self.start_from_pretrained(pretrained, pretrained_wait)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Float [B, 1, S, S] to logits [B, 9]; outside training the network returns (probabilities, logits)."""
         output = super().forward(images)
         return output[1] if isinstance(output, tuple) else output
 
-    def load_pretrained(self, wait: float) -> str:
+    def load_published(self, wait: float) -> str:
         """ImageNet weights into all but the last layer; the first layer's kernels summed over RGB."""
         name = f"yolo11{self.model_size}-cls.pt"
         cache = Path(torch.hub.get_dir()) / "checkpoints" / name

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from waferlab.records import write_atomically
+from waferlab.records import ModelResult, write_atomically
 from waferlab.reports.style import PALETTE
 
 
@@ -395,3 +395,19 @@ def counts_table(record: Record) -> Table:
     rows = [[name, *(f"{parts[part][name]:,}" for part in parts)] for name in names]
     rows.append(["all", *(f"{sum(parts[part].values()):,}" for part in parts)])
     return Table(("Class", *(part.capitalize() for part in parts)), rows)
+
+
+def comparison_rows(results: Sequence[ModelResult]) -> list[dict[str, Any]]:
+    """The figures of each model that the comparison table and picture show."""
+    return [
+        {
+            "model_type": r.model_type,
+            "accuracy": r.test["accuracy"],
+            "macro_f1": r.test["macro_f1"],
+            "macro_f1_interval": (r.test["intervals"] or {}).get("macro_f1"),
+            "n_parameters": r.n_parameters,
+            "train_seconds": r.train_seconds,
+            "latency_ms": r.latency_ms,
+        }
+        for r in results
+    ]

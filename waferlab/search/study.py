@@ -4,14 +4,95 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from waferlab.errors import ConfigError, DamagedFileError
+from waferlab.tracking.processes import still_runs
 
 TPE_STARTS_AFTER = 10  # finished trials, Optuna's own default; until then it draws at random
+
+
+def open_study(
+    name: str,
+    *,
+    storage: BaseStorage,
+    directions: Sequence[str],
+    sampler: Callable[[int], optuna.samplers.BaseSampler],
+    pruner: optuna.pruners.BasePruner,
+    first: Mapping[str, Any],
+    fingerprint: str,
+    go_on: bool,
+) -> optuna.Study:
+    """Creates a study, or takes it up again; trials of processes that are gone are put back into the queue.
+
+    Args:
+        name: in the storage.
+        storage: see `study_storage`.
+        directions: "maximize" or "minimize" of each objective.
+        sampler: makes the one who proposes, told how many trials there are.
+        pruner: who stops unpromising trials.
+        first: parameters of the first trial.
+        fingerprint: of settings and data; a study that was made with another one is refused.
+        go_on: take up a study of that name; else it is deleted first.
+
+    Raises:
+        ConfigError: the study was made with other settings or data.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # of a trial that fails, our own line gives the reason
+    if not go_on and name in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name=name, storage=storage)
+    parts = {"study_name": name, "storage": storage, "pruner": pruner}
+    try:  # of several processes on one study, exactly one makes it
+        study = optuna.create_study(directions=directions, **parts)
+        study.set_user_attr("fingerprint", fingerprint)
+        study.enqueue_trial(dict(first), user_attrs={"proposed_by": "the defaults"})
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(**parts)
+    if study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
+        raise ConfigError(
+            f"The study {name} was made with other settings or data. Repeat the settings of that run, leave out "
+            "--resume to search anew, or choose another experiment_name."
+        )
+    study.sampler = sampler(len(study.get_trials(deepcopy=False)))
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        if not still_runs(trial.user_attrs.get("process", "? 0 0")):
+            study.tell(trial.number, state=TrialState.FAIL)
+            run_again(study, trial)
+    return study
+
+
+def make_sampler(name: str, *, seed: int, trials_so_far: int, shared: bool) -> optuna.samplers.BaseSampler:
+    """Who proposes parameters: "random", or else TPE, which draws its first 10 trials at random, too.
+
+    Seeded by the trials so far, too: one made anew on resuming would else propose again what it did before. A shared
+    study must not draw the same proposals in each process, so there it is not seeded.
+    """
+    seeded = None if shared else int(np.random.SeedSequence([seed, trials_so_far]).generate_state(1)[0])
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seeded)
+    return optuna.samplers.TPESampler(seed=seeded, n_startup_trials=TPE_STARTS_AFTER)
+
+
+def make_pruner(name: str, *, trials: int, epochs: int) -> optuna.pruners.BasePruner:
+    """Who stops unpromising trials, of so many trials of so many epochs; see `ExperimentConfig.pruner`."""
+    if name == "auto":  # Hyperband spreads its trials over brackets, each of which TPE has to learn anew
+        name = "median" if trials < 30 else "hyperband"
+    match name:
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)
+        case "halving":
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs)
+    return optuna.pruners.NopPruner()
 
 
 def proposed_by(trial: optuna.Trial) -> str:
@@ -21,6 +102,15 @@ def proposed_by(trial: optuna.Trial) -> str:
     seen = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     tpe = isinstance(trial.study.sampler, optuna.samplers.TPESampler)
     return "TPE" if tpe and len(seen) >= TPE_STARTS_AFTER else "chance"
+
+
+def study_storage(url: str | None, *, journal: Path) -> BaseStorage:
+    """A database, or without a URL the journal file."""
+    if url is not None:
+        return open_database(url)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    mend_journal(journal)
+    return JournalStorage(JournalFileBackend(str(journal)))
 
 
 def mend_journal(journal: Path) -> None:

@@ -478,3 +478,19 @@ def _take_worker(tracker: str) -> _Worker:
 def _now() -> int:
     """Milliseconds since 1970: when something happened, not when the process came to it."""
     return int(time.time() * 1000)
+
+
+Run = TrackedRun
+
+
+class NoRuns(NoTracking):
+    def logger(self, run):
+        return False
+
+    @contextlib.contextmanager
+    def closing(self):
+        yield self
+
+
+class RunTree(Tracking):
+    pass

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 
 from waferlab.errors import TrainingDivergedError
 
@@ -48,6 +50,18 @@ class TimeBudget(pl.Callback):
         self.used_before = state["used"]
 
 
+class SeedEachEpoch(pl.Callback):
+    """Seeds each epoch by its number: a resumed run draws the same augmentation and dropout as an unbroken one."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remembers the seed that the run was started with."""
+        self._seed = torch.initial_seed() % 2**31
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Seeds the epoch."""
+        torch.manual_seed(self._seed + trainer.current_epoch)
+
+
 class KeepInterrupt(pl.Callback):
     """Sees to it that every Ctrl-C stops the training.
 
@@ -73,26 +87,27 @@ class KeepInterrupt(pl.Callback):
         if self._noted:
             raise KeyboardInterrupt
 
-    def give_back(self) -> None:
-        """Restores the signal's handler, which Lightning sets to be ignored after an interrupt."""
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Has Ctrl-C in the block end as KeyboardInterrupt; Lightning turns it into an exit of status 1."""
+        try:
+            yield
+        except SystemExit:
+            raise KeyboardInterrupt from None
+        finally:
+            if self._handler_before is not None:  # Lightning sets the signal to be ignored after an interrupt
+                signal.signal(signal.SIGINT, self._handler_before)
 
 
 class History(pl.Callback):
-    """Keeps the metrics of each epoch for the curves.
-
-    Args:
-        say: prints a line an epoch; None where a bar shows the progress.
-        log: sends the metrics of an epoch to a tracker.
-    """
+    """Keeps the metrics and the learning rate of each epoch, for curves and records."""
 
     KEYS = ("train_loss", "val_loss", "train_macro_f1", "val_macro_f1", "train_accuracy", "val_accuracy")
 
-    def __init__(self, say: Callable[[str], None] | None = None, log: Callable[..., Any] | None = None) -> None:
+    def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self.seconds_before = 0.0
-        self._started, self._say, self._log = time.monotonic(), say, log
+        self._started = time.monotonic()
 
     def seconds(self) -> float:
         """Seconds of training, validation included, over all sittings."""
@@ -110,18 +125,8 @@ class History(pl.Callback):
                 f"the training loss is {values['train_loss']} after epoch {trainer.current_epoch + 1}. "
                 f"Lower the learning rate (now {pl_module.learning_rate:g}) or set precision='32-true'."
             )
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **values})
-        if self._log:
-            self._log(values, step=trainer.current_epoch + 1)
-        if self._say:
-            left = (trainer.max_epochs - trainer.current_epoch - 1) * self.seconds() / len(self.epochs)
-            limit = next((c for c in trainer.callbacks if isinstance(c, TimeBudget)), None)
-            left = min(left, limit.seconds - limit.used()) if limit else left
-            self._say(
-                f"  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-                f"val macro F1 {values.get('val_macro_f1', 0):.3f}  train loss {values.get('train_loss', 0):.3f}  "
-                f"at most {max(0.0, left):.0f} s left"
-            )
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **values, "learning_rate": rate})
 
     def state_dict(self) -> dict[str, Any]:
         """Epochs and seconds so far, kept in checkpoints."""
@@ -134,5 +139,34 @@ class History(pl.Callback):
     def series(self) -> dict[str, list[float]]:
         """{"epoch": [...], "train_loss": [...], ...} for the curves."""
         return {
-            key: [e[key] for e in self.epochs] for key in ("epoch", *self.KEYS) if all(key in e for e in self.epochs)
+            key: [e[key] for e in self.epochs]
+            for key in ("epoch", *self.KEYS, "learning_rate")
+            if all(key in e for e in self.epochs)
         }
+
+
+class EpochLines(pl.Callback):
+    """Prints a line an epoch, with the time left, where no bar shows the progress.
+
+    Args:
+        say: prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._epochs, self._started = say, 0, time.monotonic()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the epoch."""
+        self._epochs += 1
+        metrics, epoch = trainer.callback_metrics, trainer.current_epoch + 1
+        left = (trainer.max_epochs - epoch) * (time.monotonic() - self._started) / self._epochs
+        limit = next((c for c in trainer.callbacks if isinstance(c, TimeBudget)), None)
+        left = min(left, limit.seconds - limit.used()) if limit else left
+        self._say(
+            f"  epoch {epoch}/{trainer.max_epochs}  val macro F1 {metrics.get('val_macro_f1', 0):.3f}  "
+            f"train loss {metrics.get('train_loss', 0):.3f}  at most {max(0.0, left):.0f} s left"
+        )

@@ -16,14 +16,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
-from waferlab.records import write_summary
+from waferlab.models.classifier import WaferClassifier
+from waferlab.records import StartingWeights, TrainingRecord, write_summary
+from waferlab.training.callbacks import History
 
 SEAL = b"sha256:"
 SEAL_LENGTH = len(SEAL) + 64
@@ -72,11 +76,15 @@ def _seal(file: Path) -> None:
         archive.write(SEAL_LENGTH.to_bytes(2, "little") + SEAL + digest.encode())
 
 
-def checkpoint_digest(file: Path) -> str:
+def checkpoint_digest(file: Path, *, expected: str | None = None) -> str:
     """The SHA-256 that a checkpoint carries, once it is found to be that of its content.
 
+    Args:
+        file: written by `CheckpointFiles`.
+        expected: the check sum that it must have, as its training noted it.
+
     Raises:
-        DamagedFileError: the file is not there, is cut short or has changed since it was written.
+        DamagedFileError: the file is missing, cut short, has changed since it was written, or is another training's.
     """
     try:
         content = file.read_bytes()
@@ -88,24 +96,20 @@ def checkpoint_digest(file: Path) -> str:
     digest.update(b"\0\0")  # the length of the comment before there was one
     if seal != SEAL or digest.hexdigest() != written:
         raise DamagedFileError(f"{file} is damaged: it is not what the training wrote. {_remedy(file)}")
-    return written
-
-
-def read_checkpoint(file: Path, *, expected: str | None = None) -> dict[str, Any]:
-    """Reads a checkpoint on the CPU without running code from it.
-
-    Args:
-        file: written by `CheckpointFiles`.
-        expected: the check sum that it must have, as its training noted it.
-
-    Raises:
-        DamagedFileError: it is damaged, or is another training's.
-    """
-    digest = checkpoint_digest(file)
-    if expected not in (None, digest):
+    if expected not in (None, written):
         raise DamagedFileError(
             f"{file} is whole but not the one that this training wrote: another run has replaced it. {_remedy(file)}"
         )
+    return written
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Reads a checkpoint on the CPU without running code from it.
+
+    Raises:
+        DamagedFileError: it is damaged, or holds anything else than tensors and plain values.
+    """
+    checkpoint_digest(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # its check sum is right, so whoever made it put something else than tensors into it
@@ -148,12 +152,12 @@ class TrainingFolder:
         self.best, self.resume = folder / "best.ckpt", folder / "resume.ckpt"
         self._finished, self._started = folder / "finished.json", folder / "started.json"
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> TrainingRecord | None:
         """The record of a training that came to its end and left its best weights, or None."""
         if not (self._finished.exists() and self.best.exists()):
             return None
         record = self._read(self._finished)
-        return None if record is None else {key: record[key] for key in record if key not in self.asked}
+        return None if record is None else TrainingRecord.from_json(record)
 
     def resume_point(self) -> Path | None:
         """The checkpoint to go on from, or None if there is none."""
@@ -167,17 +171,20 @@ class TrainingFolder:
             file.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def started(self) -> dict[str, Any]:
-        """How the training that is gone on with started, as `remember_start` noted it."""
-        return self._read(self._started) or {}
+    def remember_start(self, model: WaferClassifier) -> None:
+        """Notes what a training starts from."""
+        weights = asdict(model.starting_weights)
+        write_summary(self._started, {**self.asked, "weights": weights, "learning_rate": model.learning_rate})
 
-    def remember_start(self, **start: Any) -> None:
-        """Notes how the training starts, since a resumed one cannot tell."""
-        write_summary(self._started, {**self.asked, **start})
+    def restore_start(self, model: WaferClassifier) -> None:
+        """Tells a model that goes on from a checkpoint, which cannot know it, what its training started from."""
+        started = self._read(self._started) or {}
+        model.set_learning_rate(started["learning_rate"])
+        model.starting_weights = StartingWeights(**started["weights"])
 
-    def finish(self, record: dict[str, Any]) -> None:
+    def finish(self, record: TrainingRecord) -> None:
         """Notes that the training came to its end, with its record."""
-        write_summary(self._finished, {**record, **self.asked})
+        write_summary(self._finished, {**record.as_json(), **self.asked})
 
     def _read(self, file: Path) -> dict[str, Any] | None:
         record = read_json(file)
@@ -187,6 +194,21 @@ class TrainingFolder:
                 "--resume to train anew."
             )
         return record if record.get("asked_for") == self.asked["asked_for"] else None
+
+
+def check_writable(*folders: Path) -> None:
+    """Makes folders, and tries whether files can be written there before hours are spent on what goes there.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink()
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be written ({error}). Choose another output_dir.") from error
 
 
 @contextmanager
@@ -214,3 +236,31 @@ def hold_folder(folder: Path) -> Iterator[None]:
             yield
         finally:
             lock.truncate(0)
+
+
+def record_training(
+    model_type: str,
+    model: WaferClassifier,
+    data: WaferMapDataModule,
+    history: History,
+    *,
+    precision: str | int,
+    checkpoint: Path,
+) -> TrainingRecord:
+    """The record of a training that has just ended; its checkpoint lies in the model's folder, or one below."""
+    best = max(history.epochs, key=lambda epoch: epoch["val_macro_f1"])
+    parameters = {name: list(v) if isinstance(v, tuple) else v for name, v in dict(model.hparams).items()}
+    folder = next(parent for parent in checkpoint.parents if parent.name == model_type)
+    return TrainingRecord(
+        model_type=model_type,
+        parameters={"batch_size": data.batch_size} | parameters,
+        weights=model.starting_weights,
+        precision=str(precision),
+        n_parameters=sum(p.numel() for p in model.network.parameters()),
+        epochs=len(history.epochs),
+        best_epoch=int(best["epoch"]),
+        train_seconds=history.seconds(),
+        history=history.series(),
+        checkpoint=str(checkpoint.relative_to(folder)),
+        checkpoint_sha256=checkpoint_digest(checkpoint),
+    )

@@ -24,15 +24,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
-from integrated_pipeline import IntegratedMLPipeline
-from waferlab.config import ExperimentConfig
 from waferlab.data.datamodule import BatchIndexedMaps, EpochBatches
 from waferlab.data.generator import generate_wafer_maps
 from waferlab.data.images import augment, encode, resize_maps
 from waferlab.data.maps import NUM_CLASSES, pack_maps
 from waferlab.errors import ConfigError
+from waferlab.models.classifier import WaferClassifier
 from waferlab.models.starting_weights import network_digest, write_generated_weights
-from waferlab.training.callbacks import History
+from waferlab.training.callbacks import EpochLines, History
 
 HELD_OUT_SEED = 2**32 - 1  # the same for all streams, so that their scores can be compared
 HELD_OUT_PER_CLASS = 128
@@ -132,6 +131,9 @@ def generator_digest() -> str:
 def pretrain(
     model_type: str,
     *,
+    make: Callable[[], WaferClassifier],
+    fit: Callable[..., None],
+    precision: str | int,
     folder: Path,
     maps: int = DEFAULT_MAPS,
     seed: int = 0,
@@ -147,6 +149,9 @@ def pretrain(
 
     Args:
         model_type: a registered name.
+        make: builds the network with its default parameters and random weights.
+        fit: trains it, called as `fit(model, data, callbacks, max_epochs=..., resume_from=...)`.
+        precision: that `fit` computes in.
         folder: where the weights go, as <model type>-<digest of all they depend on>.safetensors.
         maps: to train on, rounded up to whole epochs.
         seed: of the stream, the initial weights and the augmentation.
@@ -167,13 +172,8 @@ def pretrain(
     if maps < 1:
         raise ConfigError(f"maps={maps!r} is out of range. Allowed: a whole number from 1.")
     epochs = -(-maps // maps_per_epoch)
-    config = ExperimentConfig(
-        experiment_name="pretrained", model_type=model_type, use_pretrained=False, seed=seed, image_size=image_size,
-        enable_optuna=False, enable_mlflow=False, output_dir=folder, quiet=True,
-    )  # fmt: skip
-    pipeline = IntegratedMLPipeline(config)
     pl.seed_everything(seed, verbose=False)
-    model = pipeline.create_model(model_type)
+    model = make()
     settings = {
         "model_type": model_type,
         "image_size": image_size,
@@ -182,19 +182,18 @@ def pretrain(
         "maps_per_epoch": maps_per_epoch,
         "batch_size": BATCH_SIZE,
         "learning_rate": model.learning_rate,
-        "precision": pipeline.precision(model_type),
+        "precision": precision,
         "generator": generator_digest(),
     }
     file = folder / f"{model_type}-{_digest(settings | {'network': network_digest(model.network)})}.safetensors"
     if file.exists():
         say(f"  made before: {file}")
         return file
-    history, partial = History(say=say), folder / f"{file.stem}.partial.ckpt"
-    pipeline.fit(
-        model_type,
+    history, partial = History(), folder / f"{file.stem}.partial.ckpt"
+    fit(
         model,
         GeneratedStream(seed=seed, image_size=image_size, maps_per_epoch=maps_per_epoch),
-        [history, ModelCheckpoint(folder, filename=partial.stem, enable_version_counter=False)],
+        [history, EpochLines(say), ModelCheckpoint(folder, filename=partial.stem, enable_version_counter=False)],
         max_epochs=epochs,
         resume_from=partial if resume and partial.exists() else None,
     )
