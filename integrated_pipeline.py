@@ -60,7 +60,15 @@ from waferlab.records import (
 from waferlab.reports.run_report import draw_run, pictures_of_model, write_pages
 from waferlab.reports.tables import comparison_rows
 from waferlab.search.budget import SearchBudget, seconds_by_merit
-from waferlab.search.study import make_pruner, make_sampler, open_study, proposed_by, run_again, study_storage
+from waferlab.search.study import (
+    interrupts_kept,
+    make_pruner,
+    make_sampler,
+    open_study,
+    proposed_by,
+    run_again,
+    study_storage,
+)
 from waferlab.search.trials import TrialWeights, better_of, search_record, trial_line, worth_training
 from waferlab.terminal import Terminal, comparison_markdown, quiet_libraries
 from waferlab.tracking.processes import this_process
@@ -319,16 +327,9 @@ class IntegratedMLPipeline:
 
     def prepare_data(self, maps: WaferMaps | None = None, split: Split | None = None) -> None:
         """Loads and splits the maps, or takes those that it is given; models and trainings need them."""
-        config, before = self.config, self.maps
-        self.maps = maps or load_wafer_maps(
-            config.data,
-            samples_per_class=config.samples_per_class,
-            max_samples_per_class=config.max_samples_per_class,
-            image_levels=config.image_levels,
-            seed=config.seed,
-        )
-        self.split = split or split_by_lot(self.maps, seed=config.seed)
-        self._data = None if self.maps is not before else self._data
+        self.maps = maps or load_wafer_maps(**self.config.data_options(), seed=self.config.seed)
+        self.split = split or split_by_lot(self.maps, seed=self.config.seed)
+        self._data = None
         self.terminal.print_data(self.maps, self.split)
 
     def data_module(self, batch_size: int | None = None) -> WaferMapDataModule:
@@ -561,7 +562,7 @@ class IntegratedMLPipeline:
             if budget.used_up():
                 study.stop()
 
-        try:
+        with interrupts_kept():
             if not budget.used_up():
                 study.optimize(
                     lambda trial: self.optuna_objective(trial, model_type),
@@ -569,12 +570,7 @@ class IntegratedMLPipeline:
                     catch=(TrialFailedError,),
                     gc_after_trial=True,
                 )
-        except OSError as error:  # Ctrl-C while the journal's lock is given back: its file is then deleted twice
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from error
-            raise
-        finally:
-            del self.searches[model_type]
+        del self.searches[model_type]
         found = search_record(study, search.weights, objectives=self.config.objectives, say=self.say)
         self.terminal.print_search(found)
         return found
@@ -767,7 +763,7 @@ class IntegratedMLPipeline:
             predictions: of its checkpoint on the test part.
         """
         model_type = result.model_type
-        if reason := self._why_not_registered():
+        if reason := self.config.no_registry_because() or (self.runs.broken and "MLflow failed; a warning said why"):
             return NotRegistered(reason)
 
         def export() -> Path:
@@ -793,16 +789,6 @@ class IntegratedMLPipeline:
         )
         self.say(str(outcome))
         return outcome
-
-    def _why_not_registered(self) -> str | None:
-        config = self.config
-        if not config.enable_mlflow:
-            return "nothing is tracked (enable_mlflow=False)"
-        if config.tracker == "wandb":
-            return "offline runs of Weights & Biases have no registry (tracker='wandb')"
-        if config.registry_name is None:
-            return "no registry is named (registry_name=None)"
-        return "MLflow could not be used; a warning said why" if self.runs.broken else None
 
 
 # ------------------------------------------------------------------------------------- what experiments are handed

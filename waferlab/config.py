@@ -227,6 +227,19 @@ class ExperimentConfig:
             raise ConfigError("model_type=[] is empty. Name at least one model, or 'all'.")
         return list(dict.fromkeys(names))
 
+    def data_options(self) -> dict[str, Any]:
+        """What `load_wafer_maps` is to be asked for, but for the seed."""
+        names = ("data", "samples_per_class", "max_samples_per_class", "image_levels")
+        return {name: getattr(self, name) for name in names}
+
+    def no_registry_because(self) -> str | None:
+        """Why no model can be registered with this configuration; None if one can."""
+        if not self.enable_mlflow:
+            return "nothing is tracked (enable_mlflow=False)"
+        if self.tracker == "wandb":
+            return "offline runs of Weights & Biases have no registry (tracker='wandb')"
+        return "no registry is named (registry_name=None)" if self.registry_name is None else None
+
     def equal_share(self) -> float | None:
         """Seconds of the time limit for each model, search included; None without a limit."""
         return None if self.time_limit is None else self.time_limit / len(self.model_types())
