@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import lightning.pytorch as pl
 import numpy as np
 import optuna
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import TrialState
@@ -61,7 +60,7 @@ from waferlab.models.registry import MODEL_REGISTRY, SHARED_SEARCH_SPACE, ModelS
 from waferlab.models.starting_weights import load_generated_weights
 from waferlab.models.torchvision_models import TorchvisionLightningModel
 from waferlab.models.yolo import YOLOLightningAdapter
-from waferlab.records import command_line_used, environment, plain_hparams, write_summary
+from waferlab.records import code_tags, command_line_used, environment, plain_hparams, write_summary
 from waferlab.reports.model_card import write_model_card
 from waferlab.reports.pages import write_report
 from waferlab.reports.run_figures import (
@@ -83,7 +82,8 @@ from waferlab.search.trials import (
 )
 from waferlab.terminal import Stopwatch, comparison_markdown, comparison_rows, comparison_table, pipeline_verdict
 from waferlab.tracking.processes import still_runs, this_process
-from waferlab.tracking.runs import NoTracking, TrackedRun, Tracking
+from waferlab.tracking.runs import NoRuns, Run, RunTree
+from waferlab.tracking.wandb_runs import WandbTree
 from waferlab.training.callbacks import History, KeepInterrupt, TimeBudget
 from waferlab.training.checkpoints import (
     CheckpointFiles,
@@ -189,9 +189,9 @@ class IntegratedMLPipeline:
         self._trial_seconds = float("inf")
         self._studies: dict[str, optuna.Study] = {}
         self._starts: dict[str, tuple[str, float]] = {}
-        self.tracking: Tracking | NoTracking = NoTracking()
-        self._parent_run = TrackedRun("")
-        self._model_runs: dict[str, TrackedRun] = {}
+        self.tracking: RunTree | NoRuns = NoRuns()
+        self._parent_run = Run("")
+        self._model_runs: dict[str, Run] = {}
         self._data: WaferMapDataModule | None = None
         self._failed: dict[str, Exception] = {}
         self._problems: list[str] = []
@@ -216,18 +216,9 @@ class IntegratedMLPipeline:
         self._failed, self._problems, self.seconds = {}, [], {}
         with self._timed("data"):
             self.prepare_data()
-        self.open_tracking()
-        try:
+        with self.open_tracking().closing():
             self._start_parent_run()
-            summary = self._run()
-        except KeyboardInterrupt:
-            self.tracking.close("KILLED", reason="interrupted")
-            raise
-        except BaseException as error:
-            self.tracking.close("FAILED", reason=f"{type(error).__name__}: {error}")
-            raise
-        self.tracking.close()
-        return summary
+            return self._run()
 
     def _run(self) -> dict[str, Any]:
         """Trains, scores and writes down what came out, before anything is tried that may fail for another reason."""
@@ -489,8 +480,7 @@ class IntegratedMLPipeline:
         seconds: float | None,
     ) -> History:
         on_terminal = self.console.is_terminal and not self.config.quiet
-        run = self._model_runs.get(model_type, TrackedRun(""))
-        history = History(say=None if on_terminal else self._say, log=partial(self.tracking.metrics, run))
+        history = History(say=None if on_terminal else self._say)
         callbacks: list[pl.Callback] = [
             history,
             EarlyStopping("val_macro_f1", mode="max", patience=self.config.early_stopping_patience),
@@ -504,7 +494,8 @@ class IntegratedMLPipeline:
             callbacks.insert(0, TimeBudget(seconds))
         if on_terminal:
             callbacks.insert(0, ProgressBar(self.console, model_type))
-        self.fit(model_type, model, data, callbacks, max_epochs=self.config.max_epochs, resume_from=resume_from)
+        run, epochs = self._model_runs.get(model_type), self.config.max_epochs
+        self.fit(model_type, model, data, callbacks, run=run, max_epochs=epochs, resume_from=resume_from)
         return history
 
     def fit(
@@ -515,15 +506,19 @@ class IntegratedMLPipeline:
         callbacks: list[pl.Callback],
         *,
         max_epochs: int,
+        run: Run | None = None,
         resume_from: Path | None = None,
     ) -> None:
         """What all trainings have in common: Lightning's Trainer as the configuration wants it."""
         config, interrupt = self.config, KeepInterrupt()
+        logger = self.tracking.logger(run) if run is not None else False
+        if logger:
+            callbacks = [*callbacks, LearningRateMonitor(logging_interval="epoch")]
         trainer = pl.Trainer(
             max_epochs=max_epochs, accelerator=config.accelerator,
             devices=1 if config.devices == "auto" else config.devices,
             precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
-            callbacks=[interrupt, *callbacks], logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[interrupt, *callbacks], logger=logger, enable_progress_bar=False, enable_model_summary=False,
             num_sanity_val_steps=0, default_root_dir=config.checkpoints_dir, plugins=[CheckpointFiles()],
         )  # fmt: skip
         try:
@@ -562,18 +557,18 @@ class IntegratedMLPipeline:
 
     # --- tracking
 
-    def open_tracking(self) -> Tracking | NoTracking:
-        """Connects to the tracker, if it is wanted; it runs in a process of its own."""
+    def open_tracking(self) -> RunTree | NoRuns:
+        """Connects to the tracker, if it is wanted."""
         config = self.config
         if config.enable_mlflow and self.tracking.closed:
-            self.tracking = Tracking(
+            self.tracking = (WandbTree if config.tracker == "wandb" else RunTree)(
                 config.experiment_name,
                 uri=config.tracking_uri,
                 folder=Path(config.output_dir),
                 # The file itself: it warns from another thread, whoever redirects `sys.stderr` meanwhile.
                 warn=Console(file=sys.stderr, markup=False, emoji=False, highlight=False, soft_wrap=True).print,
                 resume=config.resume,
-                tracker=config.tracker,
+                tags=code_tags(),
             )
         return self.tracking
 
@@ -822,7 +817,7 @@ class IntegratedMLPipeline:
         return chosen if len(chosen) > 1 else chosen[0]
 
     def _train_trial(
-        self, trial: optuna.Trial, model_type: str, params: dict[str, Any], run: TrackedRun
+        self, trial: optuna.Trial, model_type: str, params: dict[str, Any], run: Run
     ) -> tuple[WaferClassifier, float]:
         from optuna_integration import PyTorchLightningPruningCallback
 
@@ -830,14 +825,14 @@ class IntegratedMLPipeline:
         data = self.data_module(params["batch_size"])
         model = self.create_model(model_type, params, class_weights=data.class_weights)
         self.tracking.tags(run, weights=model.weights_source, seed=str(self.config.seed))
-        history, file = History(log=partial(self.tracking.metrics, run)), self._trial_file(model_type, trial.number)
+        history, file = History(), self._trial_file(model_type, trial.number)
         callbacks = [history, self._best_weights(file.parent, file.stem)]
         if len(self.config.objectives) == 1:  # several values cannot be pruned on
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
         if self._search_deadline is not None:
             callbacks.insert(0, TimeBudget(max(1.0, min(self._search_time_left(), self._trial_seconds))))
         weights = model.weights_source
-        self.fit(model_type, model, data, callbacks, max_epochs=self.config.search_epochs)
+        self.fit(model_type, model, data, callbacks, run=run, max_epochs=self.config.search_epochs)
         record = self._training_record(model_type, model, data, history, weights=weights, checkpoint=file)
         trial.set_user_attr("record", record)  # should these weights stay, this is what describes them
         return model, max(record["history"]["val_macro_f1"])

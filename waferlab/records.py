@@ -113,5 +113,12 @@ def _commit_of_this_code() -> dict[str, Any]:
     return {"commit": None, "uncommitted_changes": None}
 
 
+def code_tags() -> dict[str, str]:
+    """The commit of this code and whether its files were changed since, as tags of MLflow; none where not known."""
+    code = _commit_of_this_code()
+    changed = str(code["uncommitted_changes"]).lower()
+    return {"mlflow.source.git.commit": code["commit"], "code.uncommitted_changes": changed} if code["commit"] else {}
+
+
 def plain_hparams(hparams: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dict(hparams).items()}

@@ -16,7 +16,7 @@ from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, RunError, ends_one_model
 from waferlab.records import command_line_used, environment, write_summary
 from waferlab.reports.pages import write_report
-from waferlab.tracking.runs import TrackedRun
+from waferlab.tracking.runs import Run
 from waferlab.training.checkpoints import hold_folder
 
 TRAINING_SHARE = 0.8  # of the time limit; the rest is for data, evaluation and pictures
@@ -191,7 +191,7 @@ class TrainingSeries:
             self._maps_and_split = (seed, pipeline.maps, pipeline.split)
         _, pipeline.maps, pipeline.split = self._maps_and_split
 
-    def _track(self, run: TrackedRun, variant: Variant, record: dict[str, Any]) -> None:
+    def _track(self, run: Run, variant: Variant, record: dict[str, Any]) -> None:
         self._tracking.params(run, model_type=variant.model_type, seed=record["seed"], **variant.changes)
         scores = ("macro_f1", "accuracy", "validation_macro_f1", "train_seconds", "latency_ms", "n_parameters")
         self._tracking.metrics(run, {key: record[key] for key in scores})

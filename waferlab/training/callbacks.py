@@ -84,15 +84,14 @@ class History(pl.Callback):
 
     Args:
         say: prints a line an epoch; None where a bar shows the progress.
-        log: sends the metrics of an epoch to a tracker.
     """
 
     KEYS = ("train_loss", "val_loss", "train_macro_f1", "val_macro_f1", "train_accuracy", "val_accuracy")
 
-    def __init__(self, say: Callable[[str], None] | None = None, log: Callable[..., Any] | None = None) -> None:
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.epochs: list[dict[str, float]] = []
         self.seconds_before = 0.0
-        self._started, self._say, self._log = time.monotonic(), say, log
+        self._started, self._say = time.monotonic(), say
 
     def seconds(self) -> float:
         """Seconds of training, validation included, over all sittings."""
@@ -111,8 +110,6 @@ class History(pl.Callback):
                 f"Lower the learning rate (now {pl_module.learning_rate:g}) or set precision='32-true'."
             )
         self.epochs.append({"epoch": trainer.current_epoch + 1, **values})
-        if self._log:
-            self._log(values, step=trainer.current_epoch + 1)
         if self._say:
             left = (trainer.max_epochs - trainer.current_epoch - 1) * self.seconds() / len(self.epochs)
             limit = next((c for c in trainer.callbacks if isinstance(c, TimeBudget)), None)
