@@ -30,7 +30,7 @@ def main() -> int:
     )
     parser.add_argument("--start-mlflow", action="store_true", help="open the MLflow page before the work starts")
     arguments = parser.parse_args()
-    return command_line.run(lambda: search_and_report(arguments), arguments=arguments)
+    return command_line.run(lambda: search_and_report(arguments))
 
 
 def search_and_report(arguments: argparse.Namespace) -> None:

@@ -53,6 +53,7 @@ from waferlab.records import (
     SearchRecord,
     TrainedModel,
     TrainingRecord,
+    code_tags,
     environment,
     summarise,
     write_summary,
@@ -73,6 +74,7 @@ from waferlab.search.trials import TrialWeights, better_of, search_record, trial
 from waferlab.terminal import Terminal, comparison_markdown, quiet_libraries
 from waferlab.tracking.processes import this_process
 from waferlab.tracking.runs import NoRuns, Run, RunTree
+from waferlab.tracking.wandb_runs import WandbTree
 from waferlab.training.callbacks import EpochLines, History, KeepInterrupt, SeedEachEpoch, TimeBudget
 from waferlab.training.checkpoints import (
     CheckpointFiles,
@@ -431,7 +433,7 @@ class IntegratedMLPipeline:
         """What all trainings have in common: Lightning's Trainer as the configuration wants it."""
         config, interrupt = self.config, KeepInterrupt()
         logger = False if run is None else self.runs.logger(run)
-        callbacks = [interrupt, SeedEachEpoch(), *callbacks, *([LearningRateMonitor()] if logger else [])]
+        callbacks = [interrupt, SeedEachEpoch(), *callbacks, *([LearningRateMonitor("epoch")] if logger else [])]
         with quiet_libraries(), interrupt.heeded():
             trainer = pl.Trainer(
                 max_epochs=max_epochs, accelerator=config.accelerator,
@@ -673,17 +675,15 @@ class IntegratedMLPipeline:
 
     def open_tracking(self) -> RunTree | NoRuns:
         """Connects to the tracker, if it is wanted; what is logged is written by a thread of its own."""
-        config, code = self.config, environment()
+        config = self.config
         if config.enable_mlflow and self.runs.closed:
-            self.runs = RunTree(
+            self.runs = (WandbTree if config.tracker == "wandb" else RunTree)(
                 config.experiment_name,
                 uri=config.tracking_uri,
                 folder=Path(config.output_dir),
                 warn=self.terminal.warn,
                 resume=config.resume,
-                tracker=config.tracker,
-                commit=code["commit"],
-                uncommitted_changes=code["uncommitted_changes"],
+                tags=code_tags(),
             )
         return self.runs
 

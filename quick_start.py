@@ -16,7 +16,7 @@ EXAMPLES = """\
 def main() -> int:
     """Runs quick_start with the command line's arguments and returns the exit status."""
     arguments = command_line.make_parser(__doc__, EXAMPLES).parse_args()
-    return command_line.run(lambda: train_and_report(arguments), arguments=arguments)
+    return command_line.run(lambda: train_and_report(arguments))
 
 
 def train_and_report(arguments: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ def main() -> int:
     )
     parser.add_argument("--mlflow-server", action="store_true", help="open the MLflow page before the work starts")
     arguments = parser.parse_args()
-    return command_line.run(lambda: run_and_report(arguments), arguments=arguments)
+    return command_line.run(lambda: run_and_report(arguments))
 
 
 def run_and_report(arguments: argparse.Namespace) -> None:

@@ -30,7 +30,11 @@ def test_the_examples_run_as_they_stand(title, tmp_path):
 
 
 MEET = (ROOT / "README.md").read_text().partition("\n## How the tools meet\n")[2].partition("\n## ")[0]
-CODE = "\n".join(line.strip() for file in [*ROOT.glob("*.py"), *ROOT.glob("waferlab/**/*.py")] for line in file.read_text().splitlines())
+CODE = "\n".join(
+    line.strip()
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("waferlab/**/*.py")]
+    for line in file.read_text().splitlines()
+)
 
 
 QUOTES = re.findall(r"```python\n(.*?)```", MEET, re.S)

@@ -29,7 +29,7 @@ from waferlab.evaluation.decision import Decision, choose_decision, fit_temperat
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.evaluation.predictions import Predictions
 from waferlab.reports.tables import write_per_class_table
-from waferlab.tracking.runs import TrackedRun
+from waferlab.tracking.runs import Run
 from waferlab.training.callbacks import TimeBudget
 
 
@@ -683,7 +683,7 @@ def test_the_exported_file_gets_the_decision_and_the_weights_of_the_record(train
     monkeypatch.setattr("integrated_pipeline.export_onnx", export)
     (result,), (predicted,) = made.evaluate([trained[1]])
     made.config.enable_mlflow = True
-    made._model_runs["lightning_cnn"] = TrackedRun("")
+    made._model_runs["lightning_cnn"] = Run("")
     assert "Exported" in made.register_best(result, predicted).reason
     assert asked["decision"] == LEAN and asked["image_size"] == 16
     answers = answered_by_hand(asked["model"], made.data_module().images("test"), LEAN)

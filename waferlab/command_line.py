@@ -88,12 +88,10 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         server.stop()
 
 
-def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = None) -> int:
+def run(work: Callable[[], object]) -> int:
     """Calls `work`; turns a user's mistake into one message and status 2, Ctrl-C into a hint and status 130.
 
     SIGTERM, and SIGHUP of a terminal that closes, stop it like Ctrl-C, with status 143 and 129.
-
-    With the `arguments` of a script that tracks, MLflow starts at once, beside the imports of `work`.
     """
     stopped_by = [signal.SIGINT]
 
@@ -106,10 +104,6 @@ def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = No
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, stop)
     try:
-        if arguments is not None and not arguments.no_mlflow:
-            from waferlab.tracking.runs import start_early
-
-            start_early(Path(arguments.output_dir))
         work()
     except KeyboardInterrupt:
         again = [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -167,7 +167,17 @@ class Terminal:
         config = summary["config"]
         self.say(f"Results and pictures: {Path(config['output_dir']) / 'results' / config['experiment_name']}")
         if config["enable_mlflow"] and not runs.broken:
-            self.say(runs.how_to_look(run))
+            self._print_where_to_look(config, runs, run)
+
+    def _print_where_to_look(self, config: Mapping[str, Any], runs: RunTree | NoRuns, run: Run) -> None:
+        page, uri = runs.run_link(run), config["tracking_uri"]
+        if config["tracker"] == "wandb":
+            self.say(f"Weights & Biases: `wandb sync {runs.uri}/offline-run-*` sends the runs, if you want it")
+        elif uri and str(uri).startswith("http"):
+            self.say(f"MLflow: {str(uri).rstrip('/')}/{page}")
+        else:
+            where = "" if uri else f" in {Path(config['output_dir']).resolve()}"
+            self.say(f"MLflow: run `mlflow ui`{where} and open http://127.0.0.1:5000/{page}")
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
