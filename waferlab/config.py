@@ -28,9 +28,9 @@ class ExperimentConfig:
         experiment_name: folder name under results/ and checkpoints/.
         model_type: "all", one registered name, or a list of names.
         use_pretrained: start from pre-trained weights where they can be had.
-        pretrained_source: which: "imagenet" (published weights), "wafer" (made by pretrain.py on generated maps) or
+        pretrained_source: which: "imagenet" (published weights), "wafer" (made by `pretrain` on generated maps) or
             "auto", which takes published ones where they can be had, else those made on generated maps.
-        pretrained_dir: folder of the weights made by pretrain.py; None for checkpoints/pretrained in the output
+        pretrained_dir: folder of the weights made by `pretrain`; None for checkpoints/pretrained in the output
             folder.
         max_epochs: of the final training, with early stopping.
         batch_size: maps a training batch.
