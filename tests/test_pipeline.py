@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -314,12 +313,6 @@ def run_script(*arguments, **options):
     return subprocess.run(
         [sys.executable, ROOT / "quick_start.py", *map(str, arguments)], capture_output=True, text=True, **options
     )
-
-
-def test_help_shows_examples_and_loads_nothing_heavy():
-    done = run_script("--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
-    assert done.returncode == 0 and "examples:" in done.stdout
-    assert "torch" not in done.stderr and "numpy" not in done.stderr
 
 
 def test_a_library_that_is_not_installed_is_named_with_the_remedy(tmp_path):
