@@ -79,9 +79,8 @@ from waferlab.training.callbacks import EpochLines, History, KeepInterrupt, Seed
 from waferlab.training.checkpoints import (
     CheckpointFiles,
     TrainingFolder,
-    check_writable,
     checkpoint_digest,
-    hold_folder,
+    hold_folders,
     record_training,
 )
 from waferlab.training.precision import native_precision
@@ -241,8 +240,7 @@ class IntegratedMLPipeline:
             KeyboardInterrupt: interrupted; finished epochs and models are kept for `resume=True`.
         """
         config = self.config
-        check_writable(config.results_dir, config.checkpoints_dir)
-        with hold_folder(config.results_dir), hold_folder(config.checkpoints_dir):
+        with hold_folders(config.results_dir, config.checkpoints_dir):
             self.terminal.print_configuration(config)
             self.failed, self.problems = {}, []
             self.terminal.seconds.clear()

@@ -55,7 +55,6 @@ def lines(name):
 
 
 TO_BE_CARVED = {
-    "no-way-back": "experiments and pre-training still build pipelines",
     "optuna": "run_figures still draws a study itself",
 }
 
@@ -93,12 +92,10 @@ def test_nobody_imports_a_script(name):
     assert not SCRIPT_MODULES & imported(name)
 
 
-@pytest.mark.xfail(strict=True, reason="still being carved")
 def test_the_story_is_read_in_800_lines():
     assert lines("integrated_pipeline.py") <= 800
 
 
-@pytest.mark.xfail(strict=True, reason="still being carved")
 def test_each_function_of_the_story_fits_a_screen():
     functions = [node for node in ast.walk(tree("integrated_pipeline.py")) if isinstance(node, ast.FunctionDef)]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 40}
@@ -147,7 +144,6 @@ print(*[what for what in before if after[what] != before[what]])
 """
 
 
-@pytest.mark.xfail(strict=True, reason="the story still silences libraries when it is imported")
 def test_importing_the_story_changes_no_warning_filter_logger_or_drawing_style():
     done = subprocess.run([sys.executable, "-c", STATE], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -1,21 +1,17 @@
 """Promises about what all scripts have in common: help, flags, presets, silence; and about run_experiment's modes."""
 
 import importlib
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 import demo
 import integrated_pipeline
 import run_experiment
 from integrated_pipeline import ExperimentConfig
-from waferlab import command_line
 from waferlab.training import pretraining
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,21 +144,3 @@ def test_pretrain_prints_its_own_lines_and_nothing_else(tmp_path):
     model, epoch, score = done.stdout.splitlines()
     assert model == "lightning_cnn" and "epoch 1/1" in epoch and file.name in score
     assert not (tmp_path / "mlflow.db").exists()
-
-
-def test_libraries_are_quiet_when_a_script_says_so_and_not_before():
-    chatter = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    before = chatter.level
-    try:
-        chatter.setLevel(logging.INFO)
-        with warnings.catch_warnings(record=True) as heard:
-            warnings.simplefilter("always")
-            warnings.warn("few workers", PossibleUserWarning, stacklevel=1)
-            command_line.quieten_libraries()
-            warnings.warn("few workers", PossibleUserWarning, stacklevel=1)
-            warnings.warn("Checkpoint directory x exists and is not empty.", UserWarning, stacklevel=1)
-            warnings.warn("your own affair", UserWarning, stacklevel=1)
-        assert [str(one.message) for one in heard] == ["few workers", "your own affair"]
-        assert not chatter.isEnabledFor(logging.WARNING)
-    finally:
-        chatter.setLevel(before)
