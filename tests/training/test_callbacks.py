@@ -85,19 +85,21 @@ def test_a_resumed_training_has_the_rest_of_the_time_only(clock):
 # --- history
 
 
-def epoch_end(callback, trainer, epoch, *, rate=0.5, **metrics):
+def an_epoch(callback, trainer, epoch, *, rate=0.5, **metrics):
     trainer.current_epoch = epoch
-    trainer.callback_metrics = {key: torch.tensor(value) for key, value in metrics.items()}
     trainer.optimizers[0].param_groups[0]["lr"] = rate
+    callback.on_train_epoch_start(trainer, a_module())
+    trainer.callback_metrics = {key: torch.tensor(value) for key, value in metrics.items()}
+    trainer.optimizers[0].param_groups[0]["lr"] = 0.0
     callback.on_train_epoch_end(trainer, a_module())
 
 
-def test_the_history_keeps_the_metrics_and_the_learning_rate_of_each_epoch_under_its_number():
+def test_the_history_keeps_the_metrics_and_the_first_learning_rate_of_each_epoch_under_its_number():
     history, trainer = History(), a_trainer()
     first = {"train_loss": 1.5, "val_loss": 2.0, "val_macro_f1": 0.25, "train_macro_f1": 0.5, "val_accuracy": 0.75}
     second = {"train_loss": 1.0, "val_loss": 1.0, "val_macro_f1": 0.5, "train_macro_f1": 0.75, "val_accuracy": 1.0}
-    epoch_end(history, trainer, 0, **first, rate=0.125, another_metric=0.1)
-    epoch_end(history, trainer, 1, **second, rate=0.25)
+    an_epoch(history, trainer, 0, **first, rate=0.125, another_metric=0.1)
+    an_epoch(history, trainer, 1, **second, rate=0.25)
     first, second = first | {"learning_rate": 0.125}, second | {"learning_rate": 0.25}
     assert history.epochs == [{"epoch": 1, **first}, {"epoch": 2, **second}]
     series = history.series()
@@ -107,8 +109,8 @@ def test_the_history_keeps_the_metrics_and_the_learning_rate_of_each_epoch_under
 
 def test_a_curve_that_lacks_an_epoch_is_left_out():
     history, trainer = History(), a_trainer()
-    epoch_end(history, trainer, 0, train_loss=1.5)
-    epoch_end(history, trainer, 1, train_loss=1.0, val_loss=2.0)
+    an_epoch(history, trainer, 0, train_loss=1.5)
+    an_epoch(history, trainer, 1, train_loss=1.0, val_loss=2.0)
     assert history.series() == {"epoch": [1, 2], "train_loss": [1.5, 1.0], "learning_rate": [0.5, 0.5]}
 
 
@@ -118,7 +120,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_epoch_rate_and_remedy(l
     with pytest.raises(
         TrainingDivergedError, match=rf"loss is {loss} after epoch 3\. Lower .*\(now 0\.004\) or .*32-true"
     ):
-        epoch_end(history, a_trainer(), 2, train_loss=loss)
+        an_epoch(history, a_trainer(), 2, train_loss=loss)
     assert history.epochs == []
 
 
@@ -126,7 +128,7 @@ def test_the_history_of_a_resumed_training_goes_on_with_epochs_and_seconds(clock
     before, trainer = History(), a_trainer()
     clock.now += 100
     before.on_fit_start(trainer, a_module())
-    epoch_end(before, trainer, 0, train_loss=1.5)
+    an_epoch(before, trainer, 0, train_loss=1.5)
     clock.now += 7
     kept = before.state_dict()
     assert kept == {"epochs": [{"epoch": 1, "train_loss": 1.5, "learning_rate": 0.5}], "seconds": 7}
@@ -137,7 +139,7 @@ def test_the_history_of_a_resumed_training_goes_on_with_epochs_and_seconds(clock
     clock.now += 50  # loading is not training
     resumed.on_fit_start(trainer, a_module())
     clock.now += 5
-    epoch_end(resumed, trainer, 1, train_loss=1.0)
+    an_epoch(resumed, trainer, 1, train_loss=1.0)
     assert resumed.seconds() == 12
     assert resumed.series() == {"epoch": [1, 2], "train_loss": [1.5, 1.0], "learning_rate": [0.5, 0.5]}
 
@@ -149,7 +151,7 @@ def test_a_line_an_epoch_says_how_far_it_is_how_good_and_how_long_it_takes(clock
     lines.on_fit_start(trainer, a_module())
     for epoch in range(2):
         clock.now += 4
-        epoch_end(lines, trainer, epoch, train_loss=1.25, val_macro_f1=0.5)
+        an_epoch(lines, trainer, epoch, train_loss=1.25, val_macro_f1=0.5)
     assert said == [
         "  epoch 1/10  val macro F1 0.500  train loss 1.250  at most 36 s left",
         "  epoch 2/10  val macro F1 0.500  train loss 1.250  at most 32 s left",
@@ -158,10 +160,10 @@ def test_a_line_an_epoch_says_how_far_it_is_how_good_and_how_long_it_takes(clock
     trainer.callbacks = [lines, budget]
     budget.on_fit_start(trainer, a_module())
     clock.now += 4
-    epoch_end(lines, trainer, 2, train_loss=1.25)
+    an_epoch(lines, trainer, 2, train_loss=1.25)
     assert said[-1] == "  epoch 3/10  val macro F1 0.000  train loss 1.250  at most 16 s left"
     clock.now += 30
-    epoch_end(lines, trainer, 3, train_loss=1.25)
+    an_epoch(lines, trainer, 3, train_loss=1.25)
     assert said[-1].endswith("at most 0 s left")
 
 
