@@ -44,7 +44,7 @@ from waferlab.errors import (
 from waferlab.evaluation.inference import decision_of, measure_latency, score_model
 from waferlab.evaluation.predictions import Predictions
 from waferlab.models.classifier import WaferClassifier
-from waferlab.models.registry import ALSO_KNOWN_AS, MODEL_REGISTRY, ModelSpec, find_model, register_model
+from waferlab.models.registry import MODEL_REGISTRY, ModelSpec, find_model, our_names, register_model
 from waferlab.models.starting_weights import start_from
 from waferlab.models.torchvision_models import TorchvisionLightningModel
 from waferlab.models.yolo import YOLOLightningAdapter
@@ -377,8 +377,7 @@ class IntegratedMLPipeline:
         Raises:
             ConfigError: an unknown name or parameter.
         """
-        config, spec = self.config, find_model(model_type)
-        chosen = {ALSO_KNOWN_AS.get(name, name): value for name, value in (trial_params or {}).items()}
+        config, spec, chosen = self.config, find_model(model_type), our_names(trial_params)
         parameters = spec.parameters() | {"batch_size": config.batch_size}
         if unknown := sorted(set(chosen) - set(parameters)):
             raise ConfigError(
@@ -459,7 +458,7 @@ class IntegratedMLPipeline:
             params: parameters that replace the defaults, such as the best of a search.
             seconds: time limit; None takes the model's share of the configuration's, if it has one.
         """
-        config, params = self.config, params or {}
+        config, params = self.config, our_names(params)
         folder = TrainingFolder(config.checkpoints_dir / model_type, self._fingerprint(), params)
         finished = folder.finished() if config.resume else None
         if finished is not None:

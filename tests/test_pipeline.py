@@ -24,6 +24,7 @@ from waferlab import command_line, errors
 from waferlab.config import ExperimentConfig
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.errors import ConfigError, DataError, RunError, TrainingDivergedError
+from waferlab.records import TrainingRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,7 +84,8 @@ def test_the_reported_figures_come_from_the_checkpoint_on_the_untouched_test_map
     record = summary["models"][0]
     test = pipeline.split.test
     images = resize_maps(pipeline.maps.select(test), 24)
-    said = predict_probabilities(pipeline.load_model(record), images).argmax(1)
+    model = pipeline.load_model(TrainingRecord.from_json(record))
+    said = predict_probabilities(model, images).argmax(1)
     expected = f1_score(pipeline.maps.labels[test], said, labels=range(9), average="macro", zero_division=0)
     assert record["test"]["macro_f1"] == pytest.approx(expected)
     assert summary["split"]["class_counts"]["test"] == dict(
@@ -100,7 +102,7 @@ def test_the_same_seed_gives_the_same_figures_and_another_other_ones(tiny_npz, t
     losses = []
     for run, seed in enumerate((0, 0, 1)):
         config = ExperimentConfig(**settings(tiny_npz, tmp_path / str(run), seed=seed, max_epochs=1))
-        losses.append(IntegratedMLPipeline(config).train_final_model("lightning_cnn")["history"]["train_loss"])
+        losses.append(IntegratedMLPipeline(config).train_final_model("lightning_cnn").history["train_loss"])
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -139,7 +141,7 @@ def test_a_killed_run_resumes_to_the_same_weights_as_an_unbroken_one(tiny_npz, t
     assert not (folder / "finished.json").exists(), "the run ended before it could be killed"
     resumed = IntegratedMLPipeline(ExperimentConfig(**broken | {"resume": True})).train_final_model("lightning_cnn")
 
-    assert resumed["history"] == expected["history"]
+    assert resumed.history == expected.history
     end = [
         torch.load(tmp_path / run / "checkpoints/tiny/lightning_cnn/resume.ckpt", weights_only=True)["state_dict"]
         for run in ("unbroken", "broken")
@@ -170,7 +172,7 @@ def test_a_time_limit_ends_training_with_the_learning_rate_annealed(tiny_npz, tm
         **settings(tiny_npz, tmp_path, max_epochs=5000, early_stopping_patience=5000, time_limit=3)
     )
     record = IntegratedMLPipeline(config).train_final_model("lightning_cnn")
-    assert 1 <= record["epochs"] < 5000
+    assert 1 <= record.epochs < 5000
     state = torch.load(tmp_path / "checkpoints/tiny/lightning_cnn/resume.ckpt", weights_only=True)
     last_rate = state["optimizer_states"][0]["param_groups"][0]["lr"]
     assert last_rate < 0.05 * 4e-3
@@ -236,14 +238,14 @@ def test_all_models_diverging_is_one_error_that_names_each(tiny_npz, tmp_path, m
         IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, **more))).run_complete_pipeline()
 
 
-@pytest.mark.parametrize("step", ["register_best", "_draw", "_report"])
+@pytest.mark.parametrize("step", ["IntegratedMLPipeline.register_best", "draw_run", "write_pages"])
 def test_what_fails_after_the_scores_are_known_is_a_line_in_the_summary(step, tiny_npz, tmp_path, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         written = json.loads((tmp_path / "results/tiny/experiment_summary.json").read_text())
         assert written["models"][0]["test"]["macro_f1"] > 0  # it is safe before any of this is tried
         raise OSError("no space left")
 
-    monkeypatch.setattr(IntegratedMLPipeline, step, fails)
+    monkeypatch.setattr(f"integrated_pipeline.{step}", fails)
     summary = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path))).run_complete_pipeline()
     written = json.loads((tmp_path / "results/tiny/experiment_summary.json").read_text())
     assert written["problems"] == summary["problems"]

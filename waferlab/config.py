@@ -203,14 +203,15 @@ class ExperimentConfig:
             return
         from lightning.pytorch import Trainer
 
-        allowed = set(inspect.signature(Trainer).parameters) - TRAINER_IS_OURS - {f.name for f in fields(self)}
-        if wrong := sorted(set(self.trainer) - allowed):
-            near = difflib.get_close_matches(wrong[0], allowed, 1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"trainer={dict(self.trainer)!r}: {wrong[0]!r} is no argument of Lightning's Trainer, or one that the "
-                f"pipeline sets or has a field of its own for.{meant}"
-            )
+        known, options = set(inspect.signature(Trainer).parameters), {option.name for option in fields(self)}
+        for name in sorted(set(self.trainer) - (known - TRAINER_IS_OURS - options)):
+            near = difflib.get_close_matches(name, known, 1)
+            why = f"no argument of Lightning's Trainer.{f' Did you mean {near[0]!r}?' if near else ''}"
+            if name in options:
+                why = f"an option of its own. Write {name}={self.trainer[name]!r} beside trainer=..."
+            elif name in TRAINER_IS_OURS:
+                why = "set by the pipeline. Leave it out."
+            raise ConfigError(f"trainer={dict(self.trainer)!r}: {name!r} is {why}")
 
     def model_types(self) -> list[str]:
         """The chosen model types in order, each once."""
