@@ -21,8 +21,7 @@ from test_evaluation import CLASSES, LONG_NAME, ROOT, assert_is_a_picture, make_
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.reports import experiment_figures
 from waferlab.reports.experiment_figures import (
-    _not_told_apart,
-    _text_box,
+    not_told_apart,
     plot_ablation,
     plot_critical_difference,
     plot_seed_comparison,
@@ -268,9 +267,9 @@ def test_a_bar_joins_only_models_of_which_no_pair_differs():
 
     alike, apart = [("a", "b"), ("b", "c"), ("a", "c"), ("c", "d")], [("a", "d"), ("b", "d")]
     differences = [pair(*names, significant=False) for names in alike] + [pair(*n, significant=True) for n in apart]
-    assert sorted(map(sorted, _not_told_apart("abcd", differences))) == [["a", "b", "c"], ["c", "d"]]
+    assert sorted(map(sorted, not_told_apart("abcd", differences))) == [["a", "b", "c"], ["c", "d"]]
     untested = [pair("a", "b", significant=False, p=None)]
-    assert _not_told_apart("ab", untested) == []
+    assert not_told_apart("ab", untested) == []
 
 
 @pytest.mark.parametrize("n_models", [4, 6])

@@ -21,7 +21,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from waferlab.evaluation.metrics import divide
 from waferlab.evaluation.predictions import Predictions
 from waferlab.reports.style import (
-    DPI,
     FAIL_COLOUR,
     GRID,
     INK,
@@ -107,7 +106,7 @@ def plot_sample_predictions(
     n_rows = sum(math.ceil(len(chosen) / n_columns) for _, _, chosen in sections)
     width, height = n_columns * tile_width + 0.3, header + 2 * heading + n_rows * tile_height + 0.1
 
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    figure = Figure((width, height))
     # One sheet measured in inches, y downwards, for all wafers: two dozen axes would take much longer to draw.
     sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     sheet.set_axis_off()

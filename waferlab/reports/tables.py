@@ -1,20 +1,45 @@
-"""Figures as text: tables for the terminal, for CSV, and for pages."""
+"""Figures as text: for the terminal, for CSV, and in the Markdown that templates make of them.
+
+The templates beside this module (`templates/*.md.j2`) hold the prose and the tables. Whatever they print passes through
+`markdown`, so that a name or note from the data is shown as it is and is never a tag, a link or a further column.
+"""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import html
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from waferlab.records import ModelResult, write_atomically
-from waferlab.reports.style import PALETTE
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from waferlab.records import write_atomically
+
+Record = Mapping[str, Any]
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+CONTEXTS = {  # how a component is tried, and what the difference is
+    "alone": "added to the baseline",
+    "left out": "everything against everything but it",
+}
+SCORES = {  # of a model, with an interval each
+    "macro_f1": "Macro F1",
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "expected_calibration_error": "Expected calibration error",
+}
+# What Markdown would read as its own: signs anywhere, and the beginnings of lists, headings, rules and definitions.
+SIGNS = re.compile(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])|(?<=\])[(:]")
+BEGINNINGS = re.compile(r"^\d*(?=[.)](?: |$)|[-+#=][ #=+-]|[+#=]$|\[)")
 
 
 def write_per_class_table(metrics: Mapping[str, Any], *, path: str | os.PathLike[str]) -> Path:
@@ -32,34 +57,40 @@ def write_per_class_table(metrics: Mapping[str, Any], *, path: str | os.PathLike
     return write_atomically(path, text.getvalue().encode())
 
 
-def format_number(value: float | None, form: str, *, factor: float = 1) -> str:
+# Figures as text
+
+
+def format_number(value: float | None, form: str = "{:.3f}", *, factor: float = 1) -> str:
     """A number as text; a dash where there is none."""
     return "-" if value is None else form.format(value * factor)
 
 
-Record = Mapping[str, Any]
-CONTEXTS = {  # how a component is tried: marker, colour, and what the difference is
-    "alone": ("o", PALETTE[0], "alone: added to the baseline"),
-    "left out": ("s", PALETTE[1], "left out: everything against everything but it"),
-}
+def with_interval(value: float | None, interval: Sequence[float] | None, form: str = "{:.3f}") -> str:
+    """A score with its interval in brackets, if it has one."""
+    bounds = "" if interval is None else f" [{', '.join(form.format(end) for end in interval)}]"
+    return format_number(value, form) + bounds
 
 
-def what_bars_join(record: Record) -> str:
-    if not tested_only(record["differences"]):
-        return "no pair was tested, so there are no bars: that takes two models and more than one seed"
-    return f"bars join models that are not shown to differ: {record['difference_method']}"
+def _p_value(p: float | None) -> str:
+    return "<0.001" if p is not None and p < 0.001 else format_number(p)
 
 
-def tested_only(differences: Sequence[Record]) -> list[Record]:
-    return [difference for difference in differences if difference["p"] is not None]
+def _setting(value: Any) -> str:
+    """A value of the configuration or environment."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)  # a path is not in JSON's types
 
 
-def effect_bars(record: Record) -> str:
-    if not record["effects"]:
-        return "none, no component was measured both with and without"
-    if not any(effect["interval"] for effect in record["effects"]):
-        return "none, since it takes several seeds"
-    return record["difference_method"]
+def _settings(mapping: Record) -> str:
+    return ", ".join(f"{name} {_setting(value)}" for name, value in mapping.items())
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+# What records say
 
 
 def by_score(record: Record) -> list[Record]:
@@ -69,63 +100,63 @@ def by_score(record: Record) -> list[Record]:
     return sorted(record["models"], key=lambda model: -model["mean"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Items:
-    """A list with bullets."""
-
-    entries: Sequence[str]
+def best_model(summary: Record) -> Record:
+    """The one that a pipeline's run has chosen."""
+    return next(model for model in summary["models"] if model["model_type"] == summary["best_model"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of text; columns of numbers are set flush right, the row `best` bold, `note` stands below."""
-
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    best: int | None = None
-    note: str = ""
-
-    def is_number(self, column: int) -> bool:
-        """Whether each cell of a column (but for dashes) begins with a number."""
-        cells = [row[column] for row in self.rows if row[column] != "-"]
-        return all(re.match(r"[<+-]?\d[\d,.%]*($|[ /±→])", cell) for cell in cells)
+def score_bars(scored: Sequence[Record], record: Record) -> str:
+    """What the bars of models or variants are."""
+    return record["interval_method"] if any(one["interval"] for one in scored) else "none, since it takes several seeds"
 
 
-def table_markdown(table: Table) -> str:
-    sides = ["---:" if table.is_number(column) else "---" for column in range(len(table.headings))]
-    rows = [[plain_markdown(cell) for cell in row] for row in table.rows]
-    if table.best is not None:
-        rows[table.best] = [f"**{cell}**" for cell in rows[table.best]]
-    lines = [map(plain_markdown, table.headings), sides, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
-        f"\n\n{plain_markdown(table.note)}" if table.note else ""
-    )
+def tested(differences: Sequence[Record]) -> list[Record]:
+    """Those with a p value: it takes more than one seed."""
+    return [difference for difference in differences if difference["p"] is not None]
 
 
-def plain_markdown(text: str) -> str:
-    """Text that Markdown shows as it is: no tag, no link or picture, no further column."""
-    escaped = html.escape(text, quote=False).replace("](", "]\\(").replace("|", "\\|")
-    return " ".join(escaped.split("\n"))
+def what_bars_join(record: Record) -> str:
+    """What a bar over several models says."""
+    if not tested(record["differences"]):
+        return "no pair was tested, so there are no bars: that takes two models and more than one seed"
+    return f"bars join models that are not shown to differ: {record['difference_method']}"
 
 
-def with_interval(value: float | None, interval: Sequence[float] | None, form: str = "{:.3f}") -> str:
-    bounds = "" if interval is None else f" [{', '.join(form.format(end) for end in interval)}]"
-    return format_number(value, form) + bounds
+def effect_bars(record: Record) -> str:
+    """What the bars of an ablation's effects are."""
+    if not record["effects"]:
+        return "none, no component was measured both with and without"
+    if not any(effect["interval"] for effect in record["effects"]):
+        return "none, since it takes several seeds"
+    return record["difference_method"]
 
 
-def _p_value(p: float | None) -> str:
-    return "<0.001" if p is not None and p < 0.001 else format_number(p, "{:.3f}")
+def about(variant: Record) -> tuple[str, str] | None:
+    """The component that a variant measures and its context; None for the baseline and for everything."""
+    on, off = ([name for name, used in variant["components"].items() if used is switch] for switch in (True, False))
+    if len(on) == 1:
+        return on[0], "alone"
+    return (off[0], "left out") if on and len(off) == 1 else None
 
 
-def _value(value: Any) -> str:
-    """A value of the configuration or environment."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, default=str)  # a path is not in JSON's types
+def _verdict(record: Record, variant: Record) -> str:
+    """On the component that a variant is measured for, with minus without it."""
+    effect = next((e for e in record["effects"] if (e["component"], e["context"]) == about(variant)), None)
+    if effect is None:
+        return "-"
+    name, verdict = effect["component"], effect["verdict"]
+    words = f"no effect of {name} shown" if verdict == "no effect shown" else f"{name} {verdict}"
+    corrected = "" if effect["p_corrected"] is None else f", p {_p_value(effect['p_corrected'])}"
+    return f"{words}: {with_interval(effect['difference'], effect['interval'], '{:+.3f}')}{corrected}"
 
 
-def values_table(mapping: Record, *, headings: tuple[str, str] = ("Name", "Value")) -> Table:
-    return Table(headings, [(key, _value(value)) for key, value in mapping.items()])
+def _gain(record: Record, variant: Record) -> str:
+    """Over the baseline, also as a share of it."""
+    baseline = next((v for v in record["variants"] if not any(v["components"].values())), variant)
+    if variant is baseline:
+        return "-"
+    gain = variant["mean"] - baseline["mean"]
+    return f"{gain:+.3f}" + (f" ({gain / baseline['mean']:+.1%})" if baseline["mean"] else "")
 
 
 def _costs(row: Record) -> list[str]:
@@ -134,280 +165,101 @@ def _costs(row: Record) -> list[str]:
     return [format_number(row.get(key), form) for key, form in forms.items()]
 
 
-def _best(rows: Sequence[Record], key: Callable[[Record], float]) -> int | None:
-    """The row to set bold; with one row there is nothing to choose."""
-    return max(range(len(rows)), key=lambda index: key(rows[index])) if len(rows) > 1 else None
-
-
-def comparison_markdown(record: Record) -> str:
-    """The models of a comparison as a Markdown table, and below it their paired differences, if any were tested."""
-    tables = [models_table(record), *([differences_table(record)] if record["differences"] else [])]
-    return "\n\n".join(map(table_markdown, tables))
-
-
-def ablation_markdown(record: Record) -> str:
-    """The variants of an ablation as a Markdown table, with the verdict on the component that each is about."""
-    return table_markdown(variants_table(record))
-
-
-def models_table(record: Record) -> Table:
-    models = by_score(record)
-    rows = [
-        [
-            model["model_type"],
-            with_interval(model["mean"], model["interval"]),
-            format_number(model["std"], "{:.3f}"),
-            str(model["n"]),
-            format_number(model["accuracy_mean"], "{:.3f}"),
-            *_costs(model),
-            format_number(model["epochs"], "{:.1f}"),
-        ]
-        for model in models
-    ]
-    headings = (
-        "Model",
-        "Macro F1 (mean)",
-        "SD",
-        "Seeds",
-        "Accuracy",
-        "Parameters",
-        "Training (s)",
-        "Latency (ms)",
-        "Epochs",
-    )
-    one = "no interval: it takes more than one seed"
-    brackets = f"in brackets: {record['interval_method']}" if any(model["interval"] for model in models) else one
-    note = f"All scores are of the test part, means over seeds; SD: standard deviation over seeds; {brackets}."
-    return Table(headings, rows, best=0 if len(rows) > 1 else None, note=note)
-
-
-def differences_table(record: Record) -> Table:
-    rows = [
-        [
-            f"{difference['a']} against {difference['b']}",
-            with_interval(difference["difference"], difference["interval"], "{:+.3f}"),
-            _p_value(difference["p"]),
-            _p_value(difference["p_corrected"]),
-            _who_is_better(difference),
-        ]
-        for difference in record["differences"]
-    ]
-    note = f"Difference in macro F1, first minus second: {record['difference_method']}."
-    return Table(("Models", "Difference", "p", "p, corrected", "Verdict"), rows, note=note)
-
-
-def _who_is_better(difference: Record) -> str:
-    if difference["p"] is None:
-        return "not tested"
-    if not difference["significant"]:
-        return "no difference shown"
-    return f"{difference['a' if difference['difference'] > 0 else 'b']} is better"
-
-
-def runs_table(record: Record) -> Table:
-    rows = [
-        [
-            run["model_type"],
-            str(run["seed"]),
-            with_interval(run["macro_f1"], run["macro_f1_interval"]),
-            format_number(run["accuracy"], "{:.3f}"),
-            format_number(run["validation_macro_f1"], "{:.3f}"),
-            *_costs(run),
-            str(run["epochs"]),
-            run["weights"],
-        ]
-        for run in record["runs"]
-    ]
-    headings = ("Model", "Seed", "Macro F1", "Accuracy", "Macro F1, validation")
-    headings += ("Parameters", "Training (s)", "Latency (ms)", "Epochs", "Started from")
-    return Table(headings, rows, note="In brackets: 95% interval over the lots of that run's test part.")
-
-
-def variants_table(record: Record) -> Table:
-    baseline = next((variant for variant in record["variants"] if variant["name"] == "baseline"), None)
-    effects = {(effect["component"], effect["context"]): effect for effect in record["effects"]}
-    rows = []
-    for variant in record["variants"]:
-        about = re.fullmatch(r"(baseline \+|everything but) (.*)", variant["name"])
-        context = {"baseline +": "alone", "everything but": "left out"}[about[1]] if about else None
-        effect = effects.get((about[2], context)) if about else None
-        rows.append(
-            [
-                variant["name"],
-                with_interval(variant["mean"], variant["interval"]),
-                _gain(variant, baseline),
-                _effect_in_words(effect) if effect else "-",
-            ]
-        )
-    best = _best(record["variants"], lambda variant: variant["mean"])
-    bars = f"in brackets: {record['interval_method']}" if any(v["interval"] for v in record["variants"]) else "one seed"
-    note = f"Mean macro F1 of the test part over seeds, {bars}. Verdicts: with the component minus without it."
-    if any(effect["p_corrected"] is not None for effect in record["effects"]):
-        note += (
-            f" Shown: p below 0.05 after correction for {len(record['effects']) + 1} comparisons (Holm 1979); the "
-            "intervals in the verdicts are corrected likewise, those of the means are not."
-        )
-    return Table(("Configuration", "Macro F1 (mean)", "Difference to baseline", "Verdict"), rows, best=best, note=note)
-
-
-def _gain(variant: Record, baseline: Record | None) -> str:
-    """Over the baseline, also as a share of it."""
-    if baseline is None or variant is baseline:
-        return "-"
-    gain = variant["mean"] - baseline["mean"]
-    return f"{gain:+.3f}" + (f" ({gain / baseline['mean']:+.1%})" if baseline["mean"] else "")
-
-
-def _effect_in_words(effect: Record) -> str:
-    shown, name = effect["verdict"] != "no effect shown", effect["component"]
-    verdict = f"{name} {effect['verdict']}" if shown else f"no effect of {name} shown"
-    corrected = "" if effect["p_corrected"] is None else f", p {_p_value(effect['p_corrected'])}"
-    return f"{verdict}: {with_interval(effect['difference'], effect['interval'], '{:+.3f}')}{corrected}"
-
-
-def effects_table(record: Record) -> Table:
-    rows = [
-        [
-            effect["component"],
-            effect["context"],
-            with_interval(effect["difference"], effect["interval"], "{:+.3f}"),
-            _p_value(effect["p"]),
-            _p_value(effect["p_corrected"]),
-            effect["verdict"],
-        ]
-        for effect in record["effects"]
-    ]
-    contexts = "; ".join(words for _, _, words in CONTEXTS.values())
-    note = f"Difference in macro F1, with the component minus without it: {record['difference_method']}. {contexts}."
-    return Table(("Component", "Context", "Difference", "p", "p, corrected", "Verdict"), rows, note=note)
-
-
-def scores_table(record: Record) -> Table:
-    rows = [
-        [variant["name"], *map("{:.3f}".format, variant["scores"]), format_number(variant["std"], "{:.3f}")]
-        for variant in record["variants"]
-    ]
-    return Table(("Configuration", *(f"Seed {seed}" for seed in record["seeds"]), "SD"), rows)
-
-
-def pipeline_table(record: Record) -> Table:
-    models = record["models"]
-    rows = [
-        [
-            model["model_type"],
-            with_interval(model["test"]["macro_f1"], model["test"]["intervals"]["macro_f1"]),
-            format_number(model["test"]["accuracy"], "{:.3f}"),
-            format_number(model["validation"]["macro_f1"], "{:.3f}"),
-            *_costs(model),
-            f"{model['best_epoch']} of {model['epochs']}",
-        ]
-        for model in models
-    ]
-    headings = ("Model", "Macro F1, test", "Accuracy, test", "Macro F1, validation", "Parameters", "Training (s)")
-    headings += ("Latency (ms)", "Best epoch")
-    best = next(i for i, model in enumerate(models) if model["model_type"] == record["best_model"])
-    test = models[best]["test"]
-    note = f"Bold: {record['best_model_rule']}. In brackets: {test['interval_method']}.{classes_left_out(test)}"
-    return Table(headings, rows, best=best if len(rows) > 1 else None, note=note)
-
-
 def classes_absent(test: Record) -> list[str]:
     """The classes of which there is no test map."""
     return [name for name, row in test["per_class"].items() if not row["support"]]
 
 
-def classes_left_out(test: Record) -> str:
-    """A sentence, with a space before it, on classes that are in no average; nothing if all have maps."""
-    absent = classes_absent(test)
-    return f" No test map of {', '.join(absent)}: without a score, and in no average." if absent else ""
+def _class_scores(row: Record) -> list[str]:
+    """F1, precision and recall, dashes if there is no map of the class, which some records give as 0."""
+    known, interval = bool(row["support"]), row["f1_interval"]
+    return [with_interval(row[key] if known else None, interval if key == "f1" else None) for key in ("f1", "precision", "recall")]
 
 
-def weights_items(models: Sequence[Record]) -> Items:
-    """What each training started from, and which of the weights that it came by were kept."""
-    return Items(
-        [
-            f"{model['model_type']}: first weights {model['weights']}; final weights from the "
-            f"{model.get('weights_from', 'final training')}."
-            for model in models
-        ]
-    )
+def _class_offsets(model: Record) -> list[str]:
+    """What the decision rule adds to each class's log probability; a rule that leans to no class lists none."""
+    rule = model["decision"]
+    offsets = [offset for label, offset in enumerate(rule["offsets"]) if label not in rule.get("left_out", ())]
+    return [f"{offset:+.3f}" for offset in offsets or [0.0] * len(model["test"]["per_class"])]
 
 
-def classes_table(model: Record) -> Table:
-    classes = model["test"]["per_class"]
-    rows = [
-        [name, *(_of_class(row, key) for key in ("f1", "precision", "recall")), f"{row['support']:,}"]
-        for name, row in classes.items()
-    ]
-    note = f"In brackets: {model['test']['interval_method']}; none where fewer than two test lots hold the class."
-    note += classes_left_out(model["test"])
-    return Table(("Class", "F1", "Precision", "Recall", "Test maps"), rows, note=note)
+def _change(rule: Record, what: str) -> str:
+    """From the plain model to that with the decision rule."""
+    return f"{format_number(rule.get(f'{what}_before'))} → {format_number(rule.get(f'{what}_after'))}"
 
 
-def _of_class(row: Record, key: str) -> str:
-    """A score of a class, a dash if there is no map of it, which some records give as 0."""
-    return with_interval(row[key], row.get(f"{key}_interval")) if row["support"] else "-"
+def _trial_counts(search: Record) -> str:
+    states = Counter(trial["state"] for trial in search["trials"])
+    return ", ".join(f"{number} {state}" for state, number in states.items())
 
 
-def decision_table(models: Sequence[Record]) -> Table:
-    rows = []
-    for model in models:
-        rule = model["decision"]
-        pairs = [
-            (rule.get(f"{what}_before"), rule.get(f"{what}_after"))
-            for what in ("validation_macro_f1", "calibration_error")
-        ]
-        changes = [f"{format_number(a, '{:.3f}')} → {format_number(b, '{:.3f}')}" for a, b in pairs]
-        numbers = [f"{rule['temperature']:.3f}", f"{rule['prior_strength']:.2f}"]
-        rows.append([model["model_type"], str(rule["views"]), *numbers, *changes])
-    headings = ("Model", "Views", "Temperature", "Prior strength", "Macro F1, validation", "Calibration error")
-    note = "Views: symmetries of each map that are averaged. Arrows lead from the plain model to that with the rule."
-    return Table(headings, rows, note=note)
+# Markdown
 
 
-def offsets_table(models: Sequence[Record]) -> Table:
-    """What the decision rule adds to each class's log probability."""
-    names, rows = list(models[0]["test"]["per_class"]), []
-    for model in models:
-        rule = model["decision"]
-        offsets = [o for label, o in enumerate(rule["offsets"]) if label not in rule.get("left_out", ())]
-        offsets = offsets or [0.0] * len(names)  # a rule that leans to no class lists none
-        rows.append([model["model_type"], *map("{:+.3f}".format, offsets)])
-    return Table(("Offset", *names), rows)
+def markdown(value: Any) -> Markup:
+    """Text that Markdown shows as it is, on one line: no tag, no link or picture, no further column.
+
+    Templates pass all that they print through it; what is `Markup` already is left alone.
+    """
+    if hasattr(value, "__html__"):
+        return value
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return Markup(BEGINNINGS.sub(r"\g<0>\\", SIGNS.sub(r"\\\g<0>", text)))
 
 
-def search_table(models: Sequence[Record]) -> Table:
-    rows = []
-    for model in models:
-        search = model["search"]
-        states = [trial["state"] for trial in search["trials"]]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        best = search["best"]
-        parameters = ", ".join(f"{name} {_value(value)}" for name, value in best["parameters"].items())
-        rows.append([model["model_type"], counts, f"{search['seconds']:.1f}", f"{best['macro_f1']:.3f}", parameters])
-    headings = ("Model", "Trials", "Seconds", "Best macro F1, validation", "Its parameters")
-    return Table(headings, rows)
+def _row(*cells: Any, best: bool = False) -> Markup:
+    """A table's row, bold if it is the best; a list stands for several cells."""
+    bold, flat = "**" if best else "", (c for cell in cells for c in (cell if isinstance(cell, list) else [cell]))
+    return Markup("| " + " | ".join(f"{bold}{markdown(cell)}{bold}" for cell in flat) + " |")
 
 
-def counts_table(record: Record) -> Table:
-    parts = record["split"]["class_counts"]
-    names = list(next(iter(parts.values())))
-    rows = [[name, *(f"{parts[part][name]:,}" for part in parts)] for name in names]
-    rows.append(["all", *(f"{sum(parts[part].values()):,}" for part in parts)])
-    return Table(("Class", *(part.capitalize() for part in parts)), rows)
+def _picture(file: Path, caption: str) -> Markup:
+    """A picture with its caption, in which a bracket could end it."""
+    caption = re.sub(r"[][]", r"\\\g<0>", caption.strip())
+    return Markup(f"![{caption}]({quote(file.as_posix())})")
 
 
-def comparison_rows(results: Sequence[ModelResult]) -> list[dict[str, Any]]:
-    """The figures of each model that the comparison table and picture show."""
-    return [
-        {
-            "model_type": r.model_type,
-            "accuracy": r.test["accuracy"],
-            "macro_f1": r.test["macro_f1"],
-            "macro_f1_interval": (r.test["intervals"] or {}).get("macro_f1"),
-            "n_parameters": r.n_parameters,
-            "train_seconds": r.train_seconds,
-            "latency_ms": r.latency_ms,
-        }
-        for r in results
-    ]
+def _code(text: str) -> Markup:
+    return Markup(textwrap.indent(text, "    "))  # by indentation, since a text may hold a fence
+
+
+@cache
+def templates() -> Environment:
+    """Where pages come from; a figure that a record lacks is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=markdown, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals |= {
+        "CONTEXTS": CONTEXTS, "SCORES": SCORES, "best_model": best_model, "by_score": by_score, "change": _change,
+        "class_offsets": _class_offsets, "class_scores": _class_scores, "classes_absent": classes_absent,
+        "costs": _costs, "counted": _counted, "effect_bars": effect_bars, "gain": _gain, "picture": _picture,
+        "row": _row, "score_bars": score_bars, "trial_counts": _trial_counts, "verdict": _verdict,
+        "what_bars_join": what_bars_join,
+    }  # fmt: skip
+    environment.filters |= {
+        "code": _code, "number": format_number, "p": _p_value, "score": with_interval, "setting": _setting,
+        "settings": _settings,
+    }  # fmt: skip
+    return environment
+
+
+def fill_in(template: str, **figures: Any) -> str:
+    """A page in Markdown, by the name of its template."""
+    return _tidy(templates().get_template(f"{template}.md.j2").render(**figures))
+
+
+def comparison_markdown(record: Record) -> str:
+    """The models of a comparison as a Markdown table, and below it their paired differences, if any were tested."""
+    tables = templates().get_template("tables.md.j2").module
+    return _tidy(tables.models(record) + ("\n\n" + tables.differences(record) if record["differences"] else "")).rstrip()
+
+
+def ablation_markdown(record: Record) -> str:
+    """The variants of an ablation as a Markdown table, with the verdict on the component that each is about."""
+    return _tidy(templates().get_template("tables.md.j2").module.variants(record)).rstrip()
+
+
+def _tidy(text: str) -> str:
+    """With one empty line where templates left several."""
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
