@@ -56,9 +56,7 @@ def plot_seed_comparison(record: Record, *, path: str | os.PathLike[str]) -> Pat
     return save(figure, path)
 
 
-def _draw_rows(
-    axes: Axes, scores: dict[str, list[float]], means: Sequence[Record], colours: Sequence[str]
-) -> None:
+def _draw_rows(axes: Axes, scores: dict[str, list[float]], means: Sequence[Record], colours: Sequence[str]) -> None:
     """Rows by name, the first on top: the seeds as pale dots, above them their mean as a diamond with its interval."""
     import seaborn
 
@@ -151,9 +149,10 @@ def plot_trade_offs(record: Record, *, path: str | os.PathLike[str]) -> Path:
         _draw_trade_off(axes, [model for model in models if model[key]], key, colours)
         style(axes, label, grid="both")
     panels[0].set_ylabel(TEST_SCORE)
-    bars = score_bars(models, record)
-    _write_below(figure, f"Up and to the left is better. Dashed: the models that no other beats in both; bars: {bars}")
-    legend_below(figure, {model["model_type"]: colours[model["model_type"]] for model in models})
+    note = (
+        f"Up and to the left is better. Dashed: no other model beats these in both; bars: {score_bars(models, record)}"
+    )
+    legend_below(figure, {model["model_type"]: colours[model["model_type"]] for model in models}, note=wrap(note, 160))
     return save(figure, path)
 
 
@@ -223,12 +222,13 @@ def _draw_effects(axes: Axes, effects: Sequence[Record], components: Sequence[st
     beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the zero line may pass behind it
     for effect in effects:
         marker, colour = SIGNS[effect["context"]]
-        y, value = components.index(effect["component"]) + (-0.17 if effect["context"] == "alone" else 0.17), effect["difference"]
-        interval = effect["interval"] or (value, value)
-        axes.plot(interval, [y, y], "-|" if effect["interval"] else "", color=colour, linewidth=2.2, markersize=9, markeredgewidth=2.2)
+        row = components.index(effect["component"]) + (-0.17 if effect["context"] == "alone" else 0.17)
+        value, interval = effect["difference"], effect["interval"]
+        if interval is not None:
+            axes.plot(interval, [row, row], "-|", color=colour, linewidth=2.2, markersize=9, markeredgewidth=2.2)
         face = "white" if effect["verdict"] == "no effect shown" else colour
-        axes.plot(value, y, marker, color=colour, markerfacecolor=face, markersize=8.5, markeredgewidth=1.8)
-        axes.annotate(f"{value:+.3f}".replace("-", "−"), (max(interval), y), **beside)
+        axes.plot(value, row, marker, color=colour, markerfacecolor=face, markersize=8.5, markeredgewidth=1.8)
+        axes.annotate(f"{value:+.3f}".replace("-", "−"), (max(interval or [value]), row), **beside)
     axes.axvline(0, color=INK, linewidth=1.2, zorder=1)
     low, high = axes.dataLim.intervalx  # zero is in it, by its line
     width = max(high - low, 0.02)

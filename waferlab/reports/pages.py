@@ -29,7 +29,8 @@ from markdown_it.renderer import RendererHTML
 from markupsafe import Markup
 
 from waferlab.records import write_atomically
-from waferlab.reports.tables import Record, fill_in, templates
+from waferlab.reports.tables import Record
+from waferlab.reports.templating import fill_in, templates
 
 FOLDED = "▸ "  # begins the heading of a section that opens with a click
 
@@ -83,14 +84,16 @@ def to_html(markdown: str, *, folder: str | os.PathLike[str]) -> str:
     headings = [i for i, token in enumerate(tokens) if token.type == "heading_open" and token.tag == "h2"]
     sections = [
         {
-            "heading": render(start + 1, start + 2),
+            "heading": render(start + 1, start + 2).removeprefix(FOLDED),
             "folded": tokens[start + 1].content.startswith(FOLDED),
             "body": render(start + 3, end),
         }
         for start, end in pairwise([*headings, len(tokens)])
     ]
     header = render(0, headings[0])
-    return templates().get_template("page.html").render(title=render(1, 2).striptags(), header=header, sections=sections)
+    return (
+        templates().get_template("page.html").render(title=render(1, 2).striptags(), header=header, sections=sections)
+    )
 
 
 class _Renderer(RendererHTML):

@@ -27,6 +27,7 @@ THEME = {
     "axes.titlecolor": INK, "axes.titlesize": 11.5, "axes.edgecolor": WAFER_COLOUR, "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True, "grid.color": GRID, "xtick.color": INK, "ytick.color": INK,
     "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.frameon": False, "legend.fontsize": 10,
+    "legend.title_fontsize": 10,
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def style(axes: Axes, x_label: str, *, grid: str) -> None:
 def say_so(axes: Axes, text: str) -> None:
     """Writes into empty axes why they are empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
-    axes.set_xticks([])
+    axes.set(xticks=[], yticks=[])
 
 
 def draw_estimate(
@@ -88,11 +89,12 @@ def draw_estimate(
     axes.annotate(f"{value:.3f}", (value, row), fontsize=10, **above)
 
 
-def legend_below(figure: Figure, colours: Mapping[str, str], *more: Line2D) -> None:
-    """One legend below all panels instead of one in each: a colour for each name, then other signs."""
+def legend_below(figure: Figure, colours: Mapping[str, str], *more: Line2D, note: str = "") -> None:
+    """One legend below all panels instead of one in each: a note, a colour for each name, then other signs."""
     handles = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
     columns = 4 if max(map(len, colours), default=0) <= 30 else 2
-    figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=columns)
+    legend = figure.legend(handles=[*handles, *more], loc="outside lower center", ncols=columns, title=note)
+    legend.get_title().set(color=MUTED, multialignment="center")
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:

@@ -1,7 +1,6 @@
-"""Figures as text: for the terminal, for CSV, and in the Markdown that templates make of them.
+"""Figures as text: for the terminal, for CSV and in Markdown.
 
-The templates beside this module (`templates/*.md.j2`) hold the prose and the tables. Whatever they print passes through
-`markdown`, so that a name or note from the data is shown as it is and is never a tag, a link or a further column.
+Here are the tables that are printed and written; those of pages alone are in their templates.
 """
 
 from __future__ import annotations
@@ -9,33 +8,26 @@ from __future__ import annotations
 import csv
 import html
 import io
-import json
 import os
 import re
-import textwrap
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from waferlab.records import write_atomically
+from waferlab.records import ModelResult, write_atomically
 
 Record = Mapping[str, Any]
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 CONTEXTS = {  # how a component is tried, and what the difference is
     "alone": "added to the baseline",
     "left out": "everything against everything but it",
 }
-SCORES = {  # of a model, with an interval each
-    "macro_f1": "Macro F1",
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "expected_calibration_error": "Expected calibration error",
+COSTS = {  # by heading: key and form
+    "Parameters": ("n_parameters", "{:,.0f}"),
+    "Training (s)": ("train_seconds", "{:,.1f}"),
+    "Latency (ms)": ("latency_ms", "{:,.2f}"),
 }
 # What Markdown would read as its own: signs anywhere, and the beginnings of lists, headings, rules and definitions.
 SIGNS = re.compile(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])|(?<=\])[(:]")
@@ -71,23 +63,9 @@ def with_interval(value: float | None, interval: Sequence[float] | None, form: s
     return format_number(value, form) + bounds
 
 
-def _p_value(p: float | None) -> str:
+def p_value(p: float | None) -> str:
+    """A p value as text; a dash where nothing was tested."""
     return "<0.001" if p is not None and p < 0.001 else format_number(p)
-
-
-def _setting(value: Any) -> str:
-    """A value of the configuration or environment."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, default=str)  # a path is not in JSON's types
-
-
-def _settings(mapping: Record) -> str:
-    return ", ".join(f"{name} {_setting(value)}" for name, value in mapping.items())
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 # What records say
@@ -98,11 +76,6 @@ def by_score(record: Record) -> list[Record]:
     if not record["models"]:
         raise ValueError("the record has no model: a comparison needs at least one that was trained")
     return sorted(record["models"], key=lambda model: -model["mean"])
-
-
-def best_model(summary: Record) -> Record:
-    """The one that a pipeline's run has chosen."""
-    return next(model for model in summary["models"] if model["model_type"] == summary["best_model"])
 
 
 def score_bars(scored: Sequence[Record], record: Record) -> str:
@@ -133,7 +106,8 @@ def effect_bars(record: Record) -> str:
 
 def about(variant: Record) -> tuple[str, str] | None:
     """The component that a variant measures and its context; None for the baseline and for everything."""
-    on, off = ([name for name, used in variant["components"].items() if used is switch] for switch in (True, False))
+    on = [name for name, used in variant["components"].items() if used]
+    off = [name for name, used in variant["components"].items() if not used]
     if len(on) == 1:
         return on[0], "alone"
     return (off[0], "left out") if on and len(off) == 1 else None
@@ -146,7 +120,7 @@ def _verdict(record: Record, variant: Record) -> str:
         return "-"
     name, verdict = effect["component"], effect["verdict"]
     words = f"no effect of {name} shown" if verdict == "no effect shown" else f"{name} {verdict}"
-    corrected = "" if effect["p_corrected"] is None else f", p {_p_value(effect['p_corrected'])}"
+    corrected = "" if effect["p_corrected"] is None else f", p {p_value(effect['p_corrected'])}"
     return f"{words}: {with_interval(effect['difference'], effect['interval'], '{:+.3f}')}{corrected}"
 
 
@@ -159,38 +133,111 @@ def _gain(record: Record, variant: Record) -> str:
     return f"{gain:+.3f}" + (f" ({gain / baseline['mean']:+.1%})" if baseline["mean"] else "")
 
 
-def _costs(row: Record) -> list[str]:
+def costs(row: Record) -> list[str]:
     """Parameters, seconds of training and latency of a model or run."""
-    forms = {"n_parameters": "{:,.0f}", "train_seconds": "{:,.1f}", "latency_ms": "{:,.2f}"}
-    return [format_number(row.get(key), form) for key, form in forms.items()]
+    return [format_number(row.get(key), form) for key, form in COSTS.values()]
 
 
-def classes_absent(test: Record) -> list[str]:
-    """The classes of which there is no test map."""
-    return [name for name, row in test["per_class"].items() if not row["support"]]
+# Tables
 
 
-def _class_scores(row: Record) -> list[str]:
-    """F1, precision and recall, dashes if there is no map of the class, which some records give as 0."""
-    known, interval = bool(row["support"]), row["f1_interval"]
-    return [with_interval(row[key] if known else None, interval if key == "f1" else None) for key in ("f1", "precision", "recall")]
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; columns of numbers are set flush right, the row `best` bold, `note` stands below."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: int | None = None
+    note: str = ""
+
+    def is_number(self, column: int) -> bool:
+        """Whether each cell of a column (but for dashes) begins with a number."""
+        cells = [row[column] for row in self.rows if row[column] != "-"]
+        return all(re.match(r"[<+-]?\d[\d,.%M]*($|[ /±→])", cell) for cell in cells)
 
 
-def _class_offsets(model: Record) -> list[str]:
-    """What the decision rule adds to each class's log probability; a rule that leans to no class lists none."""
-    rule = model["decision"]
-    offsets = [offset for label, offset in enumerate(rule["offsets"]) if label not in rule.get("left_out", ())]
-    return [f"{offset:+.3f}" for offset in offsets or [0.0] * len(model["test"]["per_class"])]
+def best_row(scores: Sequence[float | None]) -> int | None:
+    """The row to set bold; with one row there is nothing to choose."""
+    known = [index for index, score in enumerate(scores) if score is not None]
+    return max(known, key=lambda index: scores[index]) if known and len(scores) > 1 else None
 
 
-def _change(rule: Record, what: str) -> str:
-    """From the plain model to that with the decision rule."""
-    return f"{format_number(rule.get(f'{what}_before'))} → {format_number(rule.get(f'{what}_after'))}"
+def comparison_rows(results: Sequence[ModelResult]) -> list[dict[str, Any]]:
+    """The figures of each model that the comparison table and picture show."""
+    return [
+        {
+            "model_type": r.model_type,
+            "accuracy": r.test["accuracy"],
+            "macro_f1": r.test["macro_f1"],
+            "macro_f1_interval": (r.test["intervals"] or {}).get("macro_f1"),
+            "n_parameters": r.n_parameters,
+            "train_seconds": r.train_seconds,
+            "latency_ms": r.latency_ms,
+        }
+        for r in results
+    ]
 
 
-def _trial_counts(search: Record) -> str:
-    states = Counter(trial["state"] for trial in search["trials"])
-    return ", ".join(f"{number} {state}" for state, number in states.items())
+def models_table(record: Record) -> Table:
+    """The models of a comparison, the best first."""
+    models = by_score(record)
+    rows = [
+        [
+            model["model_type"],
+            with_interval(model["mean"], model["interval"]),
+            format_number(model["std"]),
+            str(model["n"]),
+            format_number(model["accuracy_mean"]),
+            *costs(model),
+            format_number(model["epochs"], "{:.1f}"),
+        ]
+        for model in models
+    ]
+    headings = ("Model", "Macro F1 (mean)", "SD", "Seeds", "Accuracy", *COSTS, "Epochs")
+    one = "no interval: it takes more than one seed"
+    brackets = f"in brackets: {record['interval_method']}" if any(model["interval"] for model in models) else one
+    note = f"All scores are of the test part, means over seeds; SD: standard deviation over seeds; {brackets}."
+    return Table(headings, rows, best=best_row([model["mean"] for model in models]), note=note)
+
+
+def differences_table(record: Record) -> Table:
+    """Every pair of models, with what is shown of it."""
+    rows = [
+        [
+            f"{pair['a']} against {pair['b']}",
+            with_interval(pair["difference"], pair["interval"], "{:+.3f}"),
+            p_value(pair["p"]),
+            p_value(pair["p_corrected"]),
+            _who_is_better(pair),
+        ]
+        for pair in record["differences"]
+    ]
+    note = f"Difference in macro F1, first minus second: {record['difference_method']}."
+    return Table(("Models", "Difference", "p", "p, corrected", "Verdict"), rows, note=note)
+
+
+def _who_is_better(pair: Record) -> str:
+    if pair["p"] is None:
+        return "not tested"
+    better = pair["a"] if pair["difference"] > 0 else pair["b"]
+    return f"{better} is better" if pair["significant"] else "no difference shown"
+
+
+def variants_table(record: Record) -> Table:
+    """The variants of an ablation, each with the verdict on the component that it is about."""
+    variants, effects = record["variants"], record["effects"]
+    rows = [
+        [v["name"], with_interval(v["mean"], v["interval"]), _gain(record, v), _verdict(record, v)] for v in variants
+    ]
+    bars = f"in brackets: {record['interval_method']}" if any(v["interval"] for v in variants) else "one seed"
+    note = f"Mean macro F1 of the test part over seeds, {bars}. Verdicts: with the component minus without it."
+    if any(effect["p_corrected"] is not None for effect in effects):
+        note += (
+            f" Shown: p below 0.05 after correction for {len(effects) + 1} comparisons (Holm 1979); the intervals in "
+            "the verdicts are corrected likewise, those of the means are not."
+        )
+    headings = ("Configuration", "Macro F1 (mean)", "Difference to baseline", "Verdict")
+    return Table(headings, rows, best=best_row([variant["mean"] for variant in variants]), note=note)
 
 
 # Markdown
@@ -207,59 +254,26 @@ def markdown(value: Any) -> Markup:
     return Markup(BEGINNINGS.sub(r"\g<0>\\", SIGNS.sub(r"\\\g<0>", text)))
 
 
-def _row(*cells: Any, best: bool = False) -> Markup:
+def markdown_row(*cells: Any, best: bool = False) -> Markup:
     """A table's row, bold if it is the best; a list stands for several cells."""
     bold, flat = "**" if best else "", (c for cell in cells for c in (cell if isinstance(cell, list) else [cell]))
     return Markup("| " + " | ".join(f"{bold}{markdown(cell)}{bold}" for cell in flat) + " |")
 
 
-def _picture(file: Path, caption: str) -> Markup:
-    """A picture with its caption, in which a bracket could end it."""
-    caption = re.sub(r"[][]", r"\\\g<0>", caption.strip())
-    return Markup(f"![{caption}]({quote(file.as_posix())})")
-
-
-def _code(text: str) -> Markup:
-    return Markup(textwrap.indent(text, "    "))  # by indentation, since a text may hold a fence
-
-
-@cache
-def templates() -> Environment:
-    """Where pages come from; a figure that a record lacks is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=markdown, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.globals |= {
-        "CONTEXTS": CONTEXTS, "SCORES": SCORES, "best_model": best_model, "by_score": by_score, "change": _change,
-        "class_offsets": _class_offsets, "class_scores": _class_scores, "classes_absent": classes_absent,
-        "costs": _costs, "counted": _counted, "effect_bars": effect_bars, "gain": _gain, "picture": _picture,
-        "row": _row, "score_bars": score_bars, "trial_counts": _trial_counts, "verdict": _verdict,
-        "what_bars_join": what_bars_join,
-    }  # fmt: skip
-    environment.filters |= {
-        "code": _code, "number": format_number, "p": _p_value, "score": with_interval, "setting": _setting,
-        "settings": _settings,
-    }  # fmt: skip
-    return environment
-
-
-def fill_in(template: str, **figures: Any) -> str:
-    """A page in Markdown, by the name of its template."""
-    return _tidy(templates().get_template(f"{template}.md.j2").render(**figures))
+def table_markdown(table: Table) -> Markup:
+    """The table as GitHub and markdown-it read it, with its note below."""
+    sides = [Markup("---:" if table.is_number(column) else "---") for column in range(len(table.headings))]
+    rows = [markdown_row(*row, best=index == table.best) for index, row in enumerate(table.rows)]
+    note = ["", markdown(table.note)] if table.note else []
+    return Markup("\n".join([markdown_row(*table.headings), markdown_row(*sides), *rows, *note]))
 
 
 def comparison_markdown(record: Record) -> str:
     """The models of a comparison as a Markdown table, and below it their paired differences, if any were tested."""
-    tables = templates().get_template("tables.md.j2").module
-    return _tidy(tables.models(record) + ("\n\n" + tables.differences(record) if record["differences"] else "")).rstrip()
+    tables = [models_table(record), *([differences_table(record)] if record["differences"] else [])]
+    return "\n\n".join(map(table_markdown, tables))
 
 
 def ablation_markdown(record: Record) -> str:
     """The variants of an ablation as a Markdown table, with the verdict on the component that each is about."""
-    return _tidy(templates().get_template("tables.md.j2").module.variants(record)).rstrip()
-
-
-def _tidy(text: str) -> str:
-    """With one empty line where templates left several."""
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return str(table_markdown(variants_table(record)))
