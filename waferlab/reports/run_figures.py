@@ -350,6 +350,7 @@ def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
 
     from matplotlib import pyplot
 
+    pyplot.rcParams["figure.constrained_layout.use"] = True  # from the start: a colour bar is placed by it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its plots are marked experimental
         axes = np.ravel(draw())
@@ -370,7 +371,6 @@ def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
         elif a.get_xlabel() == "Hyperparameter Importance" and a.get_legend():
             a.get_legend().remove()  # it names one colour only, and covers the last label
     figure.suptitle(title)
-    figure.set_layout_engine("constrained")
     try:
         return save(figure, path)
     finally:
