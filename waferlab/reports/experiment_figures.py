@@ -218,21 +218,13 @@ def plot_ablation(record: Record, *, path: str | os.PathLike[str]) -> Path:
 
 def _draw_effects(axes: Axes, effects: Sequence[Record], components: Sequence[str]) -> None:
     """Two rows for each component: alone above, left out below; hollow where no effect was shown."""
-    beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "fontsize": 10}
-    beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # the zero line may pass behind it
+    axes.axvline(0, color=INK, linewidth=1.2, zorder=1)
     for effect in effects:
         marker, colour = SIGNS[effect["context"]]
-        row = components.index(effect["component"]) + (-0.17 if effect["context"] == "alone" else 0.17)
-        value, interval = effect["difference"], effect["interval"]
-        if interval is not None:
-            axes.plot(interval, [row, row], "-|", color=colour, linewidth=2.2, markersize=9, markeredgewidth=2.2)
-        face = "white" if effect["verdict"] == "no effect shown" else colour
-        axes.plot(value, row, marker, color=colour, markerfacecolor=face, markersize=8.5, markeredgewidth=1.8)
-        axes.annotate(f"{value:+.3f}".replace("-", "−"), (max(interval or [value]), row), **beside)
-    axes.axvline(0, color=INK, linewidth=1.2, zorder=1)
-    low, high = axes.dataLim.intervalx  # zero is in it, by its line
-    width = max(high - low, 0.02)
-    axes.set_xlim(low - 0.06 * width, high + 0.16 * width)  # room for the number beside the longest bar
+        row = components.index(effect["component"]) + (-0.15 if effect["context"] == "alone" else 0.25)
+        how = {"colour": colour, "marker": marker, "form": "{:+.3f}"}
+        how["face"] = "white" if effect["verdict"] == "no effect shown" else None
+        draw_estimate(axes, row, effect["difference"], effect["interval"], **how)
     axes.set_yticks(range(len(components)), [wrap_name(name, 30) for name in components])
     _finish_rows(axes, len(components))
 

@@ -79,14 +79,17 @@ def say_so(axes: Axes, text: str) -> None:
 
 
 def draw_estimate(
-    axes: Axes, row: float, value: float, interval: Sequence[float] | None, *, colour: str, marker: str = "o"
-) -> None:
+    axes: Axes, row: float, value: float, interval: Sequence[float] | None, *, colour: str, marker: str = "o",
+    face: str | None = None, form: str = "{:.3f}",
+) -> None:  # fmt: skip
     """A row's value with its number above it and, if there is one, its interval as a bar."""
     if interval is not None:  # a line from low to high: an interval over seeds need not contain the value itself
         axes.plot(interval, [row, row], "-|", color=colour, linewidth=2.5, markersize=11, markeredgewidth=2.5)
-    axes.plot(value, row, marker, color=colour, markersize=9, markeredgecolor="white")
+    edge = {"markeredgecolor": colour if face else "white", "markeredgewidth": 1.8 if face else 1}
+    axes.plot(value, row, marker, color=face or colour, markersize=9, **edge)
     above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-    axes.annotate(f"{value:.3f}", (value, row), fontsize=10, **above)
+    above["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line may pass behind it
+    axes.annotate(form.format(value).replace("-", "−"), (value, row), fontsize=10, **above)
 
 
 def legend_below(figure: Figure, colours: Mapping[str, str], *more: Line2D, note: str = "") -> None:
