@@ -21,7 +21,7 @@ from waferlab.models.starting_weights import read_header
 from waferlab.training import pretraining as wafer_pretraining
 from waferlab.training.pretraining import HELD_OUT_SEED, GeneratedMaps, GeneratedStream, pretrain, stream_seed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"image_size": 16, "maps_per_epoch": 1152}
 
 
