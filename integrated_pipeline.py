@@ -319,7 +319,7 @@ class IntegratedMLPipeline:
 
     def prepare_data(self, maps: WaferMaps | None = None, split: Split | None = None) -> None:
         """Loads and splits the maps, or takes those that it is given; models and trainings need them."""
-        config, before = self.config, self.maps
+        config = self.config
         self.maps = maps or load_wafer_maps(
             config.data,
             samples_per_class=config.samples_per_class,
@@ -328,7 +328,7 @@ class IntegratedMLPipeline:
             seed=config.seed,
         )
         self.split = split or split_by_lot(self.maps, seed=config.seed)
-        self._data = None if self.maps is not before else self._data
+        self._data = None
         self.terminal.print_data(self.maps, self.split)
 
     def data_module(self, batch_size: int | None = None) -> WaferMapDataModule:
