@@ -1,9 +1,8 @@
-"""Promises about the models: one interface, honest pre-trained weights, safe loading."""
+"""Promises about the models: one interface, one registration each."""
 
-import http.server
-import os
-import threading
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,17 +11,17 @@ import torch
 from sklearn.metrics import f1_score
 from torch import nn
 
-from integrated_pipeline import DEFAULT_MODEL_TYPES, MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec, register_model
+from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec, register_model
 from simple_model import LightningCNN
 from waferlab.config import ExperimentConfig
 from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import split_by_lot
-from waferlab.errors import ConfigError, WeightsUnavailableError
+from waferlab.errors import ConfigError
 from waferlab.models.classifier import WaferClassifier, macro_f1
-from waferlab.models.starting_weights import fetch_weights, read_weights
 from waferlab.models.torchvision_models import TorchvisionLightningModel
-from waferlab.models.yolo import YOLOLightningAdapter, import_ultralytics_tasks, ultralytics_classes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pipeline(**settings):
@@ -101,26 +100,62 @@ def test_the_head_has_512_units_and_the_asked_dropout():
 # --- the factory
 
 
-def test_an_architecture_is_added_by_one_registration(tiny_npz, tmp_path, monkeypatch):
-    class Linear(WaferClassifier):
-        def __init__(self, *, width=8, **training):
-            super().__init__(**training)
-            self.save_hyperparameters()
-            self.network = nn.Sequential(
-                nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.Linear(width, 9)
-            )
+class Linear(WaferClassifier):
+    """An architecture of somebody else's."""
 
-    monkeypatch.delitem(MODEL_REGISTRY, "linear", raising=False)  # it goes again when the test ends
-    register_model("linear", ModelSpec(Linear, search_space={"width": (8, 16)}))
+    def __init__(self, *, width=8, slope=0.1, **training):
+        super().__init__(**training)
+        self.save_hyperparameters()
+        self.network = nn.Sequential(
+            nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.LeakyReLU(slope), nn.Linear(width, 9)
+        )
+
+
+def suggest_for_linear(trial, *, pretrained):
+    return {
+        "width": trial.suggest_categorical("width", (8, 16)),
+        "slope": trial.suggest_float("slope", 0.01, 0.3, log=True),
+    }
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """Registers it; it goes again when the test ends."""
+    monkeypatch.delitem(MODEL_REGISTRY, "linear", raising=False)
+    register_model("linear", ModelSpec(Linear, suggest=suggest_for_linear))
+    yield
+    monkeypatch.delitem(MODEL_REGISTRY, "linear", raising=False)
+
+
+def test_an_architecture_is_added_by_one_registration(linear, tiny_npz, tmp_path):
     summary = pipeline(model_type="linear", data=tiny_npz, max_epochs=1, output_dir=tmp_path).run_complete_pipeline()
     assert summary["best_model"] == "linear"
     with pytest.raises(ConfigError, match="taken"):
         register_model("linear", ModelSpec(Linear))
 
 
+def test_an_architecture_says_itself_what_is_searched_ranges_too(linear, tiny_npz, tmp_path):
+    settings = {"enable_optuna": True, "num_optuna_trials": 3, "search_epochs": 1, "image_size": 16}
+    made = pipeline(model_type="linear", data=tiny_npz, output_dir=tmp_path, **settings)
+    first, *others = made.search("linear").trials
+    assert (first.parameters["width"], first.parameters["slope"]) == (8, 0.1)  # the defaults of the class
+    assert all(0.01 <= trial.parameters["slope"] <= 0.3 for trial in others)
+    assert len({trial.parameters["slope"] for trial in others}) == 2  # drawn from a range, not from a list
+    found = made.search_and_train("linear")
+    weights = torch.load(made.config.checkpoints_dir / "linear" / found.checkpoint, weights_only=True)
+    assert weights["hyper_parameters"]["slope"] == found.parameters["slope"]
+
+
+def test_a_configuration_without_a_registered_model_says_what_to_import():
+    code = "from waferlab.config import ExperimentConfig; ExperimentConfig()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "ConfigError" in done.stderr.splitlines()[-1]
+    assert "import integrated_pipeline first" in done.stderr.splitlines()[-1]
+
+
 def test_all_means_the_four_families():
-    assert ExperimentConfig().model_types() == list(DEFAULT_MODEL_TYPES)
-    assert DEFAULT_MODEL_TYPES == ("lightning_cnn", "torchvision_resnet", "torchvision_efficientnet", "yolo_inspired")
+    four = ["lightning_cnn", "torchvision_resnet", "torchvision_efficientnet", "yolo_inspired"]
+    assert ExperimentConfig().model_types() == four
 
 
 def test_parameters_of_a_trial_replace_the_defaults_and_unknown_ones_are_named():
@@ -130,117 +165,3 @@ def test_parameters_of_a_trial_replace_the_defaults_and_unknown_ones_are_named()
         pipeline().create_model("lightning_cnn", {"depth": 3})
     with pytest.raises(ConfigError, match="'alexnet' is unknown"):
         pipeline().create_model("alexnet")
-
-
-# --- pre-trained weights
-
-
-def same_but_head(network, state, *, first, head):
-    ours = network.state_dict()
-    assert torch.equal(ours.pop(first), state[first].sum(1, keepdim=True))
-    for name, value in ours.items():
-        if not name.startswith(head):
-            assert torch.equal(value, state[name]), name
-
-
-@pytest.mark.parametrize(
-    ("architecture", "first", "head"),
-    [("resnet18", "conv1.weight", "fc."), ("efficientnet_b0", "features.0.0.weight", "classifier.")],
-)
-def test_torchvision_weights_arrive_tensor_by_tensor(architecture, first, head, tmp_path, monkeypatch):
-    import torchvision.models
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    torch.manual_seed(3)
-    published = torchvision.models.get_model(architecture)
-    weights = torchvision.models.get_model_weights(architecture).DEFAULT
-    cache = tmp_path / "checkpoints" / os.path.basename(weights.url)
-    cache.parent.mkdir()
-    torch.save(published.state_dict(), cache)
-    model = TorchvisionLightningModel(architecture=architecture, pretrained=True)
-    assert model.weights_source == f"torchvision {weights}"
-    same_but_head(model.network, published.state_dict(), first=first, head=head)
-
-
-def test_the_grey_first_layer_answers_as_the_rgb_one_does_to_three_equal_channels():
-    import torchvision.models
-
-    published = torchvision.models.resnet18()
-    model = TorchvisionLightningModel(architecture="resnet18")
-    model.adopt(published.state_dict())
-    grey = torch.rand(2, 1, 32, 32)
-    assert torch.allclose(model.network.conv1(grey), published.conv1(grey.expand(-1, 3, -1, -1)), atol=1e-5)
-
-
-def test_ultralytics_weights_arrive_tensor_by_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    published = import_ultralytics_tasks().ClassificationModel("yolo11n-cls.yaml", ch=3, nc=1000, verbose=False)
-    (tmp_path / "checkpoints").mkdir()
-    torch.save({"model": published.half(), "ema": None}, tmp_path / "checkpoints" / "yolo11n-cls.pt")
-    model = YOLOLightningAdapter(pretrained=True)
-    assert model.weights_source == "ultralytics yolo11n-cls.pt"
-    same_but_head(model.network, published.float().state_dict(), first="model.0.conv.weight", head="model.10.linear.")
-
-
-def test_a_weights_file_that_asks_for_other_code_is_refused_before_it_runs(tmp_path):
-    proof = tmp_path / "ran"
-
-    class Hostile:
-        def __reduce__(self):
-            return os.system, (f"touch {proof}",)
-
-    torch.save({"model": Hostile()}, tmp_path / "bad.pt")
-    with pytest.raises(WeightsUnavailableError, match="cannot be loaded safely"):
-        read_weights(tmp_path / "bad.pt", allowed=ultralytics_classes())
-    assert not proof.exists()
-
-
-def test_without_weights_the_model_says_so_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def no_host(url, file, *, wait, hash_prefix=None):
-        raise WeightsUnavailableError("no answer")
-
-    monkeypatch.setattr("waferlab.models.torchvision_models.fetch_weights", no_host)
-    assert TorchvisionLightningModel(pretrained=True).weights_source == "random (no answer)"
-    assert YOLOLightningAdapter(pretrained=True).weights_source == "random (no answer)"
-
-
-def test_a_host_that_swallows_packets_costs_the_bounded_wait_only(tmp_path):
-    import socket
-
-    with socket.socket() as silent:  # accepts connections and never answers
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth"
-        started = time.monotonic()
-        with pytest.raises(WeightsUnavailableError, match="does not answer"):
-            fetch_weights(url, tmp_path / "weights.pth", wait=0.5)
-        assert time.monotonic() - started < 30  # no speed promise: only that it ends
-    assert not (tmp_path / "weights.pth").exists()
-
-
-def test_a_host_that_answers_fills_the_cache_and_a_wrong_hash_is_refused(tmp_path, monkeypatch):
-    served = tmp_path / "served"
-    served.mkdir()
-    torch.save({"weight": torch.ones(3)}, served / "w.pth")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(served))
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/w.pth"
-    try:
-        file = fetch_weights(url, tmp_path / "cache" / "w.pth", wait=10)
-        assert torch.equal(read_weights(file)["weight"], torch.ones(3))
-        with pytest.raises(WeightsUnavailableError, match="hash"):
-            fetch_weights(url, tmp_path / "cache" / "other.pth", wait=10, hash_prefix="0000")
-        assert not (tmp_path / "cache" / "other.pth").exists()
-    finally:
-        server.shutdown()
-        server.server_close()
