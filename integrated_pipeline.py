@@ -91,17 +91,18 @@ from waferlab.training.precision import native_precision
 def suggest_parameters(
     trial: optuna.trial.BaseTrial, model_type: str, *, batch_size: int, pretrained: bool = True
 ) -> dict[str, Any]:
-    """Asks a trial for the parameters that all have, then for the architecture's own; `batch_size` is one more choice.
+    """Asks a trial for what all have, and for the architecture's own; `batch_size` is one more choice.
 
     Without `pretrained` weights to start from, it is not asked for what makes no sense without them.
     """
+    spec = find_model(model_type)
     shared = {
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True),
         "batch_size": trial.suggest_categorical("batch_size", tuple(sorted({16, 32, 64, batch_size}))),
-        "dropout": trial.suggest_float("dropout", 0.1, 0.6),
+        **({"dropout": trial.suggest_float("dropout", 0.1, 0.6)} if "dropout" in spec.parameters() else {}),
         "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True),
     }
-    return shared | MODEL_REGISTRY[model_type].suggest(trial, pretrained=pretrained)
+    return shared | spec.suggest(trial, pretrained=pretrained)
 
 
 def suggest_for_cnn(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str, Any]:
@@ -624,11 +625,8 @@ class IntegratedMLPipeline:
         model = self.create_model(model_type, params, class_weights=data.class_weights)
         self.runs.params(run, batch_size=data.batch_size)
         self.runs.tags(run, weights=str(model.starting_weights), seed=str(self.config.seed))
-        file, history, seconds = (
-            search.weights.file(trial.number),
-            History(),
-            search.budget and search.budget.for_a_trial(),
-        )
+        file, history = search.weights.file(trial.number), History()
+        seconds = search.budget and search.budget.for_a_trial()
         callbacks = [*([TimeBudget(seconds)] if seconds else []), history, self._best_weights(file)]
         if len(self.config.objectives) == 1:  # several values cannot be pruned on
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))

@@ -103,12 +103,19 @@ class WaferMapDataModule(pl.LightningDataModule):
         self.maps, self.split = maps, split
         self.image_size, self.batch_size = image_size, batch_size
         self.augmentation, self.balancing, self.seed = augmentation, balancing, seed
-        images = resize_maps(maps, image_size)
-        labels = torch.from_numpy(maps.labels)
-        self._parts = {
-            name: BatchIndexedMaps(images[torch.from_numpy(part)], labels[torch.from_numpy(part)])
-            for name, part in split.parts().items()
-        }
+        self._parts: dict[str, BatchIndexedMaps] = {}  # the same mapping in all that `with_batch_size` gives
+
+    def setup(self, stage: str | None = None) -> None:
+        """Resizes all maps, once for all stages and batch sizes; whoever asks for images or batches sees to it."""
+        if not self._parts:
+            images, labels = resize_maps(self.maps, self.image_size), torch.from_numpy(self.maps.labels)
+            for name, indices in self.split.parts().items():
+                part = torch.from_numpy(indices)
+                self._parts[name] = BatchIndexedMaps(images[part], labels[part])
+
+    def _part(self, name: str) -> BatchIndexedMaps:
+        self.setup()
+        return self._parts[name]
 
     def with_batch_size(self, batch_size: int) -> WaferMapDataModule:
         """The same maps, held in memory once, in training batches of another size."""
@@ -118,7 +125,7 @@ class WaferMapDataModule(pl.LightningDataModule):
 
     def images(self, part: str) -> torch.Tensor:
         """The resized maps of a part, uint8 [N, 1, S, S], as `resize_maps` gives them."""
-        return self._parts[part].images
+        return self._part(part).images
 
     @property
     def class_weights(self) -> list[float] | None:
@@ -130,14 +137,14 @@ class WaferMapDataModule(pl.LightningDataModule):
 
     def _balance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Float [9] each: training maps of each class, and their inverse square roots; 0 where there are none."""
-        counts = torch.bincount(self._parts["train"].labels, minlength=NUM_CLASSES).float()
+        counts = torch.bincount(self._part("train").labels, minlength=NUM_CLASSES).float()
         return counts, torch.where(counts > 0, counts.rsqrt(), 0.0)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training batches."""
         weights = None
         if self.balancing == "sampler":
-            weights = self._balance()[1][self._parts["train"].labels]
+            weights = self._balance()[1][self._part("train").labels]
         return self._loader("train", batch_size=self.batch_size, shuffle=True, sample_weights=weights)
 
     def val_dataloader(self) -> DataLoader:
@@ -151,7 +158,7 @@ class WaferMapDataModule(pl.LightningDataModule):
     def _loader(
         self, part: str, *, batch_size: int = 256, shuffle: bool = False, sample_weights: torch.Tensor | None = None
     ) -> DataLoader:
-        dataset = self._parts[part]
+        dataset = self._part(part)
         batches = EpochBatches(
             len(dataset), batch_size=batch_size, shuffle=shuffle, seed=self.seed, sample_weights=sample_weights
         )

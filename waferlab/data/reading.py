@@ -54,6 +54,15 @@ def load_wafer_maps(
     return maps
 
 
+def get_tutorial_dataset(max_samples_per_class: int = 50, *, seed: int = 0) -> WaferMaps:
+    """Generated maps for a first try, so many of each of the nine classes; `split_by_lot` makes three parts of them.
+
+    Raises:
+        ValueError: less than one map of each class.
+    """
+    return load_wafer_maps(samples_per_class=max_samples_per_class, seed=seed)
+
+
 def _read_path(path: Path, *, image_levels: str) -> WaferMaps:
     if not path.exists():
         raise DataError(f"--data {path}: no such file or folder. Give {SYNTHETIC!r}, a .npz, LSWMD.pkl or a folder.")

@@ -28,7 +28,7 @@ from waferlab.experiments.comparison import compare_architectures
 from waferlab.reports.pages import write_report
 from waferlab.reports.tables import ablation_markdown, comparison_markdown
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pipeline(data, folder, **settings):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from integrated_pipeline import DEFAULT_MODEL_TYPES, IntegratedMLPipeline
+from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.data.images import resize_maps
 from waferlab.data.maps import CLASS_NAMES
@@ -30,7 +30,7 @@ def model_of(model_type):
     return model
 
 
-@pytest.mark.parametrize("model_type", [*DEFAULT_MODEL_TYPES, "vision_transformer"])
+@pytest.mark.parametrize("model_type", [*ExperimentConfig().model_types(), "vision_transformer"])
 def test_the_file_answers_as_the_model_does_for_maps_of_all_sizes(model_type, tiny_npz, tmp_path):
     model, maps = model_of(model_type), load_wafer_maps(tiny_npz)
     some = [maps[i] for i in range(0, len(maps), 9)]

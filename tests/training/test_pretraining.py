@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,35 @@ from waferlab.data.generator import generate_wafer_maps
 from waferlab.data.maps import pack_maps
 from waferlab.data.reading import load_wafer_maps
 from waferlab.errors import ConfigError, WeightsUnavailableError
-from waferlab.models.starting_weights import read_header
-from waferlab.training import pretraining as wafer_pretraining
-from waferlab.training.pretraining import HELD_OUT_SEED, GeneratedMaps, GeneratedStream, pretrain, stream_seed
+from waferlab.models.starting_weights import read_header, write_generated_weights
+from waferlab.records import StartingWeights
+from waferlab.training import pretraining
+from waferlab.training.pretraining import HELD_OUT_SEED, GeneratedMaps, GeneratedStream, stream_seed
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"image_size": 16, "maps_per_epoch": 1152}
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"maps": 2304, "maps_per_epoch": 1152}
+
+
+def pretrain(model_type, folder, *, seed=0, image_size=16, say=lambda text: None, **more):
+    """Pre-trains a network that a pipeline makes and trains."""
+    config = ExperimentConfig(
+        model_type=model_type, use_pretrained=False, enable_mlflow=False, seed=seed, image_size=image_size,
+        output_dir=folder, quiet=True,
+    )  # fmt: skip
+    made = IntegratedMLPipeline(config)
+    return pretraining.pretrain(
+        model_type,
+        make=partial(made.create_model, model_type),
+        fit=partial(made.fit, model_type),
+        precision=made.precision(model_type),
+        folder=folder, seed=seed, image_size=image_size, say=say, **SMALL | more,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Weights of the small CNN after two tiny epochs."""
-    return pretrain("lightning_cnn", folder=tmp_path_factory.mktemp("made"), maps=2304, say=lambda text: None, **SMALL)
+    return pretrain("lightning_cnn", tmp_path_factory.mktemp("made"))
 
 
 def pipeline(folder, **settings):
@@ -87,9 +105,8 @@ def test_the_chunk_drawn_ahead_is_the_chunk_drawn_when_asked_for():
 
 
 def test_the_same_seed_gives_the_same_tensors_and_another_seed_others(made, tmp_path):
-    quiet = {"maps": 2304, "say": lambda text: None, **SMALL}
-    again = load_file(pretrain("lightning_cnn", folder=tmp_path, **quiet))
-    other = load_file(pretrain("lightning_cnn", folder=tmp_path, seed=1, **quiet))
+    again = load_file(pretrain("lightning_cnn", tmp_path))
+    other = load_file(pretrain("lightning_cnn", tmp_path, seed=1))
     first = load_file(made)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["0.weight"], other["0.weight"])
@@ -104,17 +121,19 @@ def test_the_header_says_what_the_weights_are(made):
 
 def test_weights_are_made_once(made):
     before, lines = made.stat().st_mtime_ns, []
-    assert pretrain("lightning_cnn", folder=made.parent, maps=2304, say=lines.append, **SMALL) == made
+    assert pretrain("lightning_cnn", made.parent, say=lines.append) == made
     assert made.stat().st_mtime_ns == before and "made before" in lines[0]
 
 
 def test_a_killed_pretraining_leaves_no_half_file_and_resumes_to_the_same_weights(made, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from waferlab.training.pretraining import pretrain;"
-        "pretrain('lightning_cnn', folder=Path(sys.argv[1]), maps=2304, image_size=16, maps_per_epoch=1152,"
-        "say=lambda text: print(text, flush=True))"
+        "import sys; from functools import partial; from pathlib import Path; from test_pretraining import pretrain;"
+        "pretrain('lightning_cnn', Path(sys.argv[1]), say=partial(print, flush=True))"
     )
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])},
+    )  # fmt: skip
     assert "epoch 1/2" in child.stdout.readline()
     while not list(tmp_path.glob("*.partial.ckpt")) and child.poll() is None:
         time.sleep(0.01)
@@ -122,7 +141,7 @@ def test_a_killed_pretraining_leaves_no_half_file_and_resumes_to_the_same_weight
     child.communicate()
     assert not list(tmp_path.glob("*.safetensors"))
     lines = []
-    file = pretrain("lightning_cnn", folder=tmp_path, maps=2304, resume=True, say=lines.append, **SMALL)
+    file = pretrain("lightning_cnn", tmp_path, resume=True, say=lines.append)
     assert "epoch 2/2" in lines[0]
     assert os.listdir(tmp_path) == [made.name]
     first, resumed = load_file(made), load_file(file)
@@ -138,7 +157,7 @@ def test_a_write_that_fails_leaves_nothing(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", disk_is_full)
     with pytest.raises(OSError, match="No space left"):
-        wafer_pretraining.write_generated_weights(tmp_path / "w.safetensors", torch.nn.Linear(2, 2), header={})
+        write_generated_weights(tmp_path / "w.safetensors", torch.nn.Linear(2, 2), header={})
     assert not list(tmp_path.iterdir())
 
 
@@ -148,7 +167,7 @@ def test_a_write_that_fails_leaves_nothing(made, tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", ["auto", "wafer"])
 def test_every_tensor_arrives_the_heads_too(made, source):
     model = pipeline(made.parent, pretrained_source=source).create_model("lightning_cnn")
-    assert model.weights_source == f"generated wafer maps ({made.name})"
+    assert str(model.starting_weights) == f"generated wafer maps ({made.name})"
     written, ours = load_file(made), model.network.state_dict()
     assert written.keys() == ours.keys()
     assert all(torch.equal(written[name], ours[name]) for name in written)
@@ -156,7 +175,7 @@ def test_every_tensor_arrives_the_heads_too(made, source):
 
 def test_without_use_pretrained_weights_are_random(made):
     model = pipeline(made.parent, use_pretrained=False, pretrained_source="wafer").create_model("lightning_cnn")
-    assert model.weights_source == "random (not asked for)"
+    assert str(model.starting_weights) == "random (not asked for)"
     assert not torch.equal(model.network.state_dict()["0.weight"], load_file(made)["0.weight"])
 
 
@@ -164,9 +183,7 @@ def generated_resnet(folder):
     """A file for the ResNet, as pretrain would write it."""
     network = pipeline(folder, use_pretrained=False).create_model("torchvision_resnet").network
     header = {"image_size": 16, "validation_macro_f1": 0.5}
-    wafer_pretraining.write_generated_weights(
-        folder / "torchvision_resnet-00000000.safetensors", network, header=header
-    )
+    write_generated_weights(folder / "torchvision_resnet-00000000.safetensors", network, header=header)
     return network.state_dict()
 
 
@@ -178,7 +195,7 @@ def test_auto_takes_imagenet_weights_first(tmp_path, monkeypatch):
     weights = torchvision.models.ResNet18_Weights.DEFAULT
     (tmp_path / "checkpoints").mkdir()
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "checkpoints" / os.path.basename(weights.url))
-    source = pipeline(tmp_path).create_model("torchvision_resnet").weights_source
+    source = str(pipeline(tmp_path).create_model("torchvision_resnet").starting_weights)
     assert source.startswith("torchvision ResNet18_Weights")
 
 
@@ -188,11 +205,12 @@ def test_auto_takes_generated_maps_where_imagenet_cannot_be_had_and_imagenet_alo
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "empty"))
     written = generated_resnet(tmp_path)
     model = pipeline(tmp_path).create_model("torchvision_resnet")
-    assert model.weights_source == "generated wafer maps (torchvision_resnet-00000000.safetensors)"
+    assert str(model.starting_weights) == "generated wafer maps (torchvision_resnet-00000000.safetensors)"
     assert all(torch.equal(written[name], value) for name, value in model.network.state_dict().items())
     alone = pipeline(tmp_path, pretrained_source="imagenet")
-    assert alone.create_model("torchvision_resnet").weights_source == "random (no answer)"
-    assert alone.create_model("lightning_cnn").weights_source == "random (none are published for this network)"
+    assert str(alone.create_model("torchvision_resnet").starting_weights) == "random (no answer)"
+    without = alone.create_model("lightning_cnn").starting_weights
+    assert str(without) == "random (none are published for this network)"
 
 
 def test_wafer_does_not_ask_for_imagenet_weights(tmp_path, monkeypatch):
@@ -200,7 +218,7 @@ def test_wafer_does_not_ask_for_imagenet_weights(tmp_path, monkeypatch):
         raise AssertionError("asked for ImageNet weights")
 
     monkeypatch.setattr("waferlab.models.torchvision_models.fetch_weights", never)
-    source = pipeline(tmp_path, pretrained_source="wafer").create_model("torchvision_resnet").weights_source
+    source = str(pipeline(tmp_path, pretrained_source="wafer").create_model("torchvision_resnet").starting_weights)
     assert source.startswith("random (none on generated maps in")
     assert "python run_experiment.py --mode pretrain --models torchvision_resnet --image-size 16" in source
 
@@ -240,14 +258,14 @@ def test_a_wrong_or_damaged_file_is_one_clear_line_and_the_run_goes_on(harm, mad
         tmp_path, model_type="lightning_cnn", data=str(tiny_npz), max_epochs=1, output_dir=tmp_path, quiet=False
     )
     record = run.train_final_model("lightning_cnn")
-    assert record["weights"].startswith("random (") and made.name in record["weights"]
+    assert record.weights.kind == "random" and made.name in record.weights.reason
     lines = [line for line in capsys.readouterr().out.splitlines() if "pre-trained" in line]
     assert len(lines) == 1 and made.name in lines[0] and "goes on without" in lines[0]
-    assert record["epochs"] == 1  # trained to the end
+    assert record.epochs == 1  # trained to the end
 
 
 def test_weights_for_another_image_size_are_not_taken(made):
-    source = pipeline(made.parent, image_size=24).create_model("lightning_cnn").weights_source
+    source = str(pipeline(made.parent, image_size=24).create_model("lightning_cnn").starting_weights)
     assert source.startswith("random (") and "another size" in source
 
 
@@ -270,9 +288,9 @@ def test_fine_tuning_takes_a_share_of_the_learning_rate_unless_one_is_chosen(mad
 
 def test_a_search_begins_with_the_learning_rate_of_fine_tuning(made, tiny_npz, tmp_path):
     searches = {"data": str(tiny_npz), "num_optuna_trials": 1, "search_epochs": 1, "output_dir": tmp_path}
-    (trial,) = pipeline(made.parent, enable_optuna=True, **searches).search("lightning_cnn")["trials"]
+    (trial,) = pipeline(made.parent, enable_optuna=True, **searches).search("lightning_cnn").trials
     own = MODEL_REGISTRY["lightning_cnn"].defaults["learning_rate"]
-    assert trial["parameters"]["learning_rate"] == FINE_TUNING_SHARE * own
+    assert trial.parameters["learning_rate"] == FINE_TUNING_SHARE * own
 
 
 def test_a_resumed_fine_tuning_keeps_its_learning_rate_and_the_name_of_its_weights(made, tiny_npz, tmp_path):
@@ -281,8 +299,8 @@ def test_a_resumed_fine_tuning_keeps_its_learning_rate_and_the_name_of_its_weigh
     before = first.train_final_model("lightning_cnn")
     (first.config.checkpoints_dir / "lightning_cnn" / "finished.json").unlink()  # as after a kill
     after = pipeline(tmp_path / "gone", resume=True, **settings).train_final_model("lightning_cnn")
-    assert after["weights"] == before["weights"] == f"generated wafer maps ({made.name})"
-    assert after["parameters"]["learning_rate"] == before["parameters"]["learning_rate"]
+    assert after.weights == before.weights == StartingWeights("generated", f"generated wafer maps ({made.name})")
+    assert after.parameters["learning_rate"] == before.parameters["learning_rate"]
 
 
 def test_the_fingerprint_of_a_training_changes_with_the_source_of_its_weights():

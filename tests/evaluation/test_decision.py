@@ -124,10 +124,10 @@ def test_eight_of_nine_classes_are_trained_scored_and_exported(tiny_arrays, tmp_
     assert f"Dataset ready: {len(maps)} samples, 8 classes" in said.getvalue()
     assert "Donut: no map in these data" in said.getvalue()
     eight = [name for name in CLASS_NAMES if name != "Donut"]
-    assert list(predictions.class_names) == list(result["test"]["per_class"]) == eight
+    assert list(predictions.class_names) == list(result.test["per_class"]) == eight
     truth = np.array(CLASS_NAMES)[maps.labels[pipeline.split.test]]
     assert np.array_equal(np.array(eight)[predictions.labels], truth)
-    assert np.isfinite(record["history"]["train_loss"]).all()
+    assert np.isfinite(record.history["train_loss"]).all()
 
     decision = decision_of(result)
     assert decision.left_out == (CLASS_NAMES.index("Donut"),)
@@ -161,6 +161,6 @@ def test_the_test_part_has_no_say(tiny_npz, tmp_path):
     pipeline.maps.labels[pipeline.split.test] = np.roll(pipeline.maps.labels[pipeline.split.test], 7)
     (second,), _ = pipeline.evaluate([record])
     chosen = ("views", "prior_strength", "offsets", "temperature", "validation_macro_f1_after")
-    assert all(first["decision"][key] == second["decision"][key] for key in chosen)
-    assert first["test"]["macro_f1"] != second["test"]["macro_f1"]
-    assert first["decision"]["validation_macro_f1_after"] == first["validation"]["macro_f1"]
+    assert all(first.decision[key] == second.decision[key] for key in chosen)
+    assert first.test["macro_f1"] != second.test["macro_f1"]
+    assert first.decision["validation_macro_f1_after"] == first.validation["macro_f1"]

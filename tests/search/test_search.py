@@ -25,7 +25,7 @@ from waferlab.errors import ConfigError, DamagedFileError, SearchFailedError
 from waferlab.search.study import proposed_by, run_again
 from waferlab.search.trials import study_seconds, suggest_parameters, trial_line
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 settings = partial(tiny_settings, enable_mlflow=False)
