@@ -431,6 +431,17 @@ def test_all_text_is_escaped(folder, kind):
     assert "my <b>maps</b>.npz" in Parsed(page).text
 
 
+def test_details_are_folded_pictures_have_captions_and_numbers_stand_right(folder):
+    page = Parsed(write_page(make_comparison(2), folder))
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("details") == 2 and "▸" not in page.text  # every run; configuration and environment
+    assert tags.count("img") == tags.count("figure") == tags.count("figcaption") == 1
+    aligned = [attributes.get("style") == "text-align:right" for tag, attributes in page.tags if tag in ("td", "th")]
+    right = {cell for cell, is_right in zip(page.cells, aligned, strict=True) if is_right}
+    assert {"Macro F1 (mean)", "Seeds", "Seed", "309,561", "p, corrected"} <= right
+    assert not {"Model", "lightning_cnn", "Verdict", "no difference shown"} & right
+
+
 def test_a_summary_that_has_not_been_json_yet_is_shown_too(folder):
     summary = make_summary()
     summary["config"] |= {"output_dir": Path("elsewhere"), "objectives": ("macro_f1", "latency")}
@@ -634,8 +645,9 @@ def test_nothing_overflows_a_phone(folder, tmp_path, kind):
 
 
 def test_reporting_trains_nothing_and_its_import_is_light():
-    code = "import sys, waferlab.reports.model_card; print([m for m in sys.modules if '.' not in m])"
+    rooms = ", ".join(f"waferlab.reports.{name}" for name in ("model_card", "run_figures", "experiment_figures"))
+    code = f"import sys, {rooms}; print([m for m in sys.modules if '.' not in m])"
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    heavy = {"torch", "lightning", "mlflow", "optuna", "pandas", "sklearn", "scipy"}
+    heavy = {"torch", "lightning", "mlflow", "optuna", "pandas", "sklearn", "scipy", "seaborn", "networkx"}
     own = {"integrated_pipeline", "simple_model"}
     assert not set(ast.literal_eval(output)) & (heavy | own)
