@@ -113,3 +113,10 @@ class WandbTree(RunTree):
 
     def watch_system(self, run: Run) -> None:
         """The pipeline's run has the machine's load from its start on."""
+
+    @in_line
+    def _close(self) -> None:
+        import wandb
+
+        if wandb.run is None:  # else the program has one of its own
+            wandb.teardown()  # waits until the files are whole
