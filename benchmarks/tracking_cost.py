@@ -23,7 +23,7 @@ from measure import as_text, paired_ratio, plain_config, repeats_in_words, take_
 from provenance import CNN, SEARCH, TRAINING
 
 MEASURES = (
-    *("Tracking", "MlflowRuns", "serve", "start_early", "History", "IntegratedMLPipeline._study_storage"),
+    *("Tracking", "MlflowRuns", "serve", "start_early", "History", "study_storage"),
     *(*SEARCH, *TRAINING, *CNN),
 )
 
@@ -80,20 +80,18 @@ def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
             from waferlab.tracking.runs import start_early
 
             start_early(Path(folder))
-        from integrated_pipeline import IntegratedMLPipeline
+        import integrated_pipeline as story
 
         config = plain_config(
             model_type=arguments.model, data=arguments.data, image_size=arguments.image_size, enable_optuna=True,
             num_optuna_trials=arguments.trials, search_epochs=arguments.epochs, max_epochs=arguments.epochs,
             pruner="none", registry_name=None, enable_mlflow=arguments.one == "tracked", output_dir=folder,
         )  # fmt: skip
-        pipeline = IntegratedMLPipeline(config)
-        storage = pipeline._study_storage()
-        watch = Stopwatch(storage)
-        pipeline._study_storage = lambda: storage
-        summary = pipeline.run_complete_pipeline()
+        watch = Stopwatch()
+        story.study_storage = watch.of_what_gives(story.study_storage)
+        summary = story.IntegratedMLPipeline(config).run_complete_pipeline()
         return {
-            "search_seconds": round(pipeline.seconds["search"], 3),
+            "search_seconds": round(summary["seconds"]["search"], 3),
             "storage_seconds": round(watch.seconds, 4),
             "precision": summary["models"][0]["precision"],
         }
@@ -102,11 +100,20 @@ def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
 class Stopwatch:
     """Adds up the seconds that calls to a storage take; a call within a call counts once."""
 
-    def __init__(self, storage) -> None:
+    def __init__(self) -> None:
         self.seconds, self._depth = 0.0, 0
-        for name in dir(storage):
-            if not name.startswith("_") and callable(getattr(storage, name)):
-                setattr(storage, name, self._timed(getattr(storage, name)))
+
+    def of_what_gives(self, make):
+        """The function, whose storages' calls are timed."""
+
+        def timed(*args, **kwargs):
+            storage = make(*args, **kwargs)
+            for name in dir(storage):
+                if not name.startswith("_") and callable(getattr(storage, name)):
+                    setattr(storage, name, self._timed(getattr(storage, name)))
+            return storage
+
+        return timed
 
     def _timed(self, call):
         def timed(*args, **kwargs):
