@@ -84,8 +84,8 @@ def ours(arguments: argparse.Namespace, model_type: str) -> dict:
     started = time.monotonic()
     record = pipeline.train_final_model(model_type)
     seconds = time.monotonic() - started
-    per_epoch = seconds / record["epochs"]
-    curve = [(per_epoch * epoch, f1) for epoch, f1 in enumerate(record["history"]["val_macro_f1"], start=1)]
+    per_epoch = seconds / record.epochs
+    curve = [(per_epoch * epoch, f1) for epoch, f1 in enumerate(record.history["val_macro_f1"], start=1)]
     return {"seconds": seconds, "curve": curve}
 
 

@@ -112,7 +112,7 @@ def ours(arguments: argparse.Namespace) -> dict:
     record = pipeline.train_final_model("yolo_inspired")
     seconds = time.monotonic() - started
     (result,), _ = pipeline.evaluate([record])
-    return {"seconds": seconds, "curve": clock.points, "test_macro_f1": round(result["test"]["macro_f1"], 4)}
+    return {"seconds": seconds, "curve": clock.points, "test_macro_f1": round(result.test["macro_f1"], 4)}
 
 
 def ultralytics(arguments: argparse.Namespace) -> dict:

@@ -46,15 +46,16 @@ def score_odd_groups(summary: dict[str, Any], data: str) -> None:
     """Adds `test_macro_f1_odd_groups` to each model."""
     from integrated_pipeline import IntegratedMLPipeline
     from waferlab.config import ExperimentConfig
+    from waferlab.records import TrainingRecord
 
     known = {field.name for field in fields(ExperimentConfig)}
     settings = {key: value for key, value in summary["config"].items() if key in known}
     settings |= {"data": data, "enable_mlflow": False, "quiet": True}
     pipeline = IntegratedMLPipeline(ExperimentConfig(**settings))
     pipeline.prepare_data()
-    results, predictions = pipeline.evaluate(summary["models"])
+    results, predictions = pipeline.evaluate([TrainingRecord.from_json(model) for model in summary["models"]])
     for model, result, predicted in zip(summary["models"], results, predictions, strict=True):
-        then, now = model["test"]["macro_f1"], result["test"]["macro_f1"]
+        then, now = model["test"]["macro_f1"], result.test["macro_f1"]
         if abs(then - now) > 1e-3:
             raise SystemExit(f"{model['model_type']}: its checkpoint scores {now:.4f} now, {then:.4f} in the summary.")
         model["test_macro_f1_odd_groups"] = odd_groups_macro_f1(pipeline, predicted, pipeline.split.test)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from waferlab.config import ExperimentConfig
     from waferlab.data.splitting import Split
     from waferlab.evaluation.predictions import Predictions
+    from waferlab.records import TrainingRecord
 
 from provenance import ROOT, digests
 
@@ -131,7 +132,7 @@ def write_record(
 
 def plain_config(**settings: Any) -> ExperimentConfig:
     """Random weights, no search, no tracking, nothing printed, all epochs trained, unless `settings` say otherwise."""
-    from waferlab.config import ExperimentConfig
+    from integrated_pipeline import ExperimentConfig  # which registers the architectures
 
     plain = {"use_pretrained": False, "enable_optuna": False, "enable_mlflow": False, "quiet": True}
     if "max_epochs" in settings:
@@ -190,8 +191,8 @@ def few_maps(pipeline: IntegratedMLPipeline, per_class: int, validation_per_clas
     )
 
 
-def score_on(pipeline: IntegratedMLPipeline, record: dict, indices: np.ndarray) -> dict:
-    """What a trained model (any record with model_type, parameters and checkpoint) scores on maps of the pipeline.
+def score_on(pipeline: IntegratedMLPipeline, record: TrainingRecord, indices: np.ndarray) -> dict:
+    """What a trained model scores on maps of the pipeline.
 
     As `compute_metrics`, and `macro_f1_odd_groups` beside it.
     """

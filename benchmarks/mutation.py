@@ -67,42 +67,40 @@ class Target:
     functions: tuple[str, ...] = ("*",)
 
 
+SEARCH = "tests/search/test_search.py"
+TRAINING, EVALUATION, CHECKPOINTS, CALLBACKS, PIPELINE = (
+    (path.relative_to(ROOT).as_posix(),)
+    for name in ("training", "evaluation", "checkpoints", "callbacks", "pipeline")
+    for path in sorted((ROOT / "tests").rglob(f"test_{name}.py"))
+)
 TARGETS = {
-    "decision": Target("decision.py", ("tests/test_decision.py", "tests/test_training.py")),
-    "splitting": Target(
-        "wafer_data.py",
-        ("tests/test_wafer_data.py",),
-        functions=(
-            "split_by_lot", "_lots_*", "_deal", "_best_deal", "_improve", "_pairs", "_cost", "_notes_on", "_shares",
-            "_is_off", "_fingerprint", "_at_most", "EpochBatches.*",
-        ),
+    "decision": Target("waferlab/evaluation/decision.py", ("tests/evaluation/test_decision.py", *TRAINING)),
+    "reading": Target("waferlab/data/reading.py", ("tests/data/test_reading.py",)),
+    "splitting": Target("waferlab/data/splitting.py", ("tests/data/test_splitting.py",)),
+    "batches": Target("waferlab/data/datamodule.py", ("tests/data/test_datamodule.py", *TRAINING)),
+    "metrics": Target("waferlab/evaluation/metrics.py", EVALUATION),
+    "predictions": Target("waferlab/evaluation/predictions.py", EVALUATION),
+    "statistics": Target("waferlab/evaluation/statistics.py", ("tests/evaluation/test_statistics.py",)),
+    "gate": Target("waferlab/deployment/promotion.py", ("tests/deployment/test_promotion.py",)),
+    "starting_weights": Target(
+        "waferlab/models/starting_weights.py",
+        ("tests/models/test_starting_weights.py", "tests/training/test_pretraining.py"),
     ),
-    "metrics": Target(
-        "evaluation.py",
-        ("tests/test_evaluation.py",),
-        functions=(
-            "Predictions.*", "_check_probabilities", "_as_integers", "compute_*", "compare_*", "_lot_*", "_scores",
-            "_divide", "_jackknife*", "_score_interval", "_calibration_interval", "_t_quantile", "_share_at_least",
-            "_known", "_roc*",
-        ),
-    ),
-    "gate": Target("promotion.py", ("tests/test_promotion.py",)),
-    "checkpoints": Target("checkpoints.py", ("tests/test_checkpoints.py", "tests/test_callbacks.py")),
-    "training_callbacks": Target("training_callbacks.py", ("tests/test_callbacks.py", "tests/test_pipeline.py")),
+    "checkpoints": Target("waferlab/training/checkpoints.py", (*CHECKPOINTS, *CALLBACKS)),
+    "training_callbacks": Target("waferlab/training/callbacks.py", (*CALLBACKS, *PIPELINE)),
+    "study": Target("waferlab/search/study.py", ("tests/search/test_study.py", SEARCH)),
+    "trials": Target("waferlab/search/trials.py", ("tests/search/test_trials.py", SEARCH)),
+    "budget": Target("waferlab/search/budget.py", ("tests/search/test_budget.py", SEARCH)),
     "search": Target(
         "integrated_pipeline.py",
-        ("tests/test_search_promises.py", "tests/test_search.py"),
+        (SEARCH, "tests/search/test_budget.py", "tests/search/test_own_study.py"),
         functions=(
-            "suggest_parameters", "own_search_space", "_completed", "_counted_trials", "_study_*", "_run_again",
-            "_trial_*", "_out_of_memory", "_proposed_by", "_mend_journal", "ends_one_model",
+            "suggest_*",
             *(
                 f"IntegratedMLPipeline.{name}"
                 for name in (
-                    "search", "search_and_train", "optuna_objective", "_train_trial", "_equal_share", "_sampler",
-                    "_seconds_by_merit", "start_and_search", "train_with_the_best", "_worth_training", "_pruner",
-                    "_search_*", "_trial_file", "_open_study", "_study_storage", "_default_trial", "_better_of",
-                    "_fetch_weights", "_share_weights", "_shared_weights",
-                    "_forget_beaten_trials", "_start_without_search", "_starts_pretrained",
+                    "search", "search_and_train", "optuna_objective", "_train_trial", "_start_and_search",
+                    "train_with_the_best", "_open_study", "_default_trial", "_trial_weights", "_start_without_search",
                 )
             ),
         ),

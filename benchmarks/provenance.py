@@ -32,9 +32,10 @@ SPLIT = ("split_by_lot", "WaferMaps.digests")
 BATCHES = ("resize_maps", "encode", "augment", "BatchIndexedMaps", "EpochBatches", "WaferMapDataModule")
 GENERATOR = ("generate_wafer_maps", "DieGrid", "Latents")
 TRAINING = (
-    *_of("IntegratedMLPipeline", "data_module", "create_model", "precision", "train_final_model", "_fit_final", "fit"),
+    *_of("IntegratedMLPipeline", "data_module", "create_model", "precision", "fit", "train_final_model"),
+    *_of("IntegratedMLPipeline", "_callbacks_of_final_training", "_best_weights"),
     *_of("ExperimentConfig", "data_augmentation", "class_balancing", "balance_by", "precision"),
-    *("WaferClassifier", "native_precision", "macro_f1", "TimeBudget"),
+    *("WaferClassifier", "native_precision", "macro_f1", "TimeBudget", "SeedEachEpoch", "record_training"),
 )
 CNN = ("LightningCNN", "ResidualBlock", "AverageAndMaxPool", "register_model('lightning_cnn')")
 TORCHVISION = ("TorchvisionLightningModel", "SmallImageConv2d", "quicken_small_convolutions")
@@ -45,17 +46,20 @@ FAMILY = {
     "yolo_inspired": ("YOLOLightningAdapter", "register_model('yolo_inspired')"),
 }
 FAMILIES = tuple(name for names in FAMILY.values() for name in names)
-SCORES = ("compute_metrics", "probabilities_by_views", "IntegratedMLPipeline.evaluate")
-DECISION = ("Decision", "choose_decision", "fit_temperature", "symmetries", "IntegratedMLPipeline._decide")
-GENERATED_WEIGHTS = ("pretrain", "GeneratedStream", "GeneratedMaps", "draw_chunk", "load_generated_weights")
-SEARCH = (
-    *_of("IntegratedMLPipeline", "search", "optuna_objective", "_train_trial", "_sampler", "_pruner", "_default_trial"),
-    *("suggest_parameters", "own_search_space"),
+SCORES = ("compute_metrics", "probabilities_by_views", "score_model", "IntegratedMLPipeline.evaluate")
+DECISION = ("Decision", "choose_decision", "fit_temperature", "symmetries", "decision_of")
+GENERATED_WEIGHTS = (
+    *("pretrain", "GeneratedStream", "GeneratedMaps", "draw_chunk", "load_generated_weights", "start_from"),
 )
-AFTER_SEARCH = _of("IntegratedMLPipeline", "train_with_the_best", "_worth_training", "_seconds_by_merit", "_better_of")
+SEARCH = (
+    *_of("IntegratedMLPipeline", "search", "optuna_objective", "_train_trial", "_open_study", "_default_trial"),
+    *("suggest_parameters", "suggest_for_cnn", "suggest_freezing", "suggest_size", "make_sampler", "make_pruner"),
+    *("open_study", "SearchBudget", "TrialWeights", "search_record"),
+)
+AFTER_SEARCH = ("IntegratedMLPipeline.train_with_the_best", "worth_training", "seconds_by_merit", "better_of")
 SERIES = (
     *_of("TrainingSeries", "__init__", "_variant_config"),
-    *("mean_interval", "paired_differences", "holm_factors"),
+    *("train_and_score", "mean_interval", "paired_differences", "holm_factors"),
 )
 DEFAULTS = _of("ExperimentConfig", "samples_per_class", "image_size", "batch_size")
 

@@ -123,19 +123,19 @@ def search(source: IntegratedMLPipeline, arguments: argparse.Namespace, pruner: 
     with tempfile.TemporaryDirectory() as folder:
         pipeline = IntegratedMLPipeline(configuration(arguments, pruner, seed, folder))
         pipeline.maps, pipeline.split = source.maps, source.split
-        pipeline.data_module()
+        pipeline.data_module().setup()
         started = time.monotonic()
         found = pipeline.search(arguments.model)
         seconds = time.monotonic() - started
-        tested = score_on(pipeline, {"model_type": arguments.model, **found["best"]}, pipeline.split.test)
+        tested = score_on(pipeline, found.best.record, pipeline.split.test)
     return {
         "seconds": round(seconds, 1),
-        "best_macro_f1": round(found["best"]["macro_f1"], 4),
+        "best_macro_f1": round(found.best.macro_f1, 4),
         "test_macro_f1": round(tested["macro_f1"], 4),
         "test_macro_f1_odd_groups": tested["macro_f1_odd_groups"],
-        "epochs": sum(trial["epochs"] for trial in found["trials"]),
-        "pruned": sum(trial["state"] == "pruned" for trial in found["trials"]),
-        "failed": sum(trial["state"] == "fail" for trial in found["trials"]),
+        "epochs": sum(trial.epochs for trial in found.trials),
+        "pruned": sum(trial.state == "pruned" for trial in found.trials),
+        "failed": sum(trial.state == "fail" for trial in found.trials),
     }
 
 

@@ -73,11 +73,11 @@ def measure(n: int, arguments: argparse.Namespace) -> dict[str, float | str]:
         pipeline = IntegratedMLPipeline(config)
         pipeline.maps = timed("generate", lambda: load_wafer_maps("synthetic", samples_per_class=round(n / 9), seed=0))
         pipeline.split = timed("split", lambda: split_by_lot(pipeline.maps, seed=0))
-        timed("resize", lambda: pipeline.data_module(config.batch_size))
+        timed("resize", lambda: pipeline.data_module(config.batch_size).setup())
         trained = timed("train_one_epoch", lambda: pipeline.train_final_model("lightning_cnn"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
-        "maps": len(pipeline.maps), **seconds, "peak_memory_gb": round(peak / 1e9, 2), "precision": trained["precision"]
+        "maps": len(pipeline.maps), **seconds, "peak_memory_gb": round(peak / 1e9, 2), "precision": trained.precision
     }  # fmt: skip
 
 

@@ -62,9 +62,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     runs = json.loads(arguments.output.read_text()) if arguments.output and arguments.output.exists() else []
     models = arguments.models
     if models == ["all"]:
-        from integrated_pipeline import DEFAULT_MODEL_TYPES
-
-        models = list(DEFAULT_MODEL_TYPES)
+        models = plain_config(model_type="all").model_types()
     settings = {"image_size": arguments.image_size, "batch_size": arguments.batch_size}
     for minutes in arguments.minutes:
         for seed in arguments.seeds:
@@ -118,30 +116,30 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
         more_seconds = time.time() - started  # the scoring of the test part is in it too
         tuned = {
             "seconds": round(seconds + more_seconds, 1),
-            "test_macro_f1": round(decided["test"]["macro_f1"], 4),
-            "validation_macro_f1": round(decided["validation"]["macro_f1"], 4),
-            "per_class_f1": {name: round(row["f1"], 3) for name, row in decided["test"]["per_class"].items()},
-            **{key: decided["decision"][key] for key in ("views", "prior_strength", "temperature")},
+            "test_macro_f1": round(decided.test["macro_f1"], 4),
+            "validation_macro_f1": round(decided.validation["macro_f1"], 4),
+            "per_class_f1": {name: round(row["f1"], 3) for name, row in decided.test["per_class"].items()},
+            **{key: decided.decision[key] for key in ("views", "prior_strength", "temperature")},
         }
-    test = result["test"]
+    test = result.test
     return {
         "seconds": round(seconds, 1),
-        "train_seconds": round(record["train_seconds"], 1),
+        "train_seconds": round(record.train_seconds, 1),
         "test_macro_f1": round(test["macro_f1"], 4),
         "test_macro_f1_interval": [round(v, 4) for v in test["intervals"]["macro_f1"]],
         "interval_method": test["interval_method"],
         "test_macro_f1_odd_groups": odd_groups_macro_f1(pipeline, predicted, pipeline.split.test),
         "test_accuracy": round(test["accuracy"], 4),
         "decision": tuned,
-        "validation_macro_f1": round(result["validation"]["macro_f1"], 4),
+        "validation_macro_f1": round(result.validation["macro_f1"], 4),
         "per_class_f1": {name: round(row["f1"], 3) for name, row in test["per_class"].items()},
-        "validation_history": [round(v, 4) for v in record["history"]["val_macro_f1"]],
-        "epochs": record["epochs"],
-        "best_epoch": record["best_epoch"],
-        "n_parameters": record["n_parameters"],
-        "latency_ms": round(result["latency_ms"], 2),
-        "weights": record["weights"],
-        "precision": record["precision"],
+        "validation_history": [round(v, 4) for v in record.history["val_macro_f1"]],
+        "epochs": record.epochs,
+        "best_epoch": record.best_epoch,
+        "n_parameters": record.n_parameters,
+        "latency_ms": round(result.latency_ms, 2),
+        "weights": str(record.weights),
+        "precision": record.precision,
         "maps": {part: len(indices) for part, indices in pipeline.split.parts().items()},
         "split": pipeline.split.fingerprint,
         "environment": environment(),

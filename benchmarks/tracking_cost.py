@@ -23,7 +23,7 @@ from measure import as_text, paired_ratio, plain_config, repeats_in_words, take_
 from provenance import CNN, SEARCH, TRAINING
 
 MEASURES = (
-    *("RunTree", "RunLogger", "Line", "make_database", "IntegratedMLPipeline._study_storage"),
+    *("RunTree", "RunLogger", "Line", "make_database", "study_storage"),
     *(*SEARCH, *TRAINING, *CNN),
 )
 
@@ -83,13 +83,11 @@ def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
             num_optuna_trials=arguments.trials, search_epochs=arguments.epochs, max_epochs=arguments.epochs,
             pruner="none", registry_name=None, enable_mlflow=arguments.one == "tracked", output_dir=folder,
         )  # fmt: skip
-        pipeline = IntegratedMLPipeline(config)
-        storage = pipeline._study_storage()
-        watch = Stopwatch(storage)
-        pipeline._study_storage = lambda: storage
-        summary = pipeline.run_complete_pipeline()
+        watch = Stopwatch()
+        story.study_storage = watch.of_what_gives(story.study_storage)
+        summary = story.IntegratedMLPipeline(config).run_complete_pipeline()
         return {
-            "search_seconds": round(pipeline.seconds["search"], 3),
+            "search_seconds": round(summary["seconds"]["search"], 3),
             "storage_seconds": round(watch.seconds, 4),
             "precision": summary["models"][0]["precision"],
         }
@@ -98,11 +96,20 @@ def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
 class Stopwatch:
     """Adds up the seconds that calls to a storage take; a call within a call counts once."""
 
-    def __init__(self, storage) -> None:
+    def __init__(self) -> None:
         self.seconds, self._depth = 0.0, 0
-        for name in dir(storage):
-            if not name.startswith("_") and callable(getattr(storage, name)):
-                setattr(storage, name, self._timed(getattr(storage, name)))
+
+    def of_what_gives(self, make):
+        """The function, whose storages' calls are timed."""
+
+        def timed(*args, **kwargs):
+            storage = make(*args, **kwargs)
+            for name in dir(storage):
+                if not name.startswith("_") and callable(getattr(storage, name)):
+                    setattr(storage, name, self._timed(getattr(storage, name)))
+            return storage
+
+        return timed
 
     def _timed(self, call):
         def timed(*args, **kwargs):

@@ -86,7 +86,7 @@ def ours(prepared, model_type: str) -> float:
 
     pipeline = IntegratedMLPipeline(replace(prepared.config, model_type=model_type))
     pipeline.maps, pipeline.split, pipeline._data = prepared.maps, prepared.split, prepared._data
-    return pipeline.train_final_model(model_type)["train_seconds"]
+    return pipeline.train_final_model(model_type).train_seconds
 
 
 def bare_loop(prepared, model_type: str, folder: Path, *, plain_convolutions: bool = False) -> float:

@@ -28,7 +28,7 @@ from provenance import BATCHES, FAMILY, GENERATED_WEIGHTS, GENERATOR, ROOT, SCOR
 
 MEASURES = (
     *(*SPLIT, *BATCHES, *TRAINING, *SCORES, *GENERATOR, *GENERATED_WEIGHTS),
-    *("IntegratedMLPipeline._start_from_generated", "measure.few_maps"),
+    *("measure.few_maps"),
 )
 WAYS = {"from scratch": False, "pre-trained on generated maps": True}
 
@@ -107,8 +107,8 @@ def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[d
                 scored = getattr(prepared.split, arguments.score)
             pipeline.maps, pipeline.split = prepared.maps, few
             record = pipeline.train_final_model(model_type)
-            if pretrained and record["weights"].startswith("random"):
-                raise SystemExit(f"{model_type}: {record['weights']}")
+            if pretrained and record.weights.kind == "random":
+                raise SystemExit(f"{model_type}: {record.weights}")
             score = score_on(pipeline, record, scored)
         runs.append(
             {
@@ -119,12 +119,12 @@ def compare(arguments: argparse.Namespace, model_type: str, seed: int) -> list[d
                 "macro_f1_odd_groups": score["macro_f1_odd_groups"],
                 "accuracy": round(score["accuracy"], 4),
                 "per_class_f1": {name: round(row["f1"], 3) for name, row in score["per_class"].items()},
-                "best_epoch": record["best_epoch"],
-                "epochs": record["epochs"],
-                "train_seconds": round(record["train_seconds"], 1),
-                "learning_rate": record["parameters"]["learning_rate"],
-                "weights": record["weights"],
-                "precision": record["precision"],
+                "best_epoch": record.best_epoch,
+                "epochs": record.epochs,
+                "train_seconds": round(record.train_seconds, 1),
+                "learning_rate": record.parameters["learning_rate"],
+                "weights": str(record.weights),
+                "precision": record.precision,
                 "maps": {"train": len(few.train), "validation": len(few.validation), "scored": len(scored)},
             }
         )

@@ -1,6 +1,6 @@
-"""Promises about the search: pruned, resumable, shared, never worse than its best trial."""
+"""Promises about whole searches: pruned, resumable, shared, never worse than the best trial, as scripted or trained."""
 
-import datetime
+import gc
 import json
 import os
 import shutil
@@ -18,12 +18,19 @@ import optuna
 import pytest
 import torch
 from conftest import tiny_settings
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from made_up import Scripted, before_training
+from made_up import pipeline as scripted_pipeline
+from made_up_trials import Clock, trained
+from optuna_integration import PyTorchLightningPruningCallback
+from torch import nn
 
-from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline
+from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec, suggest_parameters
 from waferlab.config import ExperimentConfig
-from waferlab.errors import ConfigError, DamagedFileError, SearchFailedError
+from waferlab.errors import ConfigError, SearchFailedError, TrainingDivergedError, TrialFailedError
+from waferlab.records import StartingWeights
 from waferlab.search.study import proposed_by, run_again
-from waferlab.search.trials import study_seconds, suggest_parameters, trial_line
+from waferlab.training.callbacks import TimeBudget
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +42,37 @@ def pipeline(tiny_npz, tmp_path, **more):
     made = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, **more)))
     made.config.results_dir.mkdir(parents=True, exist_ok=True)
     return made
+
+
+def searching(data, folder, **more):
+    """A pipeline that searches with the scripted model."""
+    return scripted_pipeline(data, folder, **{"enable_optuna": True, "pruner": "none", **more})
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch):
+    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1})
+    monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
+    monkeypatch.setattr(Scripted, "scripts", [])
+    monkeypatch.setattr(Scripted, "seen", {})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collection():
+    """Optuna collects garbage after each trial, and all that the imports left would be looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def suggest_only(self, trial, model_type):
+    suggest_parameters(trial, model_type, batch_size=self.config.batch_size)
+    trial.set_user_attr("macro_f1", 0.5)
+    return 0.5
+
+
+# --- what a trial is worth, and which weights stay
 
 
 def test_the_summary_tells_every_trial_and_the_weights_are_the_better_ones(tiny_npz, tmp_path):
@@ -62,7 +100,7 @@ def test_a_record_describes_the_weights_that_stay(resume, tiny_npz, tmp_path, mo
 
     defaults = {"learning_rate": 4e-3, "base_channels": 16, "batch_size": 8}
     monkeypatch.setattr("integrated_pipeline.suggest_parameters", suggest)
-    monkeypatch.setattr(IntegratedMLPipeline, "_worth_training", lambda *_: defaults)
+    monkeypatch.setattr("integrated_pipeline.worth_training", lambda *_, **__: defaults)
     more = {"max_epochs": 1, "search_epochs": 4, "num_optuna_trials": 2}
     (model,) = pipeline(tiny_npz, tmp_path, **more).run_complete_pipeline()["models"]
     if resume:
@@ -86,9 +124,9 @@ def test_a_record_describes_the_weights_that_stay(resume, tiny_npz, tmp_path, mo
     assert model["total_seconds"] == pytest.approx(spent)
 
 
-@pytest.mark.parametrize(("lead", "trained"), [(0.004, "defaults"), (0.02, "best")])
+@pytest.mark.parametrize(("lead", "wins"), [(0.004, "defaults"), (0.02, "best")])
 def test_the_final_training_keeps_the_defaults_unless_they_are_clearly_beaten(
-    lead, trained, tiny_npz, tmp_path, monkeypatch
+    lead, wins, tiny_npz, tmp_path, monkeypatch
 ):
     def objective(self, trial, model_type):
         trial.set_user_attr("macro_f1", 0.5 + lead * (trial.number == 1))
@@ -100,22 +138,88 @@ def test_the_final_training_keeps_the_defaults_unless_they_are_clearly_beaten(
     monkeypatch.setattr(
         IntegratedMLPipeline,
         "train_final_model",
-        lambda self, name, parameters, **_: (
-            asked.append(parameters) or {"history": {"val_macro_f1": [0.4]}, "train_seconds": 1.0}
-        ),
+        lambda self, name, parameters, **_: asked.append(parameters) or trained(0.4),
     )
     one = pipeline(tiny_npz, tmp_path)
     found = one.search("lightning_cnn")
     one.train_with_the_best("lightning_cnn", found)
-    assert found["best"]["number"] == 1
-    assert asked == [found["trials"][{"defaults": 0, "best": 1}[trained]]["parameters"]]
+    assert found.best.number == 1
+    assert asked == [found.trials[{"defaults": 0, "best": 1}[wins]].parameters]
 
 
 def test_only_weights_that_can_still_win_are_kept(tiny_npz, tmp_path):
-    made = pipeline(tiny_npz, tmp_path, num_optuna_trials=4)
+    Scripted.scripts = [[0.3, 0.4], [0.5, 0.6], [0.2, 0.1], [0.4, 0.4]]
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=4)
+    assert made.search("scripted").best.number == 1
+    assert [file.name for file in (made.config.checkpoints_dir / "scripted/trials").iterdir()] == ["1.ckpt"]
+
+
+def test_a_trial_is_worth_its_best_epoch_and_leaves_the_weights_of_that_one(tiny_npz, tmp_path):
+    Scripted.scripts = [[0.3, 0.8, 0.4], [0.5, 0.6, 0.7], [0.1, 0.2, 0.1]]
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=2, search_epochs=3, max_epochs=3)
+    record = made.search_and_train("scripted")
+    found = record.search
+    assert [t.values for t in found.trials] == [pytest.approx([0.8]), pytest.approx([0.7])]
+    assert [t.last_macro_f1 for t in found.trials] == [pytest.approx(0.4), pytest.approx(0.7)]
+    best = found.best
+    assert (best.number, best.best_epoch, best.macro_f1) == (0, 2, pytest.approx(0.8))
+    assert record.weights_from == "trial 0"
+    assert made.load_model(record).network.epoch == 2
+
+
+def test_the_final_training_stays_where_its_best_epoch_beats_the_best_trial_though_its_last_does_not(
+    tiny_npz, tmp_path
+):
+    Scripted.scripts = [[0.5, 0.6], [0.2, 0.7, 0.1]]
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=1, max_epochs=3)
+    record = made.search_and_train("scripted")
+    assert record.weights_from == "final training"
+    assert record.best_epoch == 2 and made.load_model(record).network.epoch == 2
+
+
+def test_values_of_several_objectives_stand_in_their_order(tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.setattr("integrated_pipeline.measure_latency", lambda *_, **__: 12.5)
+    Scripted.scripts = [[0.4], [0.6]]
+    made = searching(
+        tiny_npz, tmp_path, objectives=("macro_f1", "latency", "parameters"), num_optuna_trials=2, search_epochs=1
+    )
+    found = made.search("scripted")
+    size = 16 * 9 + 9
+    assert [t.values for t in found.trials] == [pytest.approx([f1, 12.5, size]) for f1 in (0.4, 0.6)]
+    assert found.objectives == ["macro_f1", "latency", "parameters"]
+    assert found.best.number == 1 and found.best.macro_f1 == pytest.approx(0.6)
+    (front,) = found.pareto_front
+    assert front == {"number": 1, "values": found.best.values, "parameters": found.best.parameters}
+    study = made.studies["scripted"]
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
+
+
+def test_two_objectives_give_a_pareto_front_and_no_pruning(tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, objectives=("macro_f1", "parameters"), num_optuna_trials=4)
     found = made.search("lightning_cnn")
-    kept = [file.name for file in (made.config.checkpoints_dir / "lightning_cnn/trials").iterdir()]
-    assert kept == [f"{found['best']['number']}.ckpt"]
+    assert found.pruner is None
+    assert all(t.state == "complete" for t in found.trials)
+    front = [tuple(t["values"]) for t in found.pareto_front]
+    everything = [tuple(t.values) for t in found.trials]
+    for f1, size in front:
+        assert not any(a >= f1 and b <= size and (a, b) != (f1, size) for a, b in everything)
+
+
+def test_the_winners_parameters_and_batch_size_are_trained_and_recorded(tiny_npz, tmp_path, monkeypatch):
+    """The second trial leads clearly; the final training scores higher than both."""
+    Scripted.scripts = [[0.2], [0.6], [0.9]]
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=2, search_epochs=1, max_epochs=1)
+    record = made.search_and_train("scripted")
+    won = record.search.trials[1].parameters
+    assert record.search.best.number == 1 and record.search.best.parameters == won
+    assert {name: record.parameters[name] for name in won} == won
+    hyper = torch.load(tmp_path / "checkpoints/tiny/scripted/best.ckpt", weights_only=True)["hyper_parameters"]
+    assert {name: hyper[name] for name in won if name != "batch_size"} == {
+        name: value for name, value in won.items() if name != "batch_size"
+    }
+
+
+# --- what is stopped early, and what fails
 
 
 class AlwaysPrune(optuna.pruners.BasePruner):
@@ -127,11 +231,50 @@ class AlwaysPrune(optuna.pruners.BasePruner):
 
 def test_pruned_trials_stop_early_and_are_recorded_as_pruned(tiny_npz, tmp_path, monkeypatch):
     made = pipeline(tiny_npz, tmp_path)
-    monkeypatch.setattr(made, "_pruner", AlwaysPrune)
+    monkeypatch.setattr("integrated_pipeline.make_pruner", lambda *_, **__: AlwaysPrune())
     found = made.search("lightning_cnn")
-    assert [t["state"] for t in found["trials"]] == ["complete", "pruned", "pruned"]
-    assert [t["epochs"] for t in found["trials"]] == [2, 1, 1]
-    assert found["best"]["number"] == 0
+    assert [t.state for t in found.trials] == ["complete", "pruned", "pruned"]
+    assert [t.epochs for t in found.trials] == [2, 1, 1]
+    assert found.best.number == 0
+
+
+GOOD, BAD = [0.5, 0.6, 0.7, 0.8], [0.1, 0.1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "epochs"),
+    [
+        ("none", [4, 4, 4, 4]),
+        ("median", [4, 4, 4, 2]),  # not among the first three, nor after the first epoch
+        ("auto", [4, 4, 4, 2]),
+        ("halving", [4, 2, 2, 2]),  # of each three the best goes on after the second epoch
+    ],
+)
+def test_the_chosen_pruner_stops_unpromising_trials(pruner, epochs, tiny_npz, tmp_path):
+    first = [0.9, 0.9, 0.9, 0.9] if pruner == "halving" else GOOD
+    Scripted.scripts = [first, GOOD, GOOD, BAD]
+    made = searching(tiny_npz, tmp_path, pruner=pruner, num_optuna_trials=4, search_epochs=4)
+    found = made.search("scripted")
+    assert [t.epochs for t in found.trials] == epochs
+    assert [t.state for t in found.trials] == ["complete" if n == 4 else "pruned" for n in epochs]
+    assert [t.number for t in found.trials if t.values is None] == [i for i, n in enumerate(epochs) if n < 4]
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind"),
+    [
+        ("random", optuna.samplers.RandomSampler),
+        ("tpe", optuna.samplers.TPESampler),
+        ("auto", optuna.samplers.TPESampler),
+    ],
+)
+def test_the_sampler_that_was_asked_for_proposes_and_is_named(asked, kind, tiny_npz, tmp_path):
+    made = searching(tiny_npz, tmp_path, sampler=asked, num_optuna_trials=1, search_epochs=1)
+    Scripted.scripts = [[0.5]]
+    found = made.search("scripted")
+    assert type(made.studies["scripted"].sampler) is kind and found.sampler == kind.__name__
+    resumed = searching(tiny_npz, tmp_path, sampler=asked, num_optuna_trials=1, search_epochs=1, resume=True)
+    assert resumed.search("scripted").sampler == kind.__name__
 
 
 def test_a_trial_without_memory_or_with_nan_fails_with_its_reason_and_the_study_goes_on(
@@ -153,9 +296,9 @@ def test_a_trial_without_memory_or_with_nan_fails_with_its_reason_and_the_study_
 
     monkeypatch.setattr(made, "create_model", broken)
     found = made.search("lightning_cnn")
-    assert [t["state"] for t in found["trials"]] == ["fail", "fail", "complete"]
-    assert "memory" in found["trials"][0]["reason"]
-    assert "training loss is nan" in found["trials"][1]["reason"]
+    assert [t.state for t in found.trials] == ["fail", "fail", "complete"]
+    assert "memory" in found.trials[0].reason
+    assert "training loss is nan" in found.trials[1].reason
 
 
 class NanLoss(torch.nn.Module):
@@ -179,15 +322,203 @@ def test_a_search_without_one_finished_trial_says_why(tiny_npz, tmp_path, monkey
         made.search("lightning_cnn")
 
 
-def test_two_objectives_give_a_pareto_front_and_no_pruning(tiny_npz, tmp_path):
-    made = pipeline(tiny_npz, tmp_path, objectives=("macro_f1", "parameters"), num_optuna_trials=4)
-    found = made.search("lightning_cnn")
-    assert found["pruner"] is None
-    assert all(t["state"] == "complete" for t in found["trials"])
-    front = [tuple(t["values"]) for t in found["pareto_front"]]
-    everything = [tuple(t["values"]) for t in found["trials"]]
-    for f1, size in front:
-        assert not any(a >= f1 and b <= size and (a, b) != (f1, size) for a, b in everything)
+# --- what reaches a trial
+
+
+@pytest.mark.parametrize("what", ["trial", "final training"])
+def test_parameters_reach_the_model_and_the_batches(what, tiny_npz, tmp_path, monkeypatch):
+    made = searching(tiny_npz, tmp_path, model_type="lightning_cnn")
+    made.prepare_data()
+    asked = {
+        "learning_rate": 0.0123, "batch_size": 64, "dropout": 0.47, "weight_decay": 0.0321, "base_channels": 48,
+        "optimizer": "sgd",
+    }  # fmt: skip
+    study = optuna.create_study()
+    study.enqueue_trial(asked)
+    start = {
+        "trial": lambda: made.optuna_objective(study.ask(), "lightning_cnn"),
+        "final training": lambda: made.train_final_model("lightning_cnn", asked),
+    }
+    seen = before_training(monkeypatch, start[what])
+    model = seen.model
+    assert (model.learning_rate, model.weight_decay, model.optimizer_name) == (0.0123, 0.0321, "sgd")
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.47]
+    assert model.network[0].out_channels == 48
+    assert seen.data.batch_size == 64 and len(next(iter(seen.data.train_dataloader()))[0]) == 64
+    assert made.data_module().batch_size == made.config.batch_size  # the next training has its own again
+
+
+def test_a_trial_is_watched_by_the_pruner_and_keeps_the_best_epoch(tiny_npz, tmp_path, monkeypatch):
+    seen = before_training(monkeypatch, lambda: searching(tiny_npz, tmp_path).search("scripted"))
+    assert seen.callback(PyTorchLightningPruningCallback).monitor == "val_macro_f1"
+    best = seen.callback(ModelCheckpoint)
+    assert (best.monitor, best.mode, best.save_top_k) == ("val_macro_f1", "max", 1)
+    assert not [c for c in seen.trainer.callbacks if isinstance(c, EarlyStopping)]  # trials differ in nothing else
+    several = searching(tiny_npz, tmp_path, objectives=("macro_f1", "parameters"))
+    seen = before_training(monkeypatch, lambda: several.search("scripted"))
+    assert not [c for c in seen.trainer.callbacks if isinstance(c, PyTorchLightningPruningCallback)]
+
+
+def test_the_first_trial_is_the_training_without_a_search(tiny_npz, tmp_path, monkeypatch):
+    alone = before_training(
+        monkeypatch, lambda: pipeline(tiny_npz, tmp_path, model_type="lightning_cnn").train_final_model("lightning_cnn")
+    )
+    first = before_training(
+        monkeypatch, lambda: searching(tiny_npz, tmp_path, model_type="lightning_cnn").search("lightning_cnn")
+    )
+    for name in ("learning_rate", "weight_decay", "optimizer_name", "warmup"):
+        assert getattr(first.model, name) == getattr(alone.model, name), name
+    assert [m.p for m in first.model.modules() if isinstance(m, nn.Dropout)] == [0.1]
+    assert first.data.batch_size == alone.data.batch_size
+    state, expected = first.model.state_dict(), alone.model.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_every_architectures_space_can_be_searched():
+    for model_type, spec in MODEL_REGISTRY.items():
+        trial = optuna.create_study().ask()
+        params = suggest_parameters(trial, model_type, batch_size=128)
+        assert spec.suggest(trial, pretrained=True).items() < params.items()
+        config = ExperimentConfig(use_pretrained=False, enable_mlflow=False)
+        assert IntegratedMLPipeline(config).create_model(model_type, params) is not None
+        assert np.isfinite(params["learning_rate"])
+
+
+@pytest.mark.parametrize(
+    "weights", [StartingWeights("random", reason="its host does not answer"), StartingWeights("published", "ResNet18")]
+)
+def test_a_search_freezes_the_backbone_only_where_pretrained_weights_were_had(weights, tiny_npz, tmp_path, monkeypatch):
+    made, create = pipeline(tiny_npz, tmp_path, model_type="torchvision_resnet"), IntegratedMLPipeline.create_model
+    asked = []
+
+    def create_model(self, *args, **kwargs):
+        model = create(self, *args, **kwargs)
+        model.starting_weights = weights
+        return model
+
+    def train_trial(self, trial, model_type, params, search, run):
+        asked.append(params)
+        return self.create_model(model_type), 0.5
+
+    monkeypatch.setattr(IntegratedMLPipeline, "create_model", create_model)
+    monkeypatch.setattr(IntegratedMLPipeline, "_train_trial", train_trial)
+    made.search("torchvision_resnet")
+    frozen = {params.get("freeze_backbone") for params in asked}
+    assert frozen == {None} if weights.kind == "random" else frozen <= {False, True}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sampler": "luck"}, "Allowed: auto, tpe, random"),
+        ({"pruner": "shears"}, "Allowed: auto, median, halving, hyperband, none"),
+        ({"objectives": ("latency",)}, "Name 'macro_f1' first"),
+        ({"objectives": ("macro_f1", "beauty")}, "Name 'macro_f1' first"),
+        ({"search_share": 1.5}, "search_share=1.5"),
+        ({"favourite_share": 1.0}, "favourite_share=1.0"),
+    ],
+)
+def test_a_wrong_search_setting_is_named(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        ExperimentConfig(**wrong)
+
+
+# --- time
+
+
+def test_a_search_has_the_rest_of_its_seconds_only_and_a_trial_twice_its_even_share(tiny_npz, tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("waferlab.search.budget.time", clock)
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=4)
+    budgets = []
+
+    def a_trial(trainer, model, *, datamodule, **_):
+        budgets.append(next(c for c in trainer.callbacks if isinstance(c, TimeBudget)).seconds)
+        clock.now += 30
+        raise TrainingDivergedError("made up")
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", a_trial)
+    with pytest.raises(SearchFailedError):
+        made.search("scripted", seconds=100)
+    assert budgets == [50, 50, 40, 10]
+
+
+def test_a_resumed_search_has_the_seconds_that_earlier_sittings_left(tiny_npz, tmp_path, monkeypatch):
+    more = {"num_optuna_trials": 2, "search_epochs": 1}
+    Scripted.scripts = [[0.5], [0.5]]
+    start = Scripted.on_train_epoch_start
+
+    def interrupted_in_the_second(self):
+        if not Scripted.scripts:
+            raise KeyboardInterrupt
+        start(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Scripted, "on_train_epoch_start", interrupted_in_the_second)
+        searching(tiny_npz, tmp_path, **more).search("scripted", seconds=30)
+
+    monkeypatch.setattr("waferlab.search.budget.time", Clock())
+    resumed = searching(tiny_npz, tmp_path, resume=True, **more)
+    seen = before_training(monkeypatch, lambda: resumed.search("scripted", seconds=30))
+    first, cut_off = resumed.studies["scripted"].trials[:2]
+    assert cut_off.params == resumed.studies["scripted"].trials[2].params
+    # What was cut off runs again, so its seconds are not counted.
+    assert seen.callback(TimeBudget).seconds == pytest.approx(30 - first.duration.total_seconds(), abs=1e-3)
+
+
+def test_seconds_of_pruned_and_failed_trials_are_counted_and_a_resumed_search_keeps_them(
+    tiny_npz, tmp_path, monkeypatch
+):
+    def objective(self, trial, model_type):
+        time.sleep(0.02)
+        if trial.number == 1:
+            raise optuna.TrialPruned
+        if trial.number == 2:
+            trial.set_user_attr("reason", "made up")
+            raise TrialFailedError("made up")
+        return suggest_only(self, trial, model_type)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IntegratedMLPipeline, "optuna_objective", objective)
+        found = searching(tiny_npz, tmp_path, num_optuna_trials=4).search("scripted")
+    assert [t.state for t in found.trials] == ["complete", "pruned", "fail", "complete"]
+    assert all(t.seconds >= 0.02 for t in found.trials)
+    assert found.seconds == pytest.approx(sum(t.seconds for t in found.trials))
+    assert [t.reason for t in found.trials] == [None, None, "made up", None]
+
+    monkeypatch.setattr(IntegratedMLPipeline, "train_final_model", lambda *_, **__: trained(0.9))
+    resumed = searching(tiny_npz, tmp_path, num_optuna_trials=4, resume=True)
+    record = resumed.search_and_train("scripted")
+    assert record.search.seconds == found.seconds
+
+
+def test_a_time_limit_leaves_the_final_training_its_share(tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, time_limit=10, num_optuna_trials=1000, max_epochs=10_000, search_epochs=3)
+    (model,) = made.run_complete_pipeline()["models"]
+    assert model["search"]["seconds"] < 9
+    assert len(model["search"]["trials"]) < 1000
+    assert model["epochs"] > 3
+
+
+def test_a_search_whose_time_is_up_is_not_gone_on_with_for_an_instant(tiny_npz, tmp_path, monkeypatch):
+    def three_trials(self, trial, model_type):
+        if trial.number == 3:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return suggest_only(self, trial, model_type)
+
+    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", three_trials)
+    first = searching(tiny_npz, tmp_path, num_optuna_trials=9)
+    with pytest.raises(KeyboardInterrupt):
+        first.search("scripted")
+    done = [t.duration.total_seconds() for t in first.studies["scripted"].trials[:3]]
+    monkeypatch.setattr("waferlab.search.budget.time", Clock())
+    resumed = searching(tiny_npz, tmp_path, num_optuna_trials=9, resume=True)
+    found = resumed.search("scripted", seconds=sum(done) + 0.4 * sum(done) / len(done))
+    assert sum(trial.state == "complete" for trial in found.trials) == 3
+
+
+# --- cut off and resumed
 
 
 CHILD = """
@@ -232,10 +563,10 @@ def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path
 
     resumed = pipeline(tiny_npz, tmp_path, search_epochs=10, pruner="none", resume=True)
     found = resumed.search("lightning_cnn")
-    states = [t["state"] for t in found["trials"]]
+    states = [t.state for t in found.trials]
     assert states == ["complete", "fail", "complete", "complete"]
-    assert found["trials"][2]["parameters"] == running[0].params
-    assert found["trials"][2]["again"] == 1
+    assert found.trials[2].parameters == running[0].params
+    assert found.trials[2].again == 1
 
 
 def test_resuming_a_finished_search_runs_no_trial_and_other_settings_are_refused(tiny_npz, tmp_path):
@@ -245,7 +576,53 @@ def test_resuming_a_finished_search_runs_no_trial_and_other_settings_are_refused
     with pytest.raises(ConfigError, match="other settings or data"):
         pipeline(tiny_npz, tmp_path, resume=True, seed=1).search("lightning_cnn")
     anew = pipeline(tiny_npz, tmp_path, seed=1).search("lightning_cnn")
-    assert len(anew["trials"]) == 3
+    assert len(anew.trials) == 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"learning_rate": 0.5}, {"class_balancing": False}, {"balance_by": "loss"}, {"data_augmentation": False},
+        {"time_limit": 50}, {"sampler": "random"}, {"pruner": "halving"}, {"search_epochs": 2}, {"batch_size": 32},
+    ],
+    ids=lambda other: next(iter(other)),
+)  # fmt: skip
+def test_a_search_is_not_resumed_with_another(other, tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", suggest_only)
+    common = {"num_optuna_trials": 1, "search_epochs": 1}
+    searching(tiny_npz, tmp_path, **common).search("scripted")
+    with pytest.raises(ConfigError, match="other settings or data"):
+        searching(tiny_npz, tmp_path, resume=True, **common | other).search("scripted")
+
+
+def test_a_pruned_trial_and_a_failed_one_are_not_run_again(tiny_npz, tmp_path, monkeypatch):
+    def objective(self, trial, model_type):
+        suggest_only(self, trial, model_type)
+        if trial.number == 1:
+            raise optuna.TrialPruned
+        return 0.5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IntegratedMLPipeline, "optuna_objective", objective)
+        first = searching(tiny_npz, tmp_path, num_optuna_trials=3).search("scripted")
+    seen = []
+    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", lambda *_: seen.append(1))
+    assert searching(tiny_npz, tmp_path, num_optuna_trials=3, resume=True).search("scripted") == first
+    assert not seen
+
+
+def test_proposals_follow_the_seed(tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", suggest_only)
+
+    def proposed(run, seed):
+        made = searching(tiny_npz, tmp_path / run, seed=seed, num_optuna_trials=4)
+        return [t.parameters for t in made.search("scripted").trials]
+
+    first, again, other = proposed("a", 3), proposed("b", 3), proposed("c", 4)
+    assert first == again
+    assert first[0] == other[0]  # the defaults
+    assert all(a != b for a, b in zip(first[1:], other[1:], strict=True))
+    assert len({str(p) for p in first}) == 4
 
 
 def proposals(tiny_npz, tmp_path, monkeypatch, *, cut_after=None, resume=False, **more):
@@ -272,7 +649,7 @@ def proposals(tiny_npz, tmp_path, monkeypatch, *, cut_after=None, resume=False, 
 def test_a_resumed_search_proposes_nothing_a_second_time(tiny_npz, tmp_path, monkeypatch):
     proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=7, cut_after=4)
     found = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=7, resume=True)
-    rates = [t["parameters"]["learning_rate"] for t in found["trials"] if t["state"] == "complete"]
+    rates = [t.parameters["learning_rate"] for t in found.trials if t.state == "complete"]
     assert len(rates) == len(set(rates)) == 7
 
 
@@ -286,10 +663,10 @@ def test_the_record_says_who_proposed_each_trial(sampler, last, tiny_npz, tmp_pa
         lambda self, study, trial, space: asked.append(trial.number) or relative(self, study, trial, space),
     )
     found = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=12, sampler=sampler)
-    said = [trial["proposed_by"] for trial in found["trials"]]
+    said = [trial.proposed_by for trial in found.trials]
     assert said == ["the defaults", *["chance"] * 9, last, last]
-    assert {t["number"] for t in found["trials"] if t["proposed_by"] == "TPE"} == set(asked)
-    assert found["proposed_by"]["the defaults"] == 1
+    assert {t.number for t in found.trials if t.proposed_by == "TPE"} == set(asked)
+    assert found.proposed_by["the defaults"] == 1
 
 
 def test_a_last_line_that_a_crash_cut_off_is_mended_and_the_search_goes_on(tiny_npz, tmp_path, monkeypatch):
@@ -298,18 +675,27 @@ def test_a_last_line_that_a_crash_cut_off_is_mended_and_the_search_goes_on(tiny_
     whole = journal.read_bytes()
     journal.write_bytes(whole + whole.splitlines(keepends=True)[-1][:20])
     found = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=5, resume=True)
-    assert [t["state"] for t in found["trials"]] == ["complete"] * 3 + ["fail", "complete", "complete"]
+    assert [t.state for t in found.trials] == ["complete"] * 3 + ["fail", "complete", "complete"]
     again = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=5, resume=True)
-    assert again["trials"] == found["trials"]
+    assert again.trials == found.trials
 
 
-def test_a_damaged_line_of_the_journal_is_named_with_the_remedy(tiny_npz, tmp_path, monkeypatch):
-    proposals(tiny_npz, tmp_path, monkeypatch)
-    journal = tmp_path / "results/tiny/optuna_journal.log"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([*lines[:3], b"\0rubbish\n", *lines[4:]]))
-    with pytest.raises(DamagedFileError, match=r"Line 4 of .*optuna_journal.log is damaged.*Move the file away"):
-        proposals(tiny_npz, tmp_path, monkeypatch, resume=True)
+def test_ctrl_c_while_the_journals_lock_is_given_back_is_still_ctrl_c(tiny_npz, tmp_path, monkeypatch):
+    made, unlink, done = pipeline(tiny_npz, tmp_path, num_optuna_trials=2), os.unlink, []
+
+    def interrupted(path, *args, **kwargs):
+        unlink(path, *args, **kwargs)
+        if made.studies and str(path).endswith(".rename") and not done:
+            done.append(path)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.search("lightning_cnn")
+    assert done
+
+
+# --- shared by several processes
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -321,12 +707,12 @@ def test_the_best_trials_weights_reach_whoever_trains_the_winner(shared, tiny_np
     first = pipeline(tiny_npz, tmp_path / "a", **more).search("lightning_cnn")
     made = pipeline(tiny_npz, tmp_path / "b", **more)
     said = []
-    monkeypatch.setattr(made, "_say", lambda text, **_: said.append(text))
+    monkeypatch.setattr(made, "say", lambda text, **_: said.append(text))
     (model,) = made.run_complete_pipeline()["models"]
-    assert model["search"]["best"]["macro_f1"] == first["best"]["macro_f1"] > 0.2
+    assert model["search"]["best"]["macro_f1"] == first.best.macro_f1 > 0.2
     if shared:
-        assert model["weights_from"] == f"trial {first['best']['number']}"
-        assert model["validation"]["macro_f1"] == pytest.approx(first["best"]["macro_f1"], abs=1e-6)
+        assert model["weights_from"] == f"trial {first.best.number}"
+        assert model["validation"]["macro_f1"] == pytest.approx(first.best.macro_f1, abs=1e-6)
         assert len(list((tmp_path / "study.db_weights").iterdir())) == 1  # those of beaten trials are gone
     else:
         assert model["weights_from"] == "final training"
@@ -386,145 +772,3 @@ def postgres(tmp_path_factory):
 
 def test_two_processes_share_one_study_on_a_database_server(tiny_npz, tmp_path, postgres):
     share_a_study(tiny_npz, tmp_path, postgres)
-
-
-def test_a_time_limit_leaves_the_final_training_its_share(tiny_npz, tmp_path):
-    made = pipeline(tiny_npz, tmp_path, time_limit=10, num_optuna_trials=1000, max_epochs=10_000, search_epochs=3)
-    (model,) = made.run_complete_pipeline()["models"]
-    assert model["search"]["seconds"] < 9
-    assert len(model["search"]["trials"]) < 1000
-    assert model["epochs"] > 3
-
-
-def test_a_search_whose_time_is_up_is_not_gone_on_with_for_an_instant(tiny_npz, tmp_path, monkeypatch):
-    train = IntegratedMLPipeline.optuna_objective
-
-    def three_trials(self, trial, model_type):
-        if trial.number == 3:
-            raise KeyboardInterrupt
-        return train(self, trial, model_type)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(IntegratedMLPipeline, "optuna_objective", three_trials)
-        pipeline(tiny_npz, tmp_path, num_optuna_trials=9).search("lightning_cnn")
-    resumed = pipeline(tiny_npz, tmp_path, num_optuna_trials=9, resume=True)
-    resumed.prepare_data()
-    done = [t.duration.total_seconds() for t in resumed._open_study("lightning_cnn").trials if t.duration]
-    found = resumed.search("lightning_cnn", seconds=sum(done) + 0.4 * sum(done) / len(done))
-    assert sum(trial["state"] == "complete" for trial in found["trials"]) == 3
-
-
-def test_what_did_best_in_its_search_gets_the_longest_final_training(tiny_npz, tmp_path, monkeypatch):
-    models = ["torchvision_resnet", "lightning_cnn", "yolo_inspired"]
-    made = pipeline(
-        tiny_npz, tmp_path, model_type=models, favourite_share=0.7, time_limit=100, search_epochs=1, num_optuna_trials=1
-    )
-    scores = {"torchvision_resnet": 0.1, "lightning_cnn": 0.3, "yolo_inspired": 0.2}
-    monkeypatch.setattr(made, "optuna_objective", lambda trial, name: fake_trial(trial, scores[name]))
-
-    given: dict[str, float] = {}
-
-    def no_training(name, params, *, seconds):
-        given[name] = seconds
-        return {"history": {"val_macro_f1": [1.0]}, "train_seconds": 1.0}
-
-    monkeypatch.setattr(made, "train_final_model", no_training)
-    made.prepare_data()
-    made._train_all()
-    spent = sum(study_seconds(study) for study in made._studies.values())
-    assert sum(given.values()) == pytest.approx(100 - spent, abs=0.1)
-    assert given["lightning_cnn"] == pytest.approx(0.7 * (100 - spent), abs=0.1)
-    assert given["torchvision_resnet"] == given["yolo_inspired"]
-
-
-def fake_trial(trial, score):
-    trial.suggest_float("learning_rate", 1e-3, 1e-2)
-    trial.set_user_attr("macro_f1", score)
-    return score
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"sampler": "luck"}, "Allowed: auto, tpe, random"),
-        ({"pruner": "shears"}, "Allowed: auto, median, halving, hyperband, none"),
-        ({"objectives": ("latency",)}, "Name 'macro_f1' first"),
-        ({"objectives": ("macro_f1", "beauty")}, "Name 'macro_f1' first"),
-        ({"search_share": 1.5}, "search_share=1.5"),
-        ({"favourite_share": 1.0}, "favourite_share=1.0"),
-    ],
-)
-def test_a_wrong_search_setting_is_named(wrong, message):
-    with pytest.raises(ConfigError, match=message):
-        ExperimentConfig(**wrong)
-
-
-def test_every_architectures_space_can_be_searched():
-    for model_type, spec in MODEL_REGISTRY.items():
-        trial = optuna.create_study().ask()
-        params = suggest_parameters(trial, model_type, batch_size=128)
-        assert set(spec.search_space) < set(params)
-        config = ExperimentConfig(use_pretrained=False, enable_mlflow=False)
-        assert IntegratedMLPipeline(config).create_model(model_type, params) is not None
-        assert np.isfinite(params["learning_rate"])
-
-
-@pytest.mark.parametrize("weights", ["random (its host does not answer)", "torchvision ResNet18_Weights"])
-def test_a_search_freezes_the_backbone_only_where_pretrained_weights_were_had(weights, tiny_npz, tmp_path, monkeypatch):
-    made, create = pipeline(tiny_npz, tmp_path, model_type="torchvision_resnet"), IntegratedMLPipeline.create_model
-    asked = []
-
-    def create_model(self, *args, **kwargs):
-        model = create(self, *args, **kwargs)
-        model.weights_source = weights
-        return model
-
-    def train_trial(self, trial, model_type, params, run):
-        asked.append(params)
-        return self.create_model(model_type), 0.5
-
-    monkeypatch.setattr(IntegratedMLPipeline, "create_model", create_model)
-    monkeypatch.setattr(IntegratedMLPipeline, "_train_trial", train_trial)
-    made.search("torchvision_resnet")
-    frozen = {params.get("freeze_backbone") for params in asked}
-    assert frozen == {None} if weights.startswith("random") else frozen <= {False, True}
-
-
-def test_ctrl_c_while_the_journals_lock_is_given_back_is_still_ctrl_c(tiny_npz, tmp_path, monkeypatch):
-    made, unlink, done = pipeline(tiny_npz, tmp_path, num_optuna_trials=2), os.unlink, []
-
-    def interrupted(path, *args, **kwargs):
-        unlink(path, *args, **kwargs)
-        if made._studies and str(path).endswith(".rename") and not done:
-            done.append(path)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "unlink", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        made.search("lightning_cnn")
-    assert done
-
-
-@pytest.mark.parametrize(("last", "stopped"), [(0.45, False), (0.35, True)])
-def test_halving_lets_the_best_third_go_on(last, stopped, tiny_npz, tmp_path):
-    study = optuna.create_study(direction="maximize", pruner=pipeline(tiny_npz, tmp_path, pruner="halving")._pruner())
-    for value in (0.5, 0.4, 0.3, 0.2, 0.1, last):
-        trial = study.ask()
-        trial.report(value, step=1)
-        is_stopped = trial.should_prune()
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    assert is_stopped is stopped  # second of six is among the best third, third of six is not
-
-
-@pytest.mark.parametrize(("deadline", "left"), [(None, 20), (5.2, 5), (-3, 0)])
-def test_the_line_of_a_trial_says_how_long_the_search_will_take(deadline, left, monkeypatch):
-    study, start = optuna.create_study(direction="maximize"), datetime.datetime(2026, 1, 1)
-    for seconds in (8, 12):  # ten on average, and two of four are left
-        study.add_trial(optuna.trial.create_trial(value=0.5))
-        trial = study.trials[-1]
-        trial.datetime_start, trial.datetime_complete = start, start + datetime.timedelta(seconds=seconds)
-        study._storage._studies[study._study_id].trials[-1] = trial
-    monkeypatch.setattr("waferlab.search.trials.time.monotonic", lambda: 1000.0)
-    limit = None if deadline is None else 1000.0 + deadline
-    line = trial_line(study, study.trials[-1], wanted=4, deadline=limit)
-    assert line.startswith("  trial 2/4  complete  0.500  best 0.500") and line.endswith(f"about {left} s left")

@@ -1,0 +1,224 @@
+"""Promises about experiments: paired by seed, resumed without repeating finished work, told as they came out."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_results import result
+from rich.console import Console
+
+from integrated_pipeline import train_and_score
+from waferlab.config import ExperimentConfig
+from waferlab.errors import ConfigError, RunError, TrainingDivergedError
+from waferlab.evaluation.statistics import DIFFERENCE_METHOD, INTERVAL_METHOD
+from waferlab.experiments.ablation import COMPONENTS, ablate, ablation_variants
+from waferlab.experiments.comparison import compare_architectures
+from waferlab.experiments.series import TrainingSeries, Variant
+from waferlab.records import StartingWeights
+from waferlab.reports.tables import ablation_markdown, comparison_markdown
+from waferlab.terminal import Terminal
+from waferlab.tracking.runs import NoRuns
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ["lightning_cnn", "vision_transformer"]
+MEANS = {"runs": NoRuns(), "terminal": Terminal(Console(quiet=True), quiet=True)}
+
+
+def configured(data, folder, **settings):
+    common = {
+        "experiment_name": "series", "data": data, "image_size": 16, "max_epochs": 1, "use_pretrained": False,
+        "enable_optuna": False, "enable_mlflow": False, "output_dir": folder, "quiet": True,
+    }  # fmt: skip
+    return ExperimentConfig(**common | settings)
+
+
+def made_up(config, maps, split):
+    """A training that is as good as its architecture, its seed and the number of its components say."""
+    on = sum(getattr(config, option) for option in COMPONENTS.values())
+    score = 0.5 + 0.1 * (config.model_type == "lightning_cnn") + 0.02 * config.seed + 0.05 * on
+    return result(score, config=config, maps=maps, split=split)
+
+
+def diverging(config, maps, split):
+    """Trainings with seed 1 diverge."""
+    if config.seed == 1:
+        raise TrainingDivergedError("the training loss is nan after epoch 1.")
+    return made_up(config, maps, split)
+
+
+def test_it_is_said_which_intervals_are_corrected(tiny_npz, tmp_path):
+    settings = {"train": made_up, "seeds": (0, 1, 2), **MEANS}
+    comparison = compare_architectures(configured(tiny_npz, tmp_path / "a", model_type=MODELS), **settings)
+    ablation = ablate(configured(tiny_npz, tmp_path / "b", model_type="lightning_cnn"), **settings)
+    assert comparison["interval_method"] == ablation["interval_method"] == INTERVAL_METHOD
+    assert comparison["difference_method"] == ablation["difference_method"] == DIFFERENCE_METHOD
+    pages = [(tmp_path / name / "results/series/report.html").read_text() for name in "ab"]
+    for text in (comparison_markdown(comparison), *pages):
+        assert "95% t interval of one mean" in text
+        assert "p values and intervals corrected for the number of comparisons (Holm 1979)" in text
+    variants = ablation_markdown(ablation)
+    assert "the intervals in the verdicts are corrected likewise, those of the means are not" in variants
+
+
+def test_a_comparison_is_paired_by_seed_and_resumed_without_repeating(tiny_npz, tmp_path):
+    def compared(**more):
+        config = configured(tiny_npz, tmp_path, model_type=MODELS, **more)
+        return compare_architectures(config, seeds=(0, 1), train=train_and_score, **MEANS)
+
+    record = compared()
+    assert [(r["variant"], r["seed"]) for r in record["runs"]] == [(m, s) for s in (0, 1) for m in MODELS]
+    splits = {seed: {r["split"] for r in record["runs"] if r["seed"] == seed} for seed in (0, 1)}
+    assert all(len(of_seed) == 1 for of_seed in splits.values()) and splits[0] != splits[1]
+    score = {(r["variant"], r["seed"]): r["macro_f1"] for r in record["runs"]}
+    by_hand = np.mean([score[MODELS[0], s] - score[MODELS[1], s] for s in (0, 1)])
+    assert record["differences"][0]["difference"] == pytest.approx(by_hand)
+
+    written = {file.name for file in (tmp_path / "results/series").iterdir()}
+    pictures = {"critical_difference.png", "seed_comparison.png", "trade_offs.png"}
+    assert {"comparison.json", "report.html", *pictures} <= written
+
+    runs = tmp_path / "results/series/runs"
+    (runs / "lightning_cnn_seed1/record.json").unlink()
+    kept = (runs / "vision_transformer_seed1/record.json").stat().st_mtime_ns
+    again = compared(resume=True)
+    assert (runs / "vision_transformer_seed1/record.json").stat().st_mtime_ns == kept
+    assert (runs / "lightning_cnn_seed1/record.json").exists()
+    assert [r["macro_f1"] for r in again["runs"]] == [r["macro_f1"] for r in record["runs"]]
+    assert not list(runs.glob("*/checkpoints"))  # weights of dozens of trainings would fill the disk
+
+
+def test_a_resumed_series_trains_what_was_made_with_other_settings_anew(tiny_npz, tmp_path):
+    asked = []
+
+    def train(config, maps, split):
+        asked.append((config.model_type, config.seed))
+        return made_up(config, maps, split)
+
+    for settings, seeds in (({}, (0, 1)), ({"resume": True}, (0, 1, 2)), ({"resume": True, "max_epochs": 2}, (0,))):
+        config = configured(tiny_npz, tmp_path, model_type="lightning_cnn", **settings)
+        compare_architectures(config, seeds=seeds, train=train, **MEANS)
+    assert asked == [("lightning_cnn", seed) for seed in (0, 1, 2, 0)]
+
+
+def test_an_ablation_switches_what_it_says(tiny_npz, tmp_path):
+    seen = {}
+
+    def train(config, maps, split):
+        on = tuple(name for name, option in COMPONENTS.items() if getattr(config, option))
+        seen[Path(config.output_dir).name] = (on, config.time_limit)
+        return made_up(config, maps, split)
+
+    config = configured(tiny_npz, tmp_path, model_type="lightning_cnn", time_limit=13)
+    record = ablate(config, seeds=(0,), train=train, **MEANS)
+    expected = {f"{name.replace(' ', '_')}_seed0": on for name, on in ablation_variants().items()}
+    assert {name: on for name, (on, _) in seen.items()} == expected
+    assert {limit for _, limit in seen.values()} == {0.8 * 13 / 10}  # the same for each, searches included
+    means = {v["name"]: v["mean"] for v in record["variants"]}
+    assert means["everything"] - means["baseline"] == pytest.approx(4 * 0.05)
+    effects = {(e["component"], e["context"]): e for e in record["effects"]}
+    for one in COMPONENTS:
+        alone, left_out = effects[one, "alone"], effects[one, "left out"]
+        assert alone["difference"] == pytest.approx(means[f"baseline + {one}"] - means["baseline"])
+        assert left_out["difference"] == pytest.approx(means["everything"] - means[f"everything but {one}"])
+        assert alone["verdict"] == "no effect shown"  # one seed shows nothing
+    assert "no pre-trained weights" in record["verdict"]
+
+
+def test_the_training_of_an_experiment_searches_trains_and_scores_on_the_maps_it_is_handed(tiny_npz, tmp_path):
+    from waferlab.data.reading import load_wafer_maps
+    from waferlab.data.splitting import split_by_lot
+
+    maps = load_wafer_maps(tiny_npz)
+    split = split_by_lot(maps, seed=3)
+    settings = {"enable_optuna": True, "num_optuna_trials": 1, "search_epochs": 1, "batch_size": 16}
+    config = configured("not-read.npz", tmp_path, model_type="lightning_cnn", **settings)
+    found = train_and_score(config, maps, split)
+    assert len(found.search.trials) == 1 and found.epochs == 1
+    assert found.test["n_samples"] == len(split.test) and found.validation["n_samples"] == len(split.validation)
+
+
+def test_a_training_that_diverges_is_named_and_the_others_are_compared(tiny_npz, tmp_path):
+    config = configured(tiny_npz, tmp_path, model_type=MODELS)
+    record = compare_architectures(config, seeds=(0, 1), train=diverging, **MEANS)
+    assert [(r["variant"], r["seed"]) for r in record["runs"]] == [(m, 0) for m in MODELS]
+    assert [(r["variant"], r["seed"]) for r in record["failed_runs"]] == [(m, 1) for m in MODELS]
+    assert [m["n"] for m in record["models"]] == [1, 1]
+    assert "lightning_cnn, seed 1, failed (TrainingDivergedError: the training loss is nan" in record["verdict"]
+
+
+def test_an_ablation_without_all_of_its_trainings_says_which_failed(tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.setattr("waferlab.experiments.ablation.ablation_variants", lambda: {"baseline": (), "everything": ()})
+    config = configured(tiny_npz, tmp_path, model_type="lightning_cnn")
+    with pytest.raises(RunError, match=r"needs all of its trainings\. baseline, seed 1, failed .* --resume"):
+        ablate(config, seeds=(1, 2), train=diverging, **MEANS)
+    with pytest.raises(RunError, match="None of 2 trainings came to its end"):
+        ablate(config, seeds=(1,), train=diverging, **MEANS)
+
+
+def test_an_error_that_is_not_one_trainings_own_ends_the_series(tiny_npz, tmp_path):
+    def broken(config, maps, split):
+        raise RuntimeError("a mistake in the code")
+
+    with pytest.raises(RuntimeError, match="a mistake in the code"):
+        config = configured(tiny_npz, tmp_path, model_type="lightning_cnn")
+        compare_architectures(config, seeds=(0, 1), train=broken, **MEANS)
+
+
+def test_the_seconds_of_an_experiments_training_hold_its_search(tiny_npz, tmp_path):
+    def train(config, maps, split):
+        return result(0.5, config=config, maps=maps, split=split, train_seconds=20.0, total_seconds=320.0)
+
+    config = configured(tiny_npz, tmp_path)
+    series = TrainingSeries(config, [Variant("one", "lightning_cnn")], [0], train=train, **MEANS)
+    with series.open():
+        (record,) = series.train_all()
+    assert record["train_seconds"] == 320.0
+
+
+def test_the_record_of_a_training_names_what_it_started_from_for_people_and_for_programs(tiny_npz, tmp_path):
+    weights = StartingWeights("generated", "generated wafer maps (a.safetensors)")
+
+    def train(config, maps, split):
+        return result(0.5, config=config, maps=maps, split=split, weights=weights)
+
+    config = configured(tiny_npz, tmp_path, model_type="lightning_cnn")
+    (run,) = compare_architectures(config, seeds=(0,), train=train, **MEANS)["runs"]
+    assert (run["weights"], run["starting_weights"]) == (weights.name, asdict(weights))
+
+
+def test_an_ablation_takes_one_model(tiny_npz, tmp_path):
+    with pytest.raises(ConfigError, match="takes one model"):
+        ablate(configured(tiny_npz, tmp_path), seeds=(0,), train=made_up, **MEANS)
+
+
+def test_a_time_limit_that_is_too_short_is_named_before_anything_runs(tiny_npz, tmp_path):
+    with pytest.raises(ConfigError, match=r"leaves 0\.08 s for each of 10 trainings"):
+        config = configured(tiny_npz, tmp_path, model_type="lightning_cnn", time_limit=1)
+        ablate(config, seeds=(0,), train=pytest.fail, **MEANS)
+
+
+def test_ctrl_c_keeps_finished_trainings_and_resume_goes_on(tiny_npz, tmp_path):
+    command = [
+        sys.executable, ROOT / "run_experiment.py", "--mode", "comparison", "--models", "lightning_cnn", "--data",
+        tiny_npz, "--epochs", "3", "--seeds", "0", "1", "2", "--output-dir", tmp_path, "--no-mlflow",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "1/3" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    finished = json.loads((tmp_path / "results/comparison/runs/lightning_cnn_seed0/record.json").read_text())
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "seed 0: macro F1" in done.stdout and "finished before" in done.stdout
+    record = json.loads((tmp_path / "results/comparison/comparison.json").read_text())
+    assert record["runs"][0]["train_seconds"] == finished["train_seconds"]
+    assert len(record["runs"]) == 3
