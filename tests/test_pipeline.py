@@ -228,7 +228,9 @@ def test_one_diverging_model_of_two_is_a_row_with_its_reason(resume, tiny_npz, t
     for page in ("report.html", "MODEL_CARD.md"):
         assert (tmp_path / "results/tiny" / page).exists()
     assert "torchvision_resnet could not be trained: the training loss is nan" in summary["verdict"]
-    assert "torchvision_resnet could not be trained" in (tmp_path / "results/tiny/report.html").read_text().replace("<wbr>", "")
+    assert "torchvision_resnet could not be trained" in (tmp_path / "results/tiny/report.html").read_text().replace(
+        "<wbr>", ""
+    )
 
 
 def test_all_models_diverging_is_one_error_that_names_each(tiny_npz, tmp_path, monkeypatch):
