@@ -108,7 +108,8 @@ def test_flags_of_run_experiment_set_the_field_that_they_name(configured):
         (("--mode", "pretrain", "--mlflow-server"), "--mode pretrain has no use for --mlflow-server"),
     ],
 )  # fmt: skip
-def test_a_flag_that_a_mode_has_no_use_for_is_refused(arguments, message, capsys):
+def test_a_flag_that_a_mode_has_no_use_for_is_refused(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "run", lambda work, **_: pytest.fail("was about to run"))
     with pytest.raises(SystemExit) as stop:
         call("run_experiment", *arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
