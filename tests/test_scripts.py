@@ -49,7 +49,6 @@ def configured(monkeypatch, tmp_path):
         return seen.value.args[0]
 
     monkeypatch.setattr(integrated_pipeline, "IntegratedMLPipeline", build)
-    monkeypatch.setattr("waferlab.tracking.runs.start_early", lambda folder: None)
     return configuration
 
 
@@ -109,7 +108,7 @@ def test_flags_of_run_experiment_set_the_field_that_they_name(configured):
     ],
 )  # fmt: skip
 def test_a_flag_that_a_mode_has_no_use_for_is_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "run", lambda work, **_: pytest.fail("was about to run"))
+    monkeypatch.setattr("waferlab.command_line.run", lambda work, **_: pytest.fail("was about to run"))
     with pytest.raises(SystemExit) as stop:
         call("run_experiment", *arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -132,9 +131,9 @@ def test_pretrain_makes_weights_of_each_family_where_runs_look_for_them(tmp_path
     assert call("run_experiment", "--mode", "pretrain", "--models", "all", *flags) == 0
     names = ExperimentConfig(model_type="all").model_types()
     assert [name for name, _ in made] == names and capsys.readouterr().out.split() == names
-    (how,) = {frozenset((key, value) for key, value in how.items() if key != "say") for _, how in made}
     folder = ExperimentConfig(output_dir=tmp_path).generated_weights_dir
-    assert dict(how) == {"folder": folder, "maps": 9, "image_size": 16, "seed": 3, "resume": True}
+    asked = {"folder": folder, "maps": 9, "image_size": 16, "seed": 3, "resume": True}
+    assert all(how.items() >= asked.items() for _, how in made)
     made.clear()
     assert call("run_experiment", "--mode", "pretrain") == 0
     ((name, how),) = made
