@@ -68,6 +68,7 @@ from waferlab.search.study import (
     open_study,
     proposed_by,
     run_again,
+    study_plots,
     study_storage,
 )
 from waferlab.search.trials import TrialWeights, better_of, search_record, trial_line, worth_training
@@ -262,9 +263,10 @@ class IntegratedMLPipeline:
         )  # fmt: skip
         self._write(summary, registered=None, not_registered_because="the registration did not come to its end")
         with self.terminal.timed("pictures"), self._or_a_line("pictures could not be drawn"):
-            draw_run(
-                self.config, results, predictions, best=best, maps=self.maps, split=self.split, studies=self.studies
-            )
+            plots = {
+                name: study_plots(study, objectives=self.config.objectives) for name, study in self.studies.items()
+            }
+            draw_run(self.config, results, predictions, best=best, maps=self.maps, split=self.split, searches=plots)
         with self.terminal.timed("registration"), self._or_a_line("the model could not be registered"):
             summary |= self.register_best(results[best], predictions[best]).in_summary()
         with self._or_a_line("the report could not be written"):

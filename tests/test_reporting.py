@@ -30,8 +30,9 @@ from waferlab.reports.experiment_figures import (
 )
 from waferlab.reports.model_card import write_model_card
 from waferlab.reports.pages import to_html, write_report
-from waferlab.reports.run_figures import plot_confusion_matrix, plot_study
+from waferlab.reports.run_figures import plot_confusion_matrix, save_study_plots
 from waferlab.reports.tables import ablation_markdown, comparison_markdown, markdown
+from waferlab.search.study import study_plots
 
 NAMES = (
     "lightning_cnn",
@@ -326,7 +327,7 @@ def made_up_study(*, n_parameters: int) -> optuna.Study:
 
 @pytest.mark.parametrize("n_parameters", [1, 3])
 def test_a_search_over_any_number_of_parameters_is_drawn(tmp_path, n_parameters):
-    pictures = plot_study(made_up_study(n_parameters=n_parameters), folder=tmp_path, name="m")
+    pictures = save_study_plots(study_plots(made_up_study(n_parameters=n_parameters)), folder=tmp_path, name="m")
     assert [path.name for path in pictures] == [f"optuna_m_{what}.png" for what in ("history", "slices", "importances")]
     for path in pictures:
         assert_is_a_picture(path)
@@ -341,7 +342,7 @@ def test_pictures_leave_matplotlib_as_they_found_it(tmp_path):
     plot_confusion_matrix(make_predictions(), path=tmp_path / "c.png")
     with pytest.raises(ValueError, match="no model"):
         plot_seed_comparison(make_comparison(0), path=tmp_path / "s.png")
-    plot_study(made_up_study(n_parameters=2), folder=tmp_path, name="m")
+    save_study_plots(study_plots(made_up_study(n_parameters=2)), folder=tmp_path, name="m")
     assert dict(rcParams) == before and pyplot.get_fignums() == figures
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,36 +313,17 @@ def _draw_series(axes: Axes, model: str, history: Mapping[str, Any], key: str, *
         axes.plot(epochs[best], values[best], "*", color=colour, markersize=13, markeredgecolor="white", zorder=4)
 
 
-def plot_study(
-    study: Any, *, folder: str | os.PathLike[str], name: str, objectives: Sequence[str] = ("macro_f1",)
-) -> list[Path]:
-    """Draws an Optuna study with Optuna's own plots, as `optuna_<name>_<what>.png`.
+def save_study_plots(plots: Mapping[str, Callable[[], Any]], *, folder: Path, name: str) -> list[Path]:
+    """Draws a search with Optuna's own plots, as `optuna_<name>_<what>.png`.
 
     Args:
-        study: an `optuna.Study`.
+        plots: by what they show; see `search.study.study_plots`.
         folder: where the PNGs go.
         name: of the model, for titles and file names.
-        objectives: what the study's values are; with several, the Pareto front is drawn.
-
-    Returns:
-        The pictures that the study has enough trials for: history, slices, importances, Pareto front.
     """
-    from optuna.trial import TrialState
-    from optuna.visualization import matplotlib as optuna_plots
-
-    done = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
-    first = {"target": lambda trial: trial.values[0], "target_name": objectives[0]} if len(objectives) > 1 else {}
-    pictures = {}
-    if done:
-        pictures["history"] = lambda: optuna_plots.plot_optimization_history(study, **first)
-        pictures["slices"] = lambda: optuna_plots.plot_slice(study, **first)
-    if len({trial.values[0] for trial in done}) >= 4:  # fewer tell nothing of what mattered
-        pictures["importances"] = lambda: optuna_plots.plot_param_importances(study, **first)
-    if len(objectives) == 2 and done:
-        pictures["pareto_front"] = lambda: optuna_plots.plot_pareto_front(study, target_names=list(objectives))
     return [
-        _save_optuna(draw, Path(folder) / f"optuna_{name}_{what}.png", title=f"{name}: {what.replace('_', ' ')}")
-        for what, draw in pictures.items()
+        _save_optuna(draw, folder / f"optuna_{name}_{what}.png", title=f"{name}: {what.replace('_', ' ')}")
+        for what, draw in plots.items()
     ]
 
 
