@@ -62,8 +62,9 @@ def tracked(tiny_arrays, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")
     np.savez(folder / "tiny.npz", **tiny_arrays)
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(folder / "tiny.npz", folder)))
-    pipeline._pruner = PruneTheSecond
-    summary = pipeline.run_complete_pipeline()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("integrated_pipeline.make_pruner", lambda *_, **__: PruneTheSecond())
+        summary = pipeline.run_complete_pipeline()
     runs, client = runs_of(folder)
     return folder, summary, runs, client
 
@@ -184,10 +185,10 @@ def fill_the_disk(connection, *_):
     connection.execute("PRAGMA max_page_count = 1")  # the database cannot grow any more
 
 def fill_the_disk_and_train(*args, **kwargs):
-    pipeline.tracking.client()
+    pipeline.runs.client()
     sqlalchemy.event.listen(sqlalchemy.pool.Pool, "checkout", fill_the_disk)
     for number in range(200):  # more than has room in the space that is free in it
-        pipeline.tracking.note(pipeline._parent_run, str(number) * 2000)
+        pipeline.runs.note(pipeline.model_runs["lightning_cnn"], str(number) * 2000)
     return train(*args, **kwargs)
 
 line.OUTAGE = 1.0
@@ -237,9 +238,11 @@ def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(ti
     assert server.set()["failures"] == 0
     assert summary["registered"]["alias"] == "champion", summary
     runs = server.runs("blip")
-    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(("blip", "lightning_cnn"), "FINISHED")
-    assert len(server.client.get_metric_history(runs["lightning_cnn"].info.run_id, "val_macro_f1")) == 1
-    assert "warning" not in capsys.readouterr().err
+    names = ("blip", "lightning_cnn_optimized")
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(names, "FINISHED")
+    assert len(server.client.get_metric_history(runs[names[1]].info.run_id, "val_macro_f1")) == 1
+    printed = capsys.readouterr()
+    assert "warning" not in printed.err and "View run" not in printed.out
 
 
 def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_says_what_is_missing(

@@ -100,8 +100,10 @@ def tracked(tiny_arrays, tmp_path_factory):
         precision="32-true", quiet=True, tracker="wandb",
     )  # fmt: skip
     pipeline = IntegratedMLPipeline(config)
-    pipeline._pruner = PruneTheSecond
-    return folder, pipeline.run_complete_pipeline(), runs_of(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("integrated_pipeline.make_pruner", lambda *_, **__: PruneTheSecond())
+        summary = pipeline.run_complete_pipeline()
+    return folder, summary, runs_of(folder)
 
 
 def test_groups_and_job_types_show_the_tree(tracked):
