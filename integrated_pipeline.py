@@ -44,7 +44,7 @@ from waferlab.errors import (
 from waferlab.evaluation.inference import decision_of, measure_latency, score_model
 from waferlab.evaluation.predictions import Predictions
 from waferlab.models.classifier import WaferClassifier
-from waferlab.models.registry import ALSO_KNOWN_AS, MODEL_REGISTRY, ModelSpec, find_model, register_model
+from waferlab.models.registry import MODEL_REGISTRY, ModelSpec, find_model, our_names, register_model
 from waferlab.models.starting_weights import start_from
 from waferlab.models.torchvision_models import TorchvisionLightningModel
 from waferlab.models.yolo import YOLOLightningAdapter
@@ -53,6 +53,7 @@ from waferlab.records import (
     SearchRecord,
     TrainedModel,
     TrainingRecord,
+    code_tags,
     environment,
     summarise,
     write_summary,
@@ -60,18 +61,26 @@ from waferlab.records import (
 from waferlab.reports.run_report import draw_run, pictures_of_model, write_pages
 from waferlab.reports.tables import comparison_rows
 from waferlab.search.budget import SearchBudget, seconds_by_merit
-from waferlab.search.study import make_pruner, make_sampler, open_study, proposed_by, run_again, study_storage
+from waferlab.search.study import (
+    interrupts_kept,
+    make_pruner,
+    make_sampler,
+    open_study,
+    proposed_by,
+    run_again,
+    study_storage,
+)
 from waferlab.search.trials import TrialWeights, better_of, search_record, trial_line, worth_training
 from waferlab.terminal import Terminal, comparison_markdown, quiet_libraries
 from waferlab.tracking.processes import this_process
 from waferlab.tracking.runs import NoRuns, Run, RunTree
+from waferlab.tracking.wandb_runs import WandbTree
 from waferlab.training.callbacks import EpochLines, History, KeepInterrupt, SeedEachEpoch, TimeBudget
 from waferlab.training.checkpoints import (
     CheckpointFiles,
     TrainingFolder,
-    check_writable,
     checkpoint_digest,
-    hold_folder,
+    hold_folders,
     record_training,
 )
 from waferlab.training.precision import native_precision
@@ -232,8 +241,7 @@ class IntegratedMLPipeline:
             KeyboardInterrupt: interrupted; finished epochs and models are kept for `resume=True`.
         """
         config = self.config
-        check_writable(config.results_dir, config.checkpoints_dir)
-        with hold_folder(config.results_dir), hold_folder(config.checkpoints_dir):
+        with hold_folders(config.results_dir, config.checkpoints_dir):
             self.terminal.print_configuration(config)
             self.failed, self.problems = {}, []
             self.terminal.seconds.clear()
@@ -320,15 +328,8 @@ class IntegratedMLPipeline:
 
     def prepare_data(self, maps: WaferMaps | None = None, split: Split | None = None) -> None:
         """Loads and splits the maps, or takes those that it is given; models and trainings need them."""
-        config = self.config
-        self.maps = maps or load_wafer_maps(
-            config.data,
-            samples_per_class=config.samples_per_class,
-            max_samples_per_class=config.max_samples_per_class,
-            image_levels=config.image_levels,
-            seed=config.seed,
-        )
-        self.split = split or split_by_lot(self.maps, seed=config.seed)
+        self.maps = maps or load_wafer_maps(**self.config.data_options(), seed=self.config.seed)
+        self.split = split or split_by_lot(self.maps, seed=self.config.seed)
         self._data = None
         self.terminal.print_data(self.maps, self.split)
 
@@ -377,8 +378,7 @@ class IntegratedMLPipeline:
         Raises:
             ConfigError: an unknown name or parameter.
         """
-        config, spec = self.config, find_model(model_type)
-        chosen = {ALSO_KNOWN_AS.get(name, name): value for name, value in (trial_params or {}).items()}
+        config, spec, chosen = self.config, find_model(model_type), our_names(trial_params)
         parameters = spec.parameters() | {"batch_size": config.batch_size}
         if unknown := sorted(set(chosen) - set(parameters)):
             raise ConfigError(
@@ -431,7 +431,7 @@ class IntegratedMLPipeline:
         """What all trainings have in common: Lightning's Trainer as the configuration wants it."""
         config, interrupt = self.config, KeepInterrupt()
         logger = False if run is None else self.runs.logger(run)
-        callbacks = [interrupt, SeedEachEpoch(), *callbacks, *([LearningRateMonitor()] if logger else [])]
+        callbacks = [interrupt, SeedEachEpoch(), *callbacks, *([LearningRateMonitor("epoch")] if logger else [])]
         with quiet_libraries(), interrupt.heeded():
             trainer = pl.Trainer(
                 max_epochs=max_epochs, accelerator=config.accelerator,
@@ -459,7 +459,7 @@ class IntegratedMLPipeline:
             params: parameters that replace the defaults, such as the best of a search.
             seconds: time limit; None takes the model's share of the configuration's, if it has one.
         """
-        config, params = self.config, params or {}
+        config, params = self.config, our_names(params)
         folder = TrainingFolder(config.checkpoints_dir / model_type, self._fingerprint(), params)
         finished = folder.finished() if config.resume else None
         if finished is not None:
@@ -562,7 +562,7 @@ class IntegratedMLPipeline:
             if budget.used_up():
                 study.stop()
 
-        try:
+        with interrupts_kept():
             if not budget.used_up():
                 study.optimize(
                     lambda trial: self.optuna_objective(trial, model_type),
@@ -570,12 +570,7 @@ class IntegratedMLPipeline:
                     catch=(TrialFailedError,),
                     gc_after_trial=True,
                 )
-        except OSError as error:  # Ctrl-C while the journal's lock is given back: its file is then deleted twice
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from error
-            raise
-        finally:
-            del self.searches[model_type]
+        del self.searches[model_type]
         found = search_record(study, search.weights, objectives=self.config.objectives, say=self.say)
         self.terminal.print_search(found)
         return found
@@ -675,17 +670,15 @@ class IntegratedMLPipeline:
 
     def open_tracking(self) -> RunTree | NoRuns:
         """Connects to the tracker, if it is wanted; what is logged is written by a thread of its own."""
-        config, code = self.config, environment()
+        config = self.config
         if config.enable_mlflow and self.runs.closed:
-            self.runs = RunTree(
+            self.runs = (WandbTree if config.tracker == "wandb" else RunTree)(
                 config.experiment_name,
                 uri=config.tracking_uri,
                 folder=Path(config.output_dir),
                 warn=self.terminal.warn,
                 resume=config.resume,
-                tracker=config.tracker,
-                commit=code["commit"],
-                uncommitted_changes=code["uncommitted_changes"],
+                tags=code_tags(),
             )
         return self.runs
 
@@ -765,7 +758,7 @@ class IntegratedMLPipeline:
             predictions: of its checkpoint on the test part.
         """
         model_type = result.model_type
-        if reason := self._why_not_registered():
+        if reason := self.config.no_registry_because() or (self.runs.broken and "MLflow failed; a warning said why"):
             return NotRegistered(reason)
 
         def export() -> Path:
@@ -791,16 +784,6 @@ class IntegratedMLPipeline:
         )
         self.say(str(outcome))
         return outcome
-
-    def _why_not_registered(self) -> str | None:
-        config = self.config
-        if not config.enable_mlflow:
-            return "nothing is tracked (enable_mlflow=False)"
-        if config.tracker == "wandb":
-            return "offline runs of Weights & Biases have no registry (tracker='wandb')"
-        if config.registry_name is None:
-            return "no registry is named (registry_name=None)"
-        return "MLflow could not be used; a warning said why" if self.runs.broken else None
 
 
 # ------------------------------------------------------------------------------------- what experiments are handed

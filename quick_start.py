@@ -12,34 +12,29 @@ EXAMPLES = """\
   python quick_start.py --data my_maps.npz --output-dir first_look
   python quick_start.py --seed 3 --quiet"""
 
+PRESET = dict(
+    experiment_name="quick_start",
+    model_type="torchvision_resnet",
+    max_epochs=5,
+    image_size=32,  # half the time of 40 pixels, and after 5 epochs no lower score on validation
+    balance_by="loss",  # generated classes are equally frequent: drawing with replacement would only miss some maps
+    enable_optuna=False,
+    max_samples_per_class=150,  # as many as are generated
+)
+
 
 def main() -> int:
     """Runs quick_start with the command line's arguments and returns the exit status."""
     arguments = command_line.make_parser(__doc__, EXAMPLES).parse_args()
-    return command_line.run(lambda: train_and_report(arguments), arguments=arguments)
+    return command_line.run(lambda: train_and_report(arguments))
 
 
 def train_and_report(arguments: argparse.Namespace) -> None:
     """The work itself; imported late, so that --help and wrong flags answer at once."""
-    from waferlab.config import ExperimentConfig
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 
-    config = ExperimentConfig(
-        experiment_name="quick_start",
-        model_type="torchvision_resnet",
-        max_epochs=5,
-        image_size=32,  # half the time of 40 pixels, and after 5 epochs no lower score on validation
-        balance_by="loss",  # generated classes are equally frequent: drawing with replacement would only miss some maps
-        enable_optuna=False,
-        enable_mlflow=not arguments.no_mlflow,
-        registry_name=None,  # exporting the model takes four seconds; demo.py registers what it finds
-        data=arguments.data,
-        max_samples_per_class=None if arguments.data == "synthetic" else 150,  # as many as are generated
-        seed=arguments.seed,
-        output_dir=arguments.output_dir,
-        resume=arguments.resume,
-        quiet=arguments.quiet,
-    )
-    command_line.run_pipeline(config)
+    config = ExperimentConfig(**PRESET | command_line.common_fields(arguments))
+    command_line.run_pipeline(IntegratedMLPipeline(config))
 
 
 if __name__ == "__main__":

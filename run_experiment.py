@@ -4,43 +4,112 @@ comparison  every architecture with several seeds and the same budget; paired di
 ablation    what pre-training, augmentation, balancing and search bring, alone and left out
 production  search, final training and calibration of every architecture; the best is registered, with a model card
 demo        the chain of production on a small budget
+pretrain    weights from a stream of generated maps, to checkpoints/pretrained/ in the output folder. Every run that
+            starts there finds them: where ImageNet weights cannot be had, and always with pretrained_source="wafer"
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
 
 from waferlab import command_line
-
-if TYPE_CHECKING:
-    from waferlab.config import ExperimentConfig
 
 EXAMPLES = """\
   python run_experiment.py --mode comparison
   python run_experiment.py --mode comparison --epochs 20 --seeds 0 1 2       equal epochs instead of equal time
   python run_experiment.py --mode ablation --models yolo_inspired
   python run_experiment.py --mode production --data my_maps.npz --time-limit 3600 --mlflow-server
-  python run_experiment.py --mode production --data my_maps.npz --resume     go on after Ctrl-C or a crash"""
+  python run_experiment.py --mode production --data my_maps.npz --resume     go on after Ctrl-C or a crash
+  python run_experiment.py --mode pretrain                                   the small CNN, 200,000 maps
+  python run_experiment.py --mode pretrain --models all --image-size 64      a network of every family"""
+
+DEMO = dict(
+    experiment_name="experiment_demo",
+    image_size=32,  # in so little time, seeing more maps is worth more than seeing larger ones
+    num_optuna_trials=6,
+    search_epochs=5,
+    max_epochs=30,
+    time_limit=460,
+    tune_decision=True,
+)
+PRODUCTION = dict(
+    experiment_name="production",
+    num_optuna_trials=12,
+    search_epochs=8,
+    search_share=0.3,
+    favourite_share=0.7,  # the longest final training for what did best in its search
+    max_epochs=200,
+    early_stopping_patience=40,
+    batch_size=64,
+    time_limit=2700,
+    tune_decision=True,
+)
+COMPARISON = dict(
+    experiment_name="comparison",
+    enable_optuna=False,  # default parameters and the same seconds for all
+    max_epochs=20,
+    time_limit=1080,
+)
+ABLATION = dict(
+    experiment_name="ablation",
+    model_type="lightning_cnn",
+    num_optuna_trials=6,  # a search is part of its variant's seconds
+    search_epochs=5,
+    max_epochs=20,
+    max_samples_per_class=1000,  # to see each map several times in these seconds
+    time_limit=1600,
+)
+PRETRAIN = dict(model_type="lightning_cnn")  # ten minutes on one core; larger networks need longer for as many maps
+PRESETS = {
+    "demo": DEMO,
+    "comparison": COMPARISON,
+    "production": PRODUCTION,
+    "ablation": ABLATION,
+    "pretrain": PRETRAIN,
+}
+SERIES, TRAININGS = {"comparison", "ablation"}, PRESETS.keys() - {"pretrain"}
+ONLY_FOR = {  # flags that mean nothing in the other modes
+    "data": TRAININGS,
+    "trials": TRAININGS,
+    "epochs": TRAININGS,
+    "seeds": SERIES,
+    "time_limit": TRAININGS,
+    "max_samples_per_class": TRAININGS,
+    "mlflow_server": TRAININGS,
+    "maps": {"pretrain"},
+    "image_size": {"pretrain"},
+}
 
 
 def main() -> int:
     """Runs run_experiment with the command line's arguments and returns the exit status."""
+    parser = make_parser()
+    arguments = parser.parse_args()
+    for name, modes in ONLY_FOR.items():
+        if arguments.mode not in modes and getattr(arguments, name) != parser.get_default(name):
+            flag, others = f"--{name.replace('_', '-')}", " or ".join(sorted(modes))
+            parser.error(f"--mode {arguments.mode} has no use for {flag}: leave it out, or choose --mode {others}.")
+    if arguments.mode == "pretrain":  # which tracks nothing
+        return command_line.run(lambda: pretrain_all(arguments))
+    return command_line.run(lambda: run_and_report(arguments))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of all scripts and those of experiments; without a default of their own, a mode's preset counts."""
     parser = command_line.make_parser(__doc__, EXAMPLES)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--mode",
-        choices=("demo", "comparison", "production", "ablation"),
+        choices=PRESETS,
         default="demo",
-        help="demo: 10 min (default); comparison: 20 min; ablation: 30 min; production: 50 min",
+        help="demo: 10 min (default); comparison: 20 min; ablation: 30 min; production: 50 min; pretrain: 10 min",
     )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="'all' or names (ablation takes one)")
-    parser.add_argument("--trials", type=int, metavar="N", help="of each search")
-    parser.add_argument(
-        "--epochs", type=int, metavar="N", help="of each final training; without --time-limit, nothing else ends it"
-    )
-    parser.add_argument(
+    add("--models", nargs="+", metavar="NAME", help="'all' or names (ablation takes one; pretrain: the small CNN)")
+    add("--trials", type=int, metavar="N", help="of each search")
+    add("--epochs", type=int, metavar="N", help="of each final training; without --time-limit, nothing else ends it")
+    add(
         "--seeds",
         type=int,
         nargs="+",
@@ -48,112 +117,80 @@ def main() -> int:
         metavar="N",
         help="of comparison and ablation (default 0 1 2 3 4)",
     )
-    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the whole experiment")
-    parser.add_argument(
+    add("--time-limit", type=float, metavar="S", help="seconds for the whole experiment")
+    add(
         "--max-samples-per-class",
         type=int,
         metavar="N",
         help="use at most N maps of each class (default: all; ablation 1000, to see each several times in its seconds)",
     )
-    parser.add_argument("--mlflow-server", action="store_true", help="open the MLflow page before the work starts")
-    arguments = parser.parse_args()
-    return command_line.run(lambda: run_and_report(arguments), arguments=arguments)
+    add("--mlflow-server", action="store_true", help="open the MLflow page before the work starts")
+    add("--maps", type=int, metavar="N", help="generated maps to pretrain on (default 200000)")
+    add("--image-size", type=int, metavar="S", help="side in pixels of pretrain, as its users' (default 40)")
+    return parser
 
 
 def run_and_report(arguments: argparse.Namespace) -> None:
-    """The work itself; imported late, so that --help and wrong flags answer at once."""
-    from integrated_pipeline import IntegratedMLPipeline
+    """The work of all modes but pretrain; imported late, so that --help and wrong flags answer at once."""
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline, train_and_score
     from waferlab.experiments.ablation import ablate
     from waferlab.experiments.comparison import compare_architectures
 
-    preset = {"demo": demo, "comparison": comparison, "production": production, "ablation": ablation}[arguments.mode]
-    pipeline = IntegratedMLPipeline(replace(preset(), **_chosen(arguments)))
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**PRESETS[arguments.mode] | _chosen(arguments)))
+    if arguments.mode not in SERIES:
+        command_line.run_pipeline(pipeline, start_mlflow=arguments.mlflow_server)
+        return
+    experiment = {"comparison": compare_architectures, "ablation": ablate}[arguments.mode]
     with command_line.mlflow_page(pipeline, wanted=arguments.mlflow_server):
-        match arguments.mode:
-            case "comparison":
-                compare_architectures(pipeline, seeds=arguments.seeds)
-            case "ablation":
-                ablate(pipeline, seeds=arguments.seeds)
-            case _:
-                pipeline.run_complete_pipeline()
+        experiment(
+            pipeline.config,
+            seeds=arguments.seeds,
+            train=train_and_score,
+            runs=pipeline.open_tracking(),
+            terminal=pipeline.terminal,
+        )
+
+
+def pretrain_all(arguments: argparse.Namespace) -> None:
+    """The work of pretrain, a network after the other."""
+    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from waferlab.training.pretraining import DEFAULT_MAPS, pretrain
+
+    config = ExperimentConfig(**PRETRAIN | _chosen(arguments), use_pretrained=False)
+    pipeline = IntegratedMLPipeline(config)
+    for model_type in config.model_types():
+        if not config.quiet:
+            print(model_type, flush=True)
+        file = pretrain(
+            model_type,
+            make=partial(pipeline.create_model, model_type),
+            fit=partial(pipeline.fit, model_type),
+            precision=pipeline.precision(model_type),
+            folder=config.generated_weights_dir,
+            maps=DEFAULT_MAPS if arguments.maps is None else arguments.maps,
+            seed=config.seed,
+            image_size=config.image_size,
+            resume=config.resume,
+            say=(lambda text: None) if config.quiet else (lambda text: print(text, flush=True)),
+        )
+        if config.quiet:
+            print(file, flush=True)
 
 
 def _chosen(arguments: argparse.Namespace) -> dict[str, object]:
     """The fields of the configuration that the command line sets."""
-    chosen = {
-        "data": arguments.data,
-        "seed": arguments.seed,
-        "output_dir": arguments.output_dir,
-        "enable_mlflow": not arguments.no_mlflow,
-        "resume": arguments.resume,
-        "quiet": arguments.quiet,
-    }
     optional = {
         "model_type": arguments.models if arguments.models != ["all"] else "all",
         "num_optuna_trials": arguments.trials,
         "max_epochs": arguments.epochs,
         "time_limit": arguments.time_limit,
         "max_samples_per_class": arguments.max_samples_per_class,
+        "image_size": arguments.image_size,
     }
-    chosen |= {name: value for name, value in optional.items() if value is not None}
-    if arguments.epochs is not None and arguments.time_limit is None:
-        chosen["time_limit"] = None
-    return chosen
-
-
-def demo() -> ExperimentConfig:
-    """All four models, small searches, decision tuned: about ten minutes."""
-    from waferlab.config import ExperimentConfig
-
-    return ExperimentConfig(
-        experiment_name="experiment_demo",
-        image_size=32,  # in so little time, seeing more maps is worth more than seeing larger ones
-        num_optuna_trials=6,
-        search_epochs=5,
-        max_epochs=30,
-        time_limit=460,
-        tune_decision=True,
-    )
-
-
-def production() -> ExperimentConfig:
-    """A full search for every architecture, then the final trainings, the longest for what did best in its search."""
-    from waferlab.config import ExperimentConfig
-
-    return ExperimentConfig(
-        experiment_name="production",
-        num_optuna_trials=12,
-        search_epochs=8,
-        search_share=0.3,
-        favourite_share=0.7,
-        max_epochs=200,
-        early_stopping_patience=40,
-        batch_size=64,
-        time_limit=2700,
-        tune_decision=True,
-    )
-
-
-def comparison() -> ExperimentConfig:
-    """Every architecture with its default parameters and the same seconds."""
-    from waferlab.config import ExperimentConfig
-
-    return ExperimentConfig(experiment_name="comparison", enable_optuna=False, max_epochs=20, time_limit=1080)
-
-
-def ablation() -> ExperimentConfig:
-    """Each component on and off, for the small CNN; searches are part of a variant's seconds."""
-    from waferlab.config import ExperimentConfig
-
-    return ExperimentConfig(
-        experiment_name="ablation",
-        model_type="lightning_cnn",
-        num_optuna_trials=6,
-        search_epochs=5,
-        max_epochs=20,
-        max_samples_per_class=1000,
-        time_limit=1600,
-    )
+    chosen = {name: value for name, value in optional.items() if value is not None}
+    if arguments.epochs is not None:
+        chosen.setdefault("time_limit", None)
+    return chosen | command_line.common_fields(arguments)
 
 
 if __name__ == "__main__":

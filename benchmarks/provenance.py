@@ -66,9 +66,9 @@ DEFAULTS = _of("ExperimentConfig", "samples_per_class", "image_size", "batch_siz
 _ALWAYS = (*SPLIT, *BATCHES, *GENERATOR, *TRAINING, *SCORES, *DEFAULTS)
 # Of what run_experiment.py writes, by its `mode`.
 EXPERIMENTS = {
-    "comparison": (*_ALWAYS, *FAMILIES, *SERIES, "comparison"),
-    "ablation": (*_ALWAYS, *CNN, *SEARCH, *AFTER_SEARCH, *SERIES, *GENERATED_WEIGHTS, "ablation"),
-    "pipeline": (*_ALWAYS, *FAMILIES, *SEARCH, *AFTER_SEARCH, *DECISION, *GENERATED_WEIGHTS, "production"),
+    "comparison": (*_ALWAYS, *FAMILIES, *SERIES, "COMPARISON"),
+    "ablation": (*_ALWAYS, *CNN, *SEARCH, *AFTER_SEARCH, *SERIES, *GENERATED_WEIGHTS, "ABLATION"),
+    "pipeline": (*_ALWAYS, *FAMILIES, *SEARCH, *AFTER_SEARCH, *DECISION, *GENERATED_WEIGHTS, "PRODUCTION"),
 }
 
 

@@ -24,7 +24,7 @@ from provenance import BATCHES, FAMILY, GENERATOR, SCORES, SPLIT, TRAINING
 
 MEASURES = (
     *GENERATOR, *SPLIT, *BATCHES, *TRAINING, *FAMILY["torchvision_resnet"], *SCORES,
-    *("train_and_report", "run_pipeline", "make_parser", "make_plain_parser", "start_early", "CheckpointFiles"),
+    *("train_and_report", "run_pipeline", "make_parser", "make_database", "CheckpointFiles"),
     *("plot_confusion_matrix", "plot_sample_predictions", "plot_model_comparison", "plot_training_history"),
     *("write_report", "write_model_card"),
 )  # fmt: skip

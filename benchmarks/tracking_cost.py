@@ -23,7 +23,7 @@ from measure import as_text, paired_ratio, plain_config, repeats_in_words, take_
 from provenance import CNN, SEARCH, TRAINING
 
 MEASURES = (
-    *("Tracking", "MlflowRuns", "serve", "start_early", "History", "study_storage"),
+    *("RunTree", "RunLogger", "Line", "make_database", "study_storage"),
     *(*SEARCH, *TRAINING, *CNN),
 )
 
@@ -76,10 +76,6 @@ def in_a_process(way: str) -> dict[str, float | str]:
 
 def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.one == "tracked":
-            from waferlab.tracking.runs import start_early
-
-            start_early(Path(folder))
         import integrated_pipeline as story
 
         config = plain_config(

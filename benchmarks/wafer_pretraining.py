@@ -1,13 +1,13 @@
 r"""What pre-training on generated wafer maps brings where few real maps are labelled.
 
 Measured, for each model and seed: the macro F1 on all real test lots of a network that was fine-tuned from weights
-made by pretrain.py, against the same network trained from random weights. Both see the same few real maps of each
+made by `pretrain`, against the same network trained from random weights. Both see the same few real maps of each
 class for the same number of epochs, and have the same seed. The lots are split first; the few training maps come from
 the training lots, and the few validation maps, which pick the best epoch, from the validation lots. A seed changes the
 split, the few maps, the initial weights and the batches; the pre-trained weights are the same for all seeds. The
 interval of the mean difference is Student's t over the seeds, 95%.
 
-    python pretrain.py --models lightning_cnn
+    python run_experiment.py --mode pretrain
     python benchmarks/wafer_pretraining.py --data wm811k.npz --models lightning_cnn --seeds 0 1 2 \
         --output benchmarks/results/wafer_pretraining.json
 

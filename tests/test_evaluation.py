@@ -31,7 +31,7 @@ from waferlab.reports.run_figures import (
 )
 from waferlab.reports.style import FAIL_COLOUR, PASS_COLOUR
 from waferlab.reports.tables import write_per_class_table
-from waferlab.terminal import comparison_table
+from waferlab.terminal import comparison_markdown, comparison_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Random", "Scratch", "none")
@@ -450,6 +450,14 @@ def test_comparison_table_fits_80_columns_and_shows_intervals():
     assert "2.4M" in text
     assert "vit[small]" in text, "rich took the brackets for markup"
     assert all(result["model_type"] in text for result in RESULTS)
+
+
+def test_the_comparison_is_the_same_in_markdown_as_on_the_terminal():
+    odd = {"model_type": "vit|small<b>", "macro_f1": 0.9}
+    lines = comparison_markdown([*RESULTS, odd]).splitlines()
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
+    assert lines[4] == "| torchvision_efficientnet | 0.881 | 0.851 [0.831, 0.866] | 2.4M | 41 | 1.25 |"
+    assert lines[6] == "| **vit\\|small&lt;b&gt;** | **-** | **0.900** | **-** | **-** | **-** |"
 
 
 # Figures

@@ -15,22 +15,23 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from test_evaluation import CLASSES, LONG_NAME, ROOT, assert_is_a_picture, make_predictions
 
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.reports import experiment_figures
 from waferlab.reports.experiment_figures import (
-    _not_told_apart,
-    _text_box,
+    not_told_apart,
     plot_ablation,
     plot_critical_difference,
     plot_seed_comparison,
     plot_trade_offs,
 )
 from waferlab.reports.model_card import write_model_card
-from waferlab.reports.pages import write_report
-from waferlab.reports.tables import ablation_markdown, comparison_markdown
+from waferlab.reports.pages import to_html, write_report
+from waferlab.reports.run_figures import plot_confusion_matrix, plot_study
+from waferlab.reports.tables import ablation_markdown, comparison_markdown, markdown
 
 NAMES = (
     "lightning_cnn",
@@ -193,14 +194,15 @@ class Parsed(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag == "wbr":  # where a word may break: no element of its own
+        if tag in ("wbr", "strong"):  # where a word may break, or is bold: still the cell's text
             return
         self._open = tag
         if tag in ("td", "th"):
             self.cells.append("")
 
-    def handle_endtag(self, _tag):
-        self._open = None
+    def handle_endtag(self, tag):
+        if tag != "strong":
+            self._open = None
 
     def handle_data(self, data):
         if self._open not in ("style", "script"):
@@ -268,27 +270,79 @@ def test_a_bar_joins_only_models_of_which_no_pair_differs():
 
     alike, apart = [("a", "b"), ("b", "c"), ("a", "c"), ("c", "d")], [("a", "d"), ("b", "d")]
     differences = [pair(*names, significant=False) for names in alike] + [pair(*n, significant=True) for n in apart]
-    assert sorted(map(sorted, _not_told_apart("abcd", differences))) == [["a", "b", "c"], ["c", "d"]]
+    assert sorted(map(sorted, not_told_apart("abcd", differences))) == [["a", "b", "c"], ["c", "d"]]
     untested = [pair("a", "b", significant=False, p=None)]
-    assert _not_told_apart("ab", untested) == []
+    assert not_told_apart("ab", untested) == []
 
 
-@pytest.mark.parametrize("n_models", [4, 6])
-def test_labels_of_the_trade_offs_cover_neither_each_other_nor_a_dot(tmp_path, monkeypatch, n_models):
-    drawn = []
-    monkeypatch.setattr("waferlab.reports.experiment_figures.save", lambda figure, path: drawn.append(figure))
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures of experiments that were drawn, in place of their files."""
+    figures = []
+    monkeypatch.setattr(experiment_figures, "save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+@pytest.mark.parametrize("n_models", [1, 4, 6])
+def test_the_legend_of_the_trade_offs_names_every_model_in_its_colour_and_covers_no_panel(tmp_path, drawn, n_models):
     record = make_comparison(n_models)
-    for model in record["models"]:
-        model["mean"], model["interval"] = 0.8 + model["mean"] / 100, None  # all but equal
+    record["models"][0]["latency_ms"] = None  # it has no dot in the last panel
     plot_trade_offs(record, path=tmp_path / "t.png")
-    renderer = drawn[0].canvas.get_renderer()
-    for axes in drawn[0].axes:
-        boxes = [_text_box(text, renderer) for text in axes.texts]
-        boxes += [line.get_window_extent(renderer) for line in axes.lines if line.get_marker() == "o"]
-        assert len(axes.texts) == n_models
-        for one, other in itertools.combinations(boxes, 2):
-            both_are_dots = one not in boxes[:n_models]
-            assert both_are_dots or not one.overlaps(other)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    colours = {
+        text.get_text(): line.get_color() for text, line in zip(legend.texts, legend.legend_handles, strict=True)
+    }
+    dots = [{line.get_color() for line in axes.lines if line.get_marker() == "o"} for axes in figure.axes]
+    assert list(colours) == [model["model_type"] for model in record["models"]]
+    assert dots[0] == dots[1] == set(colours.values()) and len(dots[0]) == n_models
+    assert dots[2] == dots[0] - {colours[record["models"][0]["model_type"]]}
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+
+
+def test_every_seed_is_a_dot_in_the_row_of_its_model(tmp_path, drawn):
+    record = make_comparison(4)
+    plot_seed_comparison(record, path=tmp_path / "s.png")
+    (axes,) = drawn[0].axes
+    names = [label.get_text().replace("\n", "") for label in axes.get_yticklabels()]
+    dots = {
+        names[round(row)]: sorted(score for score, row_of_dot in collection.get_offsets() if row_of_dot == row)
+        for collection in axes.collections
+        for row in {row for _, row in collection.get_offsets()}
+    }
+    for model in record["models"]:
+        scores = [run["macro_f1"] for run in record["runs"] if run["model_type"] == model["model_type"]]
+        assert dots[model["model_type"]] == pytest.approx(sorted(scores))
+
+
+def made_up_study(*, n_parameters: int) -> optuna.Study:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(lambda trial: sum(trial.suggest_float(f"p{i}", 0, 1) for i in range(n_parameters)), n_trials=5)
+    return study
+
+
+@pytest.mark.parametrize("n_parameters", [1, 3])
+def test_a_search_over_any_number_of_parameters_is_drawn(tmp_path, n_parameters):
+    pictures = plot_study(made_up_study(n_parameters=n_parameters), folder=tmp_path, name="m")
+    assert [path.name for path in pictures] == [f"optuna_m_{what}.png" for what in ("history", "slices", "importances")]
+    for path in pictures:
+        assert_is_a_picture(path)
+
+
+def test_pictures_leave_matplotlib_as_they_found_it(tmp_path):
+    from matplotlib import pyplot, rcParams
+
+    before, figures = dict(rcParams), pyplot.get_fignums()
+    plot_ablation(make_ablation(), path=tmp_path / "a.png")
+    plot_trade_offs(make_comparison(2), path=tmp_path / "t.png")
+    plot_confusion_matrix(make_predictions(), path=tmp_path / "c.png")
+    with pytest.raises(ValueError, match="no model"):
+        plot_seed_comparison(make_comparison(0), path=tmp_path / "s.png")
+    plot_study(made_up_study(n_parameters=2), folder=tmp_path, name="m")
+    assert dict(rcParams) == before and pyplot.get_fignums() == figures
 
 
 # Tables
@@ -321,6 +375,37 @@ def test_markdown_shows_names_as_they_are():
     assert "](http" not in table
 
 
+def test_a_verdict_is_found_by_what_was_switched_on_not_by_a_name():
+    record = make_ablation()
+    for number, variant in enumerate(record["variants"]):
+        variant["name"] = f"variant {number}"
+    rows = ablation_markdown(record).splitlines()[2:-2]
+    assert [row.split(" | ")[-1].strip(" |*").split(":")[0] for row in rows] == [
+        "-", "no effect of pretraining shown", "augmentation helps", "balancing harms", "no effect of optuna shown",
+        "-", "no effect of pretraining shown", "augmentation helps", "balancing harms", "no effect of optuna shown",
+    ]  # fmt: skip
+    assert rows[0].split(" | ")[2] == "-" and "(+7.1%)" in rows[2], "the baseline is the variant with nothing on"
+
+
+NASTY = [
+    "<script>alert(1)</script>", "a | b", "`code` ``", "[text](http://example.org)", "![x](http://example.org/x.png)",
+    "[text]: http://example.org", "*em* **strong** _em_ __init__ ~~x~~", "# heading", "- item", "1. item", "12) item",
+    "--- ---", "== ==", "&lt; &amp;", "a\\b \\* \\", "two\nlines\n\n# and a heading", "<http://example.org>", "[",
+    "](", "snake_case_name",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("place", ["word {} (F1)", "- {}: x", "> {}", "| a | b |\n| --- | --- |\n| **{}** | {} |"])
+def test_text_of_the_data_is_shown_as_it_is(tmp_path, text, place):
+    page = Parsed(to_html(f"# T\n\n## S\n\n{place.replace('{}', markdown(text))}\n", folder=tmp_path))
+    shown = " ".join(text.split())
+    assert (shown in page.cells) if place.startswith("|") else (place.strip("->| ").format(shown) in page.text)
+    body = [tag for tag, _ in page.tags[page.tags.index(("main", {})) :]]
+    assert not {"a", "img", "script", "em", "code", "h1", "ol", "hr"} & set(body)
+    assert body.count("ul") == place.startswith("- ") and body.count("h2") == 1
+
+
 # Reports
 
 
@@ -349,7 +434,7 @@ def test_all_text_is_escaped(folder, kind):
 def test_a_summary_that_has_not_been_json_yet_is_shown_too(folder):
     summary = make_summary()
     summary["config"] |= {"output_dir": Path("elsewhere"), "objectives": ("macro_f1", "latency")}
-    assert '"elsewhere"' in write_page(summary, folder).replace("&#34;", '"')
+    assert '"elsewhere"' in Parsed(write_page(summary, folder)).cells
 
 
 def test_the_verdict_stands_first_and_the_command_last(folder):

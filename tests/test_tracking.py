@@ -5,7 +5,6 @@ import dataclasses
 import http.server
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -26,8 +25,10 @@ from unreliable_server import UnreliableServer
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.errors import RegistryError
+from waferlab.records import code_tags
 from waferlab.tracking.processes import still_runs, this_process
-from waferlab.tracking.runs import Tracking, _early, start_early
+from waferlab.tracking.registry import may_pass
+from waferlab.tracking.runs import NoRuns, RunTree, make_database
 from waferlab.tracking.server import MlflowServer, _free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +96,10 @@ def test_runs_hold_what_the_summary_says(tracked):
     assert [point.value for point in history] == pytest.approx(model["history"]["val_macro_f1"])
     assert child.data.tags["weights"] == model["weights"]
     trial = model["search"]["trials"][0]
-    assert runs["trial 0"].data.params == {name: str(value) for name, value in trial["parameters"].items()}
+    assert {name: str(value) for name, value in trial["parameters"].items()}.items() <= runs[
+        "trial 0"
+    ].data.params.items()
+    assert runs["trial 0"].data.params["num_classes"] == "9"  # what Lightning knows of the model is there, too
 
 
 def test_the_pipelines_run_names_data_split_seed_environment_code_and_pictures(tracked):
@@ -114,7 +118,6 @@ def test_the_pipelines_run_names_data_split_seed_environment_code_and_pictures(t
 def test_without_tracking_mlflow_is_not_imported_and_leaves_nothing(tiny_npz, tmp_path):
     code = """
 import json, sys
-import tracking
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
 assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
@@ -126,7 +129,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
 
 
 def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("waferlab.tracking.runs.OUTAGE", 1.0)
+    monkeypatch.setattr("waferlab.tracking.line.OUTAGE", 1.0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -138,7 +141,7 @@ def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tm
 
 
 def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("waferlab.tracking.runs.OUTAGE", 1.0)
+    monkeypatch.setattr("waferlab.tracking.line.OUTAGE", 1.0)
 
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -165,21 +168,31 @@ def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_
     assert "the disk is full" in printed
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
 def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("waferlab.tracking.runs.OUTAGE", 1.0)
+    import sqlalchemy
+
+    def fill_the_disk(connection, *_):
+        connection.execute("PRAGMA max_page_count = 1")  # the database cannot grow any more
+
+    monkeypatch.setattr("waferlab.tracking.line.OUTAGE", 1.0)
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, enable_optuna=False)))
-    worker, train = pipeline.open_tracking()._worker._process.pid, pipeline.train_final_model
+    train = pipeline.train_final_model
 
     def fill_the_disk_and_train(*args, **kwargs):
-        resource.prlimit(worker, resource.RLIMIT_FSIZE, (4096, 4096))  # no file of the tracker's can grow any more
+        pipeline.tracking.client()
+        sqlalchemy.event.listen(sqlalchemy.pool.Pool, "checkout", fill_the_disk)
+        for number in range(200):  # so much that the free space in it does not suffice
+            pipeline.tracking.note(pipeline._parent_run, f"{number}" * 100_000)
         return train(*args, **kwargs)
 
     pipeline.train_final_model = fill_the_disk_and_train
-    summary = pipeline.run_complete_pipeline()
+    try:
+        summary = pipeline.run_complete_pipeline()
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.pool.Pool, "checkout", fill_the_disk)
     assert summary["models"][0]["epochs"] == 2
     printed = capsys.readouterr().err
-    assert printed.count("goes on without MLflow") == 1 and "disk" in printed and "Traceback" not in printed
+    assert printed.count("goes on without MLflow") == 1 and "disk is full" in printed and "Traceback" not in printed
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +204,7 @@ def one_server(tmp_path_factory):
 
 @pytest.fixture
 def server(one_server, monkeypatch):
-    monkeypatch.setattr("waferlab.tracking.runs.FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("waferlab.tracking.line.FIRST_PAUSE", 0.05)
     one_server.set()
     return one_server
 
@@ -224,10 +237,10 @@ def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(ti
 def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_says_what_is_missing(
     tmp_path, monkeypatch, server
 ):
-    monkeypatch.setattr("waferlab.tracking.runs.OUTAGE", 0.3)
+    monkeypatch.setattr("waferlab.tracking.line.OUTAGE", 0.3)
     warnings = []
     server.set(down=True)
-    writes = Tracking("away", uri=server.uri, folder=tmp_path, warn=warnings.append)
+    writes = RunTree("away", uri=server.uri, folder=tmp_path, warn=warnings.append)
     parent = writes.start("parent")
     child = writes.start("child", parent=parent)
     for step in range(3):
@@ -235,7 +248,7 @@ def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_say
     writes.end(child, "KILLED", reason="pruned")
     wait_for(lambda: warnings)
     server.set(down=False)
-    writes._wait(writes._later("note", run=parent.number, markdown="all before is written"))
+    writes.client()  # waits until all before is written
     runs = server.runs("away")
     assert {name: run.info.status for name, run in runs.items()} == {"parent": "RUNNING", "child": "KILLED"}
     assert runs["child"].data.tags["mlflow.parentRunId"] == runs["parent"].info.run_id
@@ -245,7 +258,7 @@ def test_an_outage_delays_what_is_written_and_if_the_store_stays_away_a_line_say
 
     server.set(down=True)
     writes.start("never opened")
-    assert writes._wait(writes._later("note", run=parent.number, markdown="never")) is None and writes.broken
+    assert writes.client() is None and writes.broken
     asked = server.set(down=True)["requests"]
     writes.start("never tried")
     assert writes.experiment_id is None
@@ -262,8 +275,8 @@ def troubled(one_server, tmp_path_factory):
     one_server.client.delete_experiment(experiment)
     one_server.set(lost="runs/create")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("waferlab.tracking.runs.FIRST_PAUSE", 0.05)
-        writes = Tracking("troubled", uri=one_server.uri, folder=folder, warn=said.append)
+        patch.setattr("waferlab.tracking.line.FIRST_PAUSE", 0.05)
+        writes = RunTree("troubled", uri=one_server.uri, folder=folder, warn=said.append)
         run = writes.start("a run")
         writes.params(run, rate=0.1, seed=0, long="x" * 10_000)
         writes.params(run, rate=0.2, seed=0, added=1)
@@ -271,7 +284,8 @@ def troubled(one_server, tmp_path_factory):
         writes.tags(run, **{"neither\n": "x"})
         writes.files(run, [folder / "no such file"])
         writes.metrics(run, {"nan": float("nan"), "infinite": float("inf"), "before": 0.5})
-        writes._wait(writes._later("note", run=run.number, markdown="all before is written"))
+        writes.note(run, "the rest goes on")
+        writes.client()  # waits until all before is written
         one_server.client.delete_experiment(experiment)
         writes.metrics(run, {"after": 0.5})
         writes.close()
@@ -295,7 +309,7 @@ def test_what_the_store_refuses_costs_one_warning_and_the_rest_goes_on(troubled)
     (warning,) = (line for line in said if line.startswith("warning"))
     assert "did not take metrics" in warning and not writes.broken
     assert run.data.metrics["infinite"] > 1e300
-    assert run.data.tags["mlflow.note.content"] == "all before is written"
+    assert run.data.tags["mlflow.note.content"] == "the rest goes on"
 
 
 def test_a_parameter_keeps_its_value_and_a_new_one_becomes_a_tag(troubled):
@@ -310,8 +324,6 @@ def test_a_parameter_keeps_its_value_and_a_new_one_becomes_a_tag(troubled):
 def test_trouble_of_the_store_is_told_from_a_mistake():
     from mlflow.exceptions import MlflowException, RestException
     from mlflow.protos.databricks_pb2 import REQUEST_LIMIT_EXCEEDED, TEMPORARILY_UNAVAILABLE
-
-    from waferlab.tracking.worker import may_pass
 
     passing = (
         MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE),
@@ -329,25 +341,16 @@ def test_trouble_of_the_store_is_told_from_a_mistake():
     assert all(map(may_pass, passing)) and not any(map(may_pass, lasting))
 
 
-def test_without_git_the_runs_have_no_commit_and_with_changed_files_they_say_so(tmp_path, monkeypatch):
-    from waferlab.tracking import worker as tracking_worker
-
-    code = tmp_path / "code"
-    code.mkdir()
-    monkeypatch.setattr("waferlab.tracking.worker.__file__", str(code / "tracking_worker.py"))
-    version = tracking_worker._code_version.__wrapped__
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert version() == {}
-    monkeypatch.undo()
-    monkeypatch.setattr("waferlab.tracking.worker.__file__", str(code / "tracking_worker.py"))
-    (code / "file.py").write_text("a = 1")
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
-        subprocess.run(["git", *command], cwd=code, check=True)
-    assert version()["code.uncommitted_changes"] == "false"
-    (code / "file.py").write_text("a = 2")
-    changed = version()
-    assert changed["code.uncommitted_changes"] == "true" and len(changed["mlflow.source.git.commit"]) == 40
+def test_without_git_the_runs_have_no_commit_and_with_changed_files_they_say_so(monkeypatch):
+    for code, tags in (
+        ({"commit": None, "uncommitted_changes": None}, {}),
+        (
+            {"commit": "c" * 40, "uncommitted_changes": True},
+            {"mlflow.source.git.commit": "c" * 40, "code.uncommitted_changes": "true"},
+        ),
+    ):
+        monkeypatch.setattr("waferlab.records._commit_of_this_code", lambda code=code: code)
+        assert code_tags() == tags
 
 
 def test_one_object_runs_twice_and_resumes_under_another_spelling_of_its_folder(
@@ -380,7 +383,7 @@ def test_one_object_runs_twice_and_resumes_under_another_spelling_of_its_folder(
 
 
 def test_what_the_tracker_says_is_printed_as_it_is(tiny_npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("integrated_pipeline.Tracking", lambda *args, **kwargs: SimpleNamespace(**kwargs))
+    monkeypatch.setattr("integrated_pipeline.RunTree", lambda *args, **kwargs: SimpleNamespace(**kwargs))
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path)))
     line = "warning: goes on without MLflow at /lots[red]/of[/b]/:smile:/mlflow.db"
     pipeline.open_tracking().warn(line)
@@ -389,7 +392,6 @@ def test_what_the_tracker_says_is_printed_as_it_is(tiny_npz, tmp_path, capsys, m
 
 CHILD = """
 import json, sys
-import tracking
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
 """
@@ -415,14 +417,6 @@ def start_and_wait_for_trial(config, tmp_path, number, *, code=CHILD):
     return child
 
 
-def worker_of(process):
-    """The process that tracks for another one."""
-    (worker,) = [
-        p for p in psutil.Process(process.pid).children() if "waferlab.tracking.worker" in " ".join(p.cmdline())
-    ]
-    return worker
-
-
 def ended(process):
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
@@ -436,27 +430,10 @@ def names_of_runs(database):
         return set()
 
 
-def test_a_killed_pipelines_runs_are_closed_at_once_and_nothing_is_left_behind(tiny_npz, tmp_path, fresh_store):
-    child = start_and_wait_for_trial(tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none"), tmp_path, 0)
-    worker = worker_of(child)
-    child.kill()
-    child.wait()
-    child.stderr.close()
-    wait_for(lambda: ended(worker), seconds=30)
-    runs, _ = runs_of(tmp_path)
-    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(
-        ("tiny", "lightning_cnn_optimized", "trial 0"), "KILLED"
-    )
-    assert {run.data.tags["reason"] for run in runs.values()} == {"its process was killed"}
-
-
-def test_after_a_breakdown_of_the_machine_the_next_start_closes_the_runs_and_resuming_goes_on(tiny_npz, tmp_path):
+def test_after_a_kill_the_next_start_closes_the_runs_and_resuming_goes_on(tiny_npz, tmp_path):
     config = tiny_settings(tiny_npz, tmp_path, search_epochs=10, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 1)
-    worker = worker_of(child)
-    worker.suspend()  # so that it cannot close anything before it is killed itself
     child.kill()
-    worker.kill()
     child.wait()
     child.stderr.close()
     before, _ = runs_of(tmp_path)
@@ -477,39 +454,20 @@ def test_after_a_breakdown_of_the_machine_the_next_start_closes_the_runs_and_res
     assert len(after) == 6
 
 
-def test_a_tracking_process_that_is_killed_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys):
-    config = tiny_settings(tiny_npz, tmp_path, enable_optuna=False)
-    pipeline = IntegratedMLPipeline(ExperimentConfig(**config))
-    worker = psutil.Process(pipeline.open_tracking()._worker._process.pid)
-    train = pipeline.train_final_model
-
-    def kill_and_train(*args, **kwargs):
-        worker.kill()
-        return train(*args, **kwargs)
-
-    pipeline.train_final_model = kill_and_train
-    summary = pipeline.run_complete_pipeline()
-    assert summary["models"][0]["epochs"] == 2
-    assert "could not be used" in summary["not_registered_because"]
-    printed = capsys.readouterr().err
-    assert printed.count("goes on without MLflow") == 1
-    assert "ended with status -9" in printed
-    assert ended(worker)
-
-
-def test_a_tracking_process_that_hangs_does_not_hold_the_program_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("waferlab.tracking.runs.STORE_WAIT", 1.0)
-    monkeypatch.setattr("waferlab.tracking.runs.STOP_WAIT", 0.5)
+def test_a_store_that_hangs_does_not_hold_the_program_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("waferlab.tracking.line.STORE_WAIT", 0.5)
+    monkeypatch.setattr("waferlab.tracking.line.STOP_WAIT", 0.1)
     warnings = []
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append)
-    worker = psutil.Process(writes._worker._process.pid)
-    worker.suspend()
-    writes.note(writes.start("a run"), "x" * 200_000)  # more than a pipe holds
-    with pytest.raises(RegistryError, match="could not be used"):
-        writes.champion("nobody", into=tmp_path)
-    writes.close()
-    assert len(warnings) == 1 and "within 1 s" in warnings[0]
-    assert ended(worker)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes what is sent and never answers
+        writes = RunTree(
+            "tiny", uri=f"http://127.0.0.1:{silent.getsockname()[1]}", folder=tmp_path, warn=warnings.append
+        )
+        run = writes.start("a run")
+        with pytest.raises(RegistryError, match="could not be used"):
+            writes.champion("nobody", into=tmp_path)
+        assert writes.run_id(run) is None and writes.experiment_id is None  # nobody waits again
+        writes.close()
+    assert len(warnings) == 1 and "within 0.5 s" in warnings[0]
 
 
 def test_a_program_without_a_main_guard_tracks(tiny_npz, tmp_path):
@@ -523,51 +481,61 @@ def test_a_program_without_a_main_guard_tracks(tiny_npz, tmp_path):
     assert {run.info.status for run in runs_of(tmp_path)[0].values()} == {"FINISHED"}
 
 
-def test_a_process_that_was_started_early_is_the_one_that_tracks_and_writes_nothing_before(tmp_path):
-    start_early(tmp_path)
-    (early,) = _early
-    early_process = psutil.Process(early._process.pid)
-    assert early_process.nice() >= psutil.Process().nice()
-    wait_for(lambda: any(Path(f.path).name == "mlflow.db" for f in early_process.open_files()))
-    assert list(tmp_path.iterdir()) == []
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
-    assert writes._worker is early and _early == []
-    writes.start("a run")
-    writes.close()
-    assert runs_of(tmp_path)[0]["a run"].info.status == "FINISHED"
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db"]
-    assert ended(early_process)
+def test_a_fresh_database_is_moved_into_place_whole_unless_another_program_was_first(tmp_path, monkeypatch):
+    database, files = tmp_path / "mlflow.db", (tmp_path / "mlruns").as_uri()
+    link = os.link
+
+    def come_second(whole, place):
+        database.write_bytes(b"of another program")
+        link(whole, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", come_second)
+        make_database(database, files=files)
+    assert database.read_bytes() == b"of another program"
+    make_database(database, files=files)  # there is one
+    assert database.read_bytes() == b"of another program"
+    database.unlink()
+    make_database(database, files=files)
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
+    assert names_of_runs(database) == set()
+    assert database.stat().st_mode == (tmp_path / "mlflow.db").stat().st_mode
 
 
-def test_a_process_that_was_started_early_for_nothing_ends_with_the_program(tmp_path):
+def test_a_program_that_is_killed_while_it_makes_a_database_leaves_nothing_behind(tmp_path):
     code = """
-import sys, tracking
+import sys, time
 from pathlib import Path
-tracking.start_early(Path(sys.argv[1]))
-print(_early[0]._process.pid)
+from mlflow.store.tracking import sqlalchemy_store
+class Slow:
+    def __init__(self, *_):
+        print("at work", flush=True)
+        time.sleep(60)
+sqlalchemy_store.SqlAlchemyStore = Slow
+from waferlab.tracking.runs import make_database
+make_database(Path(sys.argv[1]) / "mlflow.db", files="file:///files")
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not psutil.pid_exists(int(done.stdout))
-    assert list(tmp_path.iterdir()) == [] and done.stderr == ""
+    child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"at work\n"
+    child.kill()
+    child.communicate()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_closes_the_runs_as_killed_and_leaves_no_process(tiny_npz, tmp_path, fresh_store):
+def test_ctrl_c_closes_the_runs_as_killed(tiny_npz, tmp_path, fresh_store):
     config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 0)
-    worker = worker_of(child)
-    assert os.getpgid(worker.pid) != os.getpgid(child.pid)  # Ctrl-C goes to the whole group of the program
     child.send_signal(signal.SIGINT)
     child.wait(timeout=60)
     child.stderr.close()
-    assert ended(worker)
     runs, _ = runs_of(tmp_path)
     assert {run.info.status for run in runs.values()} == {"KILLED"}
     assert runs["tiny"].data.tags["reason"] == "interrupted"
 
 
 SCRIPT = """
-import argparse, json, sys
-import command_line
+import json, sys
+from waferlab import command_line
 
 def work():
     from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
@@ -580,15 +548,62 @@ sys.exit(command_line.run(work))
 def test_sigterm_ends_a_script_like_ctrl_c_with_its_own_status(tiny_npz, tmp_path, fresh_store):
     config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 0, code=SCRIPT)
-    worker = worker_of(child)
     child.terminate()
     _, printed = child.communicate(timeout=60)
     assert child.returncode == 143 and b"To go on: python" in printed and b"--resume" in printed
     assert b"Traceback" not in printed
-    assert ended(worker)
     runs, _ = runs_of(tmp_path)
     assert {run.info.status for run in runs.values()} == {"KILLED"}
     assert runs["tiny"].data.tags["reason"] == "interrupted"
+
+
+def test_a_program_that_ends_without_closing_the_tree_leaves_no_run_open(tmp_path, fresh_store):
+    code = """
+import sys
+from pathlib import Path
+from waferlab.tracking.runs import RunTree
+RunTree("tiny", uri=None, folder=Path(sys.argv[1]), warn=print).start("a run")
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    run = runs_of(tmp_path)[0]["a run"]
+    assert (run.info.status, run.data.tags["reason"]) == ("KILLED", "it was not closed")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (None, "FINISHED", None),
+        (KeyboardInterrupt(), "KILLED", "interrupted"),
+        (ValueError("no maps"), "FAILED", "ValueError: no maps"),
+    ],
+)
+def test_a_tree_is_closed_by_what_becomes_of_the_block(tmp_path, fresh_store, error, status, reason):
+    writes = RunTree("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    with pytest.raises(type(error)) if error else contextlib.nullcontext(), writes.closing():
+        writes.start("a run")
+        if error:
+            raise error
+    assert writes.closed
+    run = runs_of(tmp_path)[0]["a run"]
+    assert (run.info.status, run.data.tags.get("reason")) == (status, reason)
+
+
+def test_without_tracking_the_same_calls_do_nothing_and_a_misspelt_one_is_an_error(tmp_path):
+    nothing = NoRuns()
+    writes = RunTree("tiny", uri=None, folder=tmp_path, warn=lambda line: None)
+    writes.close()
+    assert {name for name in dir(writes) if not name.startswith("_")} == {
+        name for name in dir(nothing) if not name.startswith("_")
+    }
+    with nothing.closing():
+        run = nothing.start("a run", parent=None, key="key")
+        nothing.metrics(run, {"loss": 1.0}, step=1)
+        assert nothing.logger(run) is False and nothing.run_link(run) is None
+    with pytest.raises(AttributeError):
+        nothing.metricss(run, {"loss": 1.0})
+    with pytest.raises(RegistryError, match="nothing is tracked"):
+        nothing.versions("a model")
 
 
 @pytest.mark.parametrize(("ignored", "status"), [(False, 129), (True, 0)])
@@ -597,7 +612,7 @@ def test_a_terminal_that_closes_ends_a_script_unless_nohup_forbids_it(ignored, s
 import signal, sys
 if sys.argv[1] == "True":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-import command_line
+from waferlab import command_line
 sys.exit(command_line.run(lambda: signal.raise_signal(signal.SIGHUP)))
 """
     done = subprocess.run([sys.executable, "-c", code, str(ignored)], cwd=ROOT, capture_output=True, text=True)
@@ -606,10 +621,10 @@ sys.exit(command_line.run(lambda: signal.raise_signal(signal.SIGHUP)))
 
 
 def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path, fresh_store):
-    first = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    first = RunTree("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
     first.start("living")
     wait_for(lambda: names_of_runs(tmp_path / "mlflow.db") == {"living"})
-    second = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    second = RunTree("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
     second.close()
     assert runs_of(tmp_path)[0]["living"].info.status == "RUNNING"
     first.close()
@@ -708,13 +723,15 @@ def test_checkpoint_file_and_registered_model_agree(registered):
 def test_the_page_is_up_on_this_machine_only_and_stops_without_leftovers(tmp_path):
     from urllib.request import urlopen
 
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
-    writes.start("a run")
+    writes = RunTree("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    run = writes.start("a run")
     experiment_id = writes.experiment_id
     server = MlflowServer(writes.uri, port=5123)
     try:
         server.wait_until_up()
         assert server.link(experiment_id).startswith("http://127.0.0.1:")
+        assert server.link(experiment_id, run.id) == f"{server.url}/{writes.run_link(run)}"
+        assert writes.run_link(run) == f"#/experiments/{experiment_id}/runs/{run.id}"
         with urlopen(server.url) as page:
             assert b"MLflow" in page.read()
         processes = [psutil.Process(server._process.pid)]
@@ -742,8 +759,9 @@ class Page(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Page).serve_forever()
 """)
     code = """
-import time, tracking
-server = tracking.MlflowServer("sqlite:///none.db", port=5240)
+import time
+from waferlab.tracking.server import MlflowServer
+server = MlflowServer("sqlite:///none.db", port=5240)
 server.wait_until_up()
 print("up", flush=True)
 time.sleep(600)

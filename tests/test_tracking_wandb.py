@@ -14,7 +14,7 @@ import pytest
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError
-from waferlab.tracking.runs import Tracking
+from waferlab.tracking.wandb_runs import WandbTree
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,9 +107,8 @@ def tracked(tiny_arrays, tmp_path_factory):
     draw, family = pipeline._draw, []
 
     def look_and_draw(*args):
-        pipeline.tracking._wait(pipeline.tracking._later("watch_system", run=1))  # until all before it is written
-        worker = psutil.Process(pipeline.tracking._worker._process.pid)
-        family.extend([worker, *worker.children(recursive=True)])
+        pipeline.tracking.client()  # waits until all before is written
+        family.extend(p for p in psutil.Process().children(recursive=True) if "wandb" in p.name())
         draw(*args)
 
     pipeline._draw = look_and_draw
@@ -156,40 +155,38 @@ def test_runs_hold_what_the_summary_says(tracked):
 
 def test_nothing_is_left_running_and_mlflow_leaves_no_trace(tracked):
     folder, _, _, family = tracked
-    assert len(family) > 1 and all(map(ended, family))
+    assert family and all(map(ended, family))
     assert {file.name for file in folder.iterdir()} == {"tiny.npz", "results", "checkpoints", "wandb"}
 
 
-def test_runs_of_a_killed_program_are_closed(tmp_path):
+def test_a_killed_program_leaves_no_process(tmp_path):
     pytest.importorskip("wandb")
     code = """
-import sys, time, tracking
+import sys, time
 from pathlib import Path
-writes = tracking.Tracking("tiny", uri=None, folder=Path(sys.argv[1]), warn=print, tracker="wandb")
-writes.start("a run")
-writes._wait(writes._later("watch_system", run=1))
-print(writes._worker._process.pid, flush=True)
+import psutil
+from waferlab.tracking.wandb_runs import WandbTree
+writes = WandbTree("tiny", uri=None, folder=Path(sys.argv[1]), warn=print)
+writes.run_id(writes.start("a run"))
+print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
 time.sleep(60)
 """
     child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    worker = psutil.Process(int(child.stdout.readline()))
-    family = [worker, *worker.children(recursive=True)]
+    family = [psutil.Process(int(number)) for number in child.stdout.readline().split()]
+    assert family
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     deadline = time.monotonic() + 30
     while not all(map(ended, family)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    run = runs_of(tmp_path)["a run"]
-    assert run["summary"]["status"] == "KILLED"
-    assert run["summary"]["reason"] == "its process was killed"
 
 
 def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path):
     pytest.importorskip("wandb")
     (tmp_path / "wandb").write_text("a file where the folder should be")
     warnings = []
-    writes = Tracking("tiny", uri=None, folder=tmp_path, warn=warnings.append, tracker="wandb")
+    writes = WandbTree("tiny", uri=None, folder=tmp_path, warn=warnings.append)
     writes.start("a run")
     writes.close()
     assert len(warnings) == 1

@@ -12,47 +12,49 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from waferlab.errors import ConfigError, RunError, UserError
 
 if TYPE_CHECKING:
     from integrated_pipeline import IntegratedMLPipeline
-    from waferlab.config import ExperimentConfig
 
 
-def make_plain_parser(description: str, examples: str) -> argparse.ArgumentParser:
+def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser with the flags that every script has and examples below the help."""
     parser = argparse.ArgumentParser(
         description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data, split, weights and batches (default 0)")
-    parser.add_argument(
-        "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
-    parser.add_argument("--quiet", action="store_true", help="print the outcome only")
-    return parser
-
-
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all scripts have which run the pipeline."""
-    parser = make_plain_parser(description, examples)
     parser.add_argument(
         "--data",
         default="synthetic",
         metavar="PATH",
         help="'synthetic' (default), or a path: LSWMD.pkl, MixedWM38 .npz, .npz in our layout, folder of class folders",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of data, split, weights and batches (default 0)")
+    parser.add_argument(
+        "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
+    )
     parser.add_argument("--no-mlflow", action="store_true", help="do not track with MLflow")
+    parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
+    parser.add_argument("--quiet", action="store_true", help="print the outcome only")
     return parser
 
 
-def run_pipeline(config: ExperimentConfig, *, start_mlflow: bool = False) -> None:
-    """Runs the pipeline; with `start_mlflow`, beside the MLflow page."""
-    from integrated_pipeline import IntegratedMLPipeline
+def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `ExperimentConfig` that the flags of every script set."""
+    return {
+        "data": arguments.data,
+        "seed": arguments.seed,
+        "output_dir": arguments.output_dir,
+        "enable_mlflow": not arguments.no_mlflow,
+        "resume": arguments.resume,
+        "quiet": arguments.quiet,
+    }
 
-    pipeline = IntegratedMLPipeline(config)
+
+def run_pipeline(pipeline: IntegratedMLPipeline, *, start_mlflow: bool = False) -> None:
+    """Runs the pipeline; with `start_mlflow`, beside the MLflow page."""
     with mlflow_page(pipeline, wanted=start_mlflow):
         pipeline.run_complete_pipeline()
 
@@ -88,12 +90,10 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         server.stop()
 
 
-def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = None) -> int:
+def run(work: Callable[[], object]) -> int:
     """Calls `work`; turns a user's mistake into one message and status 2, Ctrl-C into a hint and status 130.
 
     SIGTERM, and SIGHUP of a terminal that closes, stop it like Ctrl-C, with status 143 and 129.
-
-    With the `arguments` of a script that tracks, MLflow starts at once, beside the imports of `work`.
     """
     stopped_by = [signal.SIGINT]
 
@@ -106,10 +106,6 @@ def run(work: Callable[[], object], *, arguments: argparse.Namespace | None = No
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, stop)
     try:
-        if arguments is not None and not arguments.no_mlflow:
-            from waferlab.tracking.runs import start_early
-
-            start_early(Path(arguments.output_dir))
         work()
     except KeyboardInterrupt:
         again = [Path(sys.argv[0]).name, *sys.argv[1:]]

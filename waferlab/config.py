@@ -203,14 +203,15 @@ class ExperimentConfig:
             return
         from lightning.pytorch import Trainer
 
-        allowed = set(inspect.signature(Trainer).parameters) - TRAINER_IS_OURS - {f.name for f in fields(self)}
-        if wrong := sorted(set(self.trainer) - allowed):
-            near = difflib.get_close_matches(wrong[0], allowed, 1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"trainer={dict(self.trainer)!r}: {wrong[0]!r} is no argument of Lightning's Trainer, or one that the "
-                f"pipeline sets or has a field of its own for.{meant}"
-            )
+        known, options = set(inspect.signature(Trainer).parameters), {option.name for option in fields(self)}
+        for name in sorted(set(self.trainer) - (known - TRAINER_IS_OURS - options)):
+            near = difflib.get_close_matches(name, known, 1)
+            why = f"no argument of Lightning's Trainer.{f' Did you mean {near[0]!r}?' if near else ''}"
+            if name in options:
+                why = f"an option of its own. Write {name}={self.trainer[name]!r} beside trainer=..."
+            elif name in TRAINER_IS_OURS:
+                why = "set by the pipeline. Leave it out."
+            raise ConfigError(f"trainer={dict(self.trainer)!r}: {name!r} is {why}")
 
     def model_types(self) -> list[str]:
         """The chosen model types in order, each once."""
@@ -226,6 +227,19 @@ class ExperimentConfig:
         if not names:
             raise ConfigError("model_type=[] is empty. Name at least one model, or 'all'.")
         return list(dict.fromkeys(names))
+
+    def data_options(self) -> dict[str, Any]:
+        """What `load_wafer_maps` is to be asked for, but for the seed."""
+        names = ("data", "samples_per_class", "max_samples_per_class", "image_levels")
+        return {name: getattr(self, name) for name in names}
+
+    def no_registry_because(self) -> str | None:
+        """Why no model can be registered with this configuration; None if one can."""
+        if not self.enable_mlflow:
+            return "nothing is tracked (enable_mlflow=False)"
+        if self.tracker == "wandb":
+            return "offline runs of Weights & Biases have no registry (tracker='wandb')"
+        return "no registry is named (registry_name=None)" if self.registry_name is None else None
 
     def equal_share(self) -> float | None:
         """Seconds of the time limit for each model, search included; None without a limit."""

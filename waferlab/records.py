@@ -368,6 +368,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def code_tags() -> dict[str, str]:
+    """The commit of this code and whether its files were changed since, as tags of MLflow; none where not known."""
+    code = _commit_of_this_code()
+    changed = str(code["uncommitted_changes"]).lower()
+    return {"mlflow.source.git.commit": code["commit"], "code.uncommitted_changes": changed} if code["commit"] else {}
+
+
 @cache  # it does not change while the program runs
 def _commit_of_this_code() -> dict[str, Any]:
     def git(*arguments: str) -> str:

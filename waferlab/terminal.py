@@ -23,7 +23,7 @@ from waferlab.data.maps import WaferMaps
 from waferlab.data.splitting import Split
 from waferlab.records import ModelResult, SearchRecord, StartingWeights
 from waferlab.reports import tables as reports
-from waferlab.reports.tables import comparison_rows, format_number
+from waferlab.reports.tables import comparison_rows, format_number, with_interval
 from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.training.progress import ProgressBar
 
@@ -167,7 +167,17 @@ class Terminal:
         config = summary["config"]
         self.say(f"Results and pictures: {Path(config['output_dir']) / 'results' / config['experiment_name']}")
         if config["enable_mlflow"] and not runs.broken:
-            self.say(runs.how_to_look(run))
+            self._print_where_to_look(config, runs, run)
+
+    def _print_where_to_look(self, config: Mapping[str, Any], runs: RunTree | NoRuns, run: Run) -> None:
+        page, uri = runs.run_link(run), config["tracking_uri"]
+        if config["tracker"] == "wandb":
+            self.say(f"Weights & Biases: `wandb sync {runs.uri}/offline-run-*` sends the runs, if you want it")
+        elif uri and str(uri).startswith("http"):
+            self.say(f"MLflow: {str(uri).rstrip('/')}/{page}")
+        else:
+            where = "" if uri else f" in {Path(config['output_dir']).resolve()}"
+            self.say(f"MLflow: run `mlflow ui`{where} and open http://127.0.0.1:5000/{page}")
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -177,42 +187,34 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
         results: a dict for each model with model_type and any of accuracy, macro_f1, macro_f1_interval,
             n_parameters, train_seconds, latency_ms.
     """
+    table = _comparison(results)
     # Compact enough for 80 columns with the longest of our model names.
-    table = Table(title="Model comparison", box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.add_column("Model", overflow="fold")
-    for heading in ("Accuracy", "Macro F1\n[95% interval]", "Params", "Time\n(s)", "Latency\n(ms)"):
-        table.add_column(Text(heading), justify="right", no_wrap=True)
-    best = max((result["macro_f1"] for result in results if result.get("macro_f1") is not None), default=None)
-    for result in results:
-        macro_f1, interval = result.get("macro_f1"), result.get("macro_f1_interval")
-        bounds = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-        cells = [
-            str(result["model_type"]),
-            format_number(result.get("accuracy"), "{:.3f}"),
-            format_number(macro_f1, "{:.3f}") + bounds,
-            format_number(result.get("n_parameters"), "{:.3g}M", factor=1e-6),
-            format_number(result.get("train_seconds"), "{:,.0f}"),
-            format_number(result.get("latency_ms"), "{:,.2f}"),
-        ]
+    shown = Table(title="Model comparison", box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
+    shown.add_column(table.headings[0], overflow="fold")
+    for heading in table.headings[1:]:
+        shown.add_column(Text(heading), justify="right", no_wrap=True)
+    for index, row in enumerate(table.rows):
         # Text, because rich would read brackets in a plain string, as in "resnet[small]", as markup.
-        table.add_row(*map(Text, cells), style="bold" if best is not None and macro_f1 == best else None)
-    return table
+        shown.add_row(*map(Text, row), style="bold" if index == table.best else None)
+    return shown
 
 
 def comparison_markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """The same table as `comparison_table` in Markdown, for pages that render it."""
-    headings = ("Model", "Accuracy", "Macro F1 [95% interval]", "Parameters", "Training (s)", "Latency (ms)")
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for result in results:
-        interval = result.get("macro_f1_interval")
-        bounds = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-        cells = [
+    return reports.table_markdown(_comparison(results))
+
+
+def _comparison(results: Sequence[Mapping[str, Any]]) -> reports.Table:
+    rows = [
+        [
             str(result["model_type"]),
-            format_number(result.get("accuracy"), "{:.3f}"),
-            format_number(result.get("macro_f1"), "{:.3f}") + bounds,
-            format_number(result.get("n_parameters"), "{:,}"),
+            format_number(result.get("accuracy")),
+            with_interval(result.get("macro_f1"), result.get("macro_f1_interval")),
+            format_number(result.get("n_parameters"), "{:.3g}M", factor=1e-6),
             format_number(result.get("train_seconds"), "{:,.0f}"),
             format_number(result.get("latency_ms"), "{:,.2f}"),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for result in results
+    ]
+    headings = ("Model", "Accuracy", "Macro F1\n[95% interval]", "Params", "Time\n(s)", "Latency\n(ms)")
+    return reports.Table(headings, rows, best=reports.best_row([result.get("macro_f1") for result in results]))

@@ -17,8 +17,8 @@ from waferlab.deployment.predictor import OnnxClassifier
 from waferlab.deployment.promotion import CannotCompareError, MapsSeen, NotRegistered, Promotion, judge, promote
 from waferlab.errors import RegistryError
 from waferlab.evaluation.predictions import Predictions
-from waferlab.tracking.runs import Champion, ModelVersion, Tracking
-from waferlab.tracking.worker import MlflowRuns
+from waferlab.tracking.registry import Champion, ModelVersion
+from waferlab.tracking.runs import RunTree
 
 CLASSES = len(CLASS_NAMES)
 CENTRES = np.arange(1, CLASSES + 1) / 12  # of the share of failing dies, by which the made-up classes differ
@@ -188,7 +188,7 @@ def offer(tracking, file, split=FIRST, *, checkpoint=None, name="model", run=Non
 
 
 class Registry:
-    """What `Tracking` says of a registry, in memory."""
+    """What `RunTree` says of a registry, in memory."""
 
     def __init__(self):
         self.kept = []  # (file, maps seen, alias, tags, description)
@@ -341,7 +341,7 @@ def test_a_registry_that_gives_no_answer_has_no_champion_to_be_replaced(tmp_path
     assert registry.kept == []
 
 
-def test_only_a_registry_that_says_so_has_no_champion():
+def test_only_a_registry_that_says_so_has_no_champion(tmp_path):
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, TEMPORARILY_UNAVAILABLE
 
@@ -349,16 +349,16 @@ def test_only_a_registry_that_says_so_has_no_champion():
         def get_registered_model(self, name):
             raise self.error
 
-    runs = MlflowRuns()
-    runs._client = Client()
-    runs._client.error = MlflowException("no such model", error_code=RESOURCE_DOES_NOT_EXIST)
-    assert runs.champion("model", "nowhere") is None and runs.versions("model") == []
+    tree = RunTree("experiment", uri=None, folder=tmp_path, warn=pytest.fail)
+    asked = tree._client = Client() if tree.client() else None
+    asked.error = MlflowException("no such model", error_code=RESOURCE_DOES_NOT_EXIST)
+    assert tree.champion("model", into=tmp_path) is None and tree.versions("model") == []
     for error in (MlflowException("down", error_code=TEMPORARILY_UNAVAILABLE), MlflowException("?"), OSError("gone")):
-        runs._client.error = error
-        with pytest.raises(type(error)):
-            runs.champion("model", "nowhere")
-        with pytest.raises(type(error)):
-            runs.versions("model")
+        asked.error = error
+        for question in (lambda: tree.champion("model", into=tmp_path), lambda: tree.versions("model")):
+            with pytest.raises(RegistryError, match=str(error).replace("?", ".")):
+                question()
+    tree.close()
 
 
 # --- a real registry
@@ -367,7 +367,7 @@ def test_only_a_registry_that_says_so_has_no_champion():
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
-    tracking = Tracking("promotion", uri=None, folder=folder, warn=pytest.fail)
+    tracking = RunTree("promotion", uri=None, folder=folder, warn=pytest.fail)
     yield tracking, tracking.start("a run"), folder
     tracking.close()
 
@@ -379,10 +379,14 @@ def client_of(folder):
 
 
 def test_a_registered_version_is_the_file_and_says_what_it_has_seen(store, tmp_path):
+    import mlflow
+
     tracking, run, folder = store
     file = write_file(tmp_path / "model.onnx")
     assert tracking.versions("whole") == [] and tracking.champion("whole", into=tmp_path) is None
+    before = mlflow.get_tracking_uri()
     said = offer(tracking, file, name="whole", run=run)
+    assert mlflow.get_tracking_uri() == before  # the program's own address is none of the registry's
     (version,) = tracking.versions("whole")
     assert version.version == said.version and version.aliases == ("champion",) and version.tags["run_key"] == "key"
     (tmp_path / "into").mkdir()

@@ -220,7 +220,7 @@ def test_wafer_does_not_ask_for_imagenet_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("waferlab.models.torchvision_models.fetch_weights", never)
     source = str(pipeline(tmp_path, pretrained_source="wafer").create_model("torchvision_resnet").starting_weights)
     assert source.startswith("random (none on generated maps in")
-    assert "python pretrain.py --models torchvision_resnet --image-size 16" in source
+    assert "python run_experiment.py --mode pretrain --models torchvision_resnet --image-size 16" in source
 
 
 def half(file):
@@ -308,27 +308,3 @@ def test_the_fingerprint_of_a_training_changes_with_the_source_of_its_weights():
     assert len(prints) == 3
     with pytest.raises(ConfigError, match="pretrained_source='coco' is unknown"):
         ExperimentConfig(pretrained_source="coco")
-
-
-# --- the command
-
-
-def test_pretrain_help_shows_examples_and_loads_nothing_heavy():
-    done = subprocess.run(
-        [sys.executable, ROOT / "pretrain.py", "--help"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
-    )
-    assert done.returncode == 0 and "examples:" in done.stdout and "torch" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [(["--models", "alexnet"], "'alexnet' is unknown"), (["--maps", "0"], "maps=0"), (["--seed", "-1"], "seed=-1")],
-)
-def test_a_wrong_value_is_one_message_and_status_2(flags, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "pretrain.py", *flags, "--output-dir", tmp_path], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

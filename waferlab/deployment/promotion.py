@@ -27,7 +27,8 @@ from waferlab.data.splitting import Split
 from waferlab.deployment.predictor import OnnxClassifier
 from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics
 from waferlab.evaluation.predictions import Predictions
-from waferlab.tracking.runs import Champion, ModelVersion, TrackedRun, Tracking
+from waferlab.tracking.registry import Champion, ModelVersion
+from waferlab.tracking.runs import Run, RunTree
 
 FEWEST_LOTS = 6  # the fewest at which benchmarks/interval_coverage.py has measured the paired interval
 # Between the file's probabilities and the checkpoint's: two ways to compute one network, whose preprocessing is exact,
@@ -244,8 +245,8 @@ def promote(
     split: Split,
     model_type: str,
     name: str,
-    tracking: Tracking,
-    run: TrackedRun,
+    tracking: RunTree,
+    run: Run,
     run_key: str,
 ) -> Promotion | NotRegistered:
     """Exports a model, checks the file against the checkpoint and registers it as champion or challenger.

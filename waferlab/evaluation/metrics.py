@@ -166,6 +166,7 @@ def _scores(confusion: np.ndarray, gaps: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Element by element; 0 where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator, dtype=np.float64), where=denominator > 0)
 
 

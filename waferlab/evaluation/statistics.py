@@ -63,10 +63,12 @@ def holm_factors(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def scores_by_seed(records: Sequence[Mapping[str, Any]], variant: str) -> dict[int, float]:
+    """The test macro F1 of a variant, by seed."""
     return {r["seed"]: r["macro_f1"] for r in records if r["variant"] == variant}
 
 
 def test_over_train(records: Sequence[Mapping[str, Any]]) -> float:
+    """Number of test maps over number of training maps, the mean over records."""
     return statistics.mean(r["maps"]["test"] / r["maps"]["train"] for r in records)
 
 

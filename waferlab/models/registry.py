@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 ALSO_KNOWN_AS = {"dropout_rate": "dropout", "lr": "learning_rate", "batch": "batch_size"}
 
 
+def our_names(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Parameters of a model and its training, under the names that they have here."""
+    return {ALSO_KNOWN_AS.get(name, name): value for name, value in (parameters or {}).items()}
+
+
 def nothing_of_its_own(trial: Any, *, pretrained: bool) -> dict[str, Any]:
     """The search space of an architecture that has only the parameters which all have."""
     return {}

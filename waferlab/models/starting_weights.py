@@ -165,7 +165,7 @@ def write_generated_weights(file: Path, network: nn.Module, *, header: dict[str,
 
 
 def load_generated_weights(folder: Path, network: nn.Module, *, model_type: str, image_size: int) -> str:
-    """Loads all tensors of a network, the head's too, from weights that `pretrain.py` made.
+    """Loads all tensors of a network, the head's too, from weights that `pretrain` made.
 
     Of several files that fit (other seeds, other lengths of training), the one with the best macro F1 on the generated
     maps that are held out for this.
@@ -203,7 +203,8 @@ def load_generated_weights(folder: Path, network: nn.Module, *, model_type: str,
             return f"generated wafer maps ({file.name})"
     found = "; ".join(wrong) if wrong else f"none on generated maps in {folder}"
     raise WeightsUnavailableError(
-        f"{found}. To make them: python pretrain.py --models {model_type} --image-size {image_size}"
+        f"{found}. To make them: python run_experiment.py --mode pretrain --models {model_type} "
+        f"--image-size {image_size}"
     )
 
 

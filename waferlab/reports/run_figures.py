@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -21,7 +20,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from waferlab.evaluation.metrics import divide
 from waferlab.evaluation.predictions import Predictions
 from waferlab.reports.style import (
-    DPI,
     FAIL_COLOUR,
     GRID,
     INK,
@@ -29,17 +27,22 @@ from waferlab.reports.style import (
     PALETTE,
     PASS_COLOUR,
     WAFER_COLOUR,
+    draw_estimate,
+    legend_below,
     model_colours,
     new_figure,
     save,
+    say_so,
     shorten,
     style,
+    theme,
     wrap_name,
 )
 
 TRAIN_LINE = (0, (4, 2))  # dashes; validation is solid
 
 
+@theme()
 def plot_confusion_matrix(
     predictions: Predictions, *, path: str | os.PathLike[str], title: str = "Confusion matrix"
 ) -> Path:
@@ -50,30 +53,31 @@ def plot_confusion_matrix(
     figure = new_figure(2 * side + 2.4, side + 1.8, title)
     left, right = figure.subplots(1, 2)
     names = [shorten(name, 32) for name in predictions.class_names]
-    # Shaded by logarithm, or the commonest class would hide all others; half a map keeps empty cells at the pale end.
+    # Shaded by logarithm, or the commonest class would hide all others; a single map stands out from none.
     scale = LogNorm(vmin=0.5, vmax=max(2, counts.max()))
-    _draw_matrix(left, counts, names, form="{:,.0f}", image=left.imshow(np.maximum(counts, 0.5), "Blues", norm=scale))
-    _draw_matrix(right, shares, names, form="{:.2f}", image=right.imshow(shares, "Blues", vmin=0, vmax=1))
-    left.set_title(f"Number of maps ({counts.sum():,} in all, shaded on a log scale)", fontsize=11.5, color=INK)
-    right.set_title("Share of each true class (diagonal: recall)", fontsize=11.5, color=INK)
+    _draw_matrix(left, counts, names, fmt=",", norm=scale)
+    _draw_matrix(right, shares, names, fmt=".2f", vmin=0, vmax=1)
+    left.set_title(f"Number of maps ({counts.sum():,} in all, shaded on a log scale)")
+    right.set_title("Share of each true class (diagonal: recall)")
     return save(figure, path)
 
 
-def _draw_matrix(axes: Axes, values: np.ndarray, names: Sequence[str], *, form: str, image: AxesImage) -> None:
-    """Writes the labels, and the numbers in black or white, whichever stands out from the cell's shade."""
+def _draw_matrix(axes: Axes, values: np.ndarray, names: Sequence[str], **shade: Any) -> None:
+    """Empty cells stay empty: the eye finds the errors at once."""
+    import seaborn
+
     size = 9.0 if len(names) <= 20 else 6.0
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("Predicted class", color=INK, fontsize=11)
-    axes.set_ylabel("True class", color=INK, fontsize=11)
+    cells = {"annot": True, "annot_kws": {"size": size}, "linewidths": 0.5, "linecolor": GRID, "square": True}
+    none = {"cbar": False, "xticklabels": False, "yticklabels": False}
+    seaborn.heatmap(values, mask=values == 0, cmap="Blues", ax=axes, **cells, **none, **shade)
+    centres = np.arange(len(names)) + 0.5
+    axes.set_xticks(centres, names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(centres, names)
     axes.tick_params(length=0, labelsize=size + 1)
-    axes.spines[:].set_color(GRID)
-    shade = image.norm(image.get_array())
-    for row, column in np.argwhere(values > 0):  # empty cells stay empty: the eye finds the errors at once
-        colour = "white" if shade[row, column] > 0.6 else INK
-        axes.text(column, row, form.format(values[row, column]), ha="center", va="center", fontsize=size, color=colour)
+    axes.set(xlabel="Predicted class", ylabel="True class")
 
 
+@theme()
 def plot_sample_predictions(
     wafer_maps: Sequence[np.ndarray],
     predictions: Predictions,
@@ -107,14 +111,14 @@ def plot_sample_predictions(
     n_rows = sum(math.ceil(len(chosen) / n_columns) for _, _, chosen in sections)
     width, height = n_columns * tile_width + 0.3, header + 2 * heading + n_rows * tile_height + 0.1
 
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    figure = Figure((width, height))
     # One sheet measured in inches, y downwards, for all wafers: two dozen axes would take much longer to draw.
     sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     sheet.set_axis_off()
-    sheet.text(0.25, 0.4, title, fontsize=16, fontweight="bold", color=INK, va="center")
+    sheet.text(0.25, 0.4, title, fontsize=16, fontweight="bold", va="center")
     dies = [Patch(color=PASS_COLOUR, label="die passed"), Patch(color=FAIL_COLOUR, label="die failed")]
     place = {"loc": "center right", "bbox_to_anchor": (width - 0.1, 0.4), "bbox_transform": sheet.transData}
-    sheet.legend(handles=dies, ncols=2, frameon=False, fontsize=10, **place)
+    sheet.legend(handles=dies, ncols=2, **place)
     top = header
     for text, colour, chosen in sections:
         sheet.text(0.25, top + 0.12, text, fontsize=12, fontweight="bold", color=colour, va="center")
@@ -175,6 +179,7 @@ def _caption_wafer(sheet: Axes, predictions: Predictions, index: int, *, x: floa
         sheet.text(x, y + 0.17 * number, line, fontsize=9, color=shade, ha="center", va="center")
 
 
+@theme()
 def plot_model_comparison(
     results: Sequence[Mapping[str, Any]],
     *,
@@ -219,13 +224,9 @@ def _draw_scores(axes: Axes, results: Sequence[Mapping[str, Any]], error_bars: s
             axes.text(0.5, row, "not measured", fontsize=10, color=MUTED, **centre)
             continue
         if interval is not None:
-            # Drawn as a line from low to high: an interval over seeds need not contain the value itself.
-            axes.plot(interval, [row, row], "-|", color=colour, linewidth=2.5, markersize=11, markeredgewidth=2.5)
             label = f"Macro F1\nerror bars: {error_bars}"
-        axes.plot(value, row, "o", color=colour, markersize=9)
-        above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{value:.3f}", (value, row), fontsize=10, color=INK, **above)
-        ends += [value, *(() if interval is None else interval)]
+        draw_estimate(axes, row, value, interval, colour=colour)
+        ends += [value, *(interval or ())]
     if ends:
         margin = max(0.04, 0.12 * (max(ends) - min(ends)))
         axes.set_xlim(max(-0.02, min(ends) - margin), min(1.02, max(ends) + margin))
@@ -247,6 +248,7 @@ def _draw_costs(
     axes.tick_params(axis="y", length=0, labelleft=False)
 
 
+@theme()
 def plot_training_history(
     histories: Mapping[str, Mapping[str, Sequence[float | None]]],
     *,
@@ -276,16 +278,36 @@ def plot_training_history(
             for key, line_style in series.items():
                 _draw_series(axes, model, history, key, colour=colour, line_style=line_style)
         style(axes, "Epoch", grid="both")
-        axes.set_ylabel(label, color=INK, fontsize=11)
+        axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         if "learning_rate" in series:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:.0e}")  # typesetting powers of ten would take a quarter of a second
         if not axes.lines:
-            axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=MUTED)
-            axes.set(xticks=[], yticks=[])
-    _history_legend(figure, list(histories))
+            say_so(axes, "not recorded")
+    grey = {"color": MUTED, "linestyle": "none"}
+    legend_below(
+        figure,
+        dict(zip(histories, model_colours(len(histories)), strict=True)),
+        Line2D([], [], label="train", **grey | {"linestyle": TRAIN_LINE}),
+        Line2D([], [], label="validation", **grey | {"linestyle": "-"}),
+        Line2D([], [], label="best validation macro F1", marker="*", markersize=11, **grey),
+    )
     return save(figure, path)
+
+
+def _draw_series(axes: Axes, model: str, history: Mapping[str, Any], key: str, *, colour: str, line_style: Any) -> None:
+    """A line, if the series was recorded: short ones with a dot an epoch, validation macro F1 starred at its best."""
+    if history.get(key) is None or len(history[key]) == 0:
+        return
+    epochs, values = np.asarray(history["epoch"]), np.asarray(history[key], dtype=np.float64)  # None becomes NaN
+    if epochs.shape != values.shape:
+        raise ValueError(f"{model}: {key} has {len(values)} values for {len(epochs)} epochs; put None where one lacks")
+    marker = "o" if len(epochs) <= 12 else ""
+    axes.plot(epochs, values, linestyle=line_style, linewidth=1.8, marker=marker, markersize=4, color=colour)
+    if key == "val_macro_f1" and np.isfinite(values).any():
+        best = int(np.nanargmax(values))
+        axes.plot(epochs[best], values[best], "*", color=colour, markersize=13, markeredgecolor="white", zorder=4)
 
 
 def plot_study(
@@ -321,12 +343,14 @@ def plot_study(
     ]
 
 
+@theme()
 def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
     """Optuna draws with pyplot: its figure is fitted, saved and closed."""
     import warnings
 
     from matplotlib import pyplot
 
+    pyplot.rcParams["figure.constrained_layout.use"] = True  # from the start: a colour bar is placed by it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its plots are marked experimental
         axes = np.ravel(draw())
@@ -347,37 +371,7 @@ def _save_optuna(draw: Any, path: Path, *, title: str) -> Path:
         elif a.get_xlabel() == "Hyperparameter Importance" and a.get_legend():
             a.get_legend().remove()  # it names one colour only, and covers the last label
     figure.suptitle(title)
-    figure.set_layout_engine("constrained")
     try:
         return save(figure, path)
     finally:
         pyplot.close(figure)
-
-
-def _draw_series(axes: Axes, model: str, history: Mapping[str, Any], key: str, *, colour: str, line_style: Any) -> None:
-    """A line, if the series was recorded: short ones with a dot an epoch, validation macro F1 starred at its best."""
-    if history.get(key) is None or len(history[key]) == 0:
-        return
-    epochs, values = np.asarray(history["epoch"]), np.asarray(history[key], dtype=np.float64)  # None becomes NaN
-    if epochs.shape != values.shape:
-        raise ValueError(f"{model}: {key} has {len(values)} values for {len(epochs)} epochs; put None where one lacks")
-    marker = "o" if len(epochs) <= 12 else ""
-    axes.plot(epochs, values, linestyle=line_style, linewidth=1.8, marker=marker, markersize=4, color=colour)
-    if key == "val_macro_f1" and np.isfinite(values).any():
-        best = int(np.nanargmax(values))
-        axes.plot(epochs[best], values[best], "*", color=colour, markersize=13, markeredgecolor="white", zorder=4)
-
-
-def _history_legend(figure: Figure, models: Sequence[str]) -> None:
-    """Colours say which model, line styles which split: one legend below all panels instead of one in each."""
-    colours = model_colours(len(models))
-    handles = [
-        Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in zip(models, colours, strict=True)
-    ]
-    handles += [
-        Line2D([], [], color=MUTED, linestyle=TRAIN_LINE, label="train"),
-        Line2D([], [], color=MUTED, linestyle="-", label="validation"),
-        Line2D([], [], color=MUTED, linestyle="none", marker="*", markersize=11, label="best validation macro F1"),
-    ]
-    columns = 4 if max(map(len, models)) <= 30 else 2
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)

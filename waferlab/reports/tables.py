@@ -1,20 +1,37 @@
-"""Figures as text: tables for the terminal, for CSV, and for pages."""
+"""Figures as text: for the terminal, for CSV and in Markdown.
+
+Here are the tables that are printed and written; those of pages alone are in their templates.
+"""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import html
 import io
-import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from waferlab.records import ModelResult, write_atomically
-from waferlab.reports.style import PALETTE
+
+Record = Mapping[str, Any]
+CONTEXTS = {  # how a component is tried, and what the difference is
+    "alone": "added to the baseline",
+    "left out": "everything against everything but it",
+}
+COSTS = {  # by heading: key and form
+    "Parameters": ("n_parameters", "{:,.0f}"),
+    "Training (s)": ("train_seconds", "{:,.1f}"),
+    "Latency (ms)": ("latency_ms", "{:,.2f}"),
+}
+# What Markdown would read as its own: signs anywhere, and the beginnings of lists, headings, rules and definitions.
+SIGNS = re.compile(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])|(?<=\])[(:]")
+BEGINNINGS = re.compile(r"^\d*(?=[.)](?: |$)|[-+#=][ #=+-]|[+#=]$|\[)")
 
 
 def write_per_class_table(metrics: Mapping[str, Any], *, path: str | os.PathLike[str]) -> Path:
@@ -32,34 +49,26 @@ def write_per_class_table(metrics: Mapping[str, Any], *, path: str | os.PathLike
     return write_atomically(path, text.getvalue().encode())
 
 
-def format_number(value: float | None, form: str, *, factor: float = 1) -> str:
+# Figures as text
+
+
+def format_number(value: float | None, form: str = "{:.3f}", *, factor: float = 1) -> str:
     """A number as text; a dash where there is none."""
     return "-" if value is None else form.format(value * factor)
 
 
-Record = Mapping[str, Any]
-CONTEXTS = {  # how a component is tried: marker, colour, and what the difference is
-    "alone": ("o", PALETTE[0], "alone: added to the baseline"),
-    "left out": ("s", PALETTE[1], "left out: everything against everything but it"),
-}
+def with_interval(value: float | None, interval: Sequence[float] | None, form: str = "{:.3f}") -> str:
+    """A score with its interval in brackets, if it has one."""
+    bounds = "" if interval is None else f" [{', '.join(form.format(end) for end in interval)}]"
+    return format_number(value, form) + bounds
 
 
-def what_bars_join(record: Record) -> str:
-    if not tested_only(record["differences"]):
-        return "no pair was tested, so there are no bars: that takes two models and more than one seed"
-    return f"bars join models that are not shown to differ: {record['difference_method']}"
+def p_value(p: float | None) -> str:
+    """A p value as text; a dash where nothing was tested."""
+    return "<0.001" if p is not None and p < 0.001 else format_number(p)
 
 
-def tested_only(differences: Sequence[Record]) -> list[Record]:
-    return [difference for difference in differences if difference["p"] is not None]
-
-
-def effect_bars(record: Record) -> str:
-    if not record["effects"]:
-        return "none, no component was measured both with and without"
-    if not any(effect["interval"] for effect in record["effects"]):
-        return "none, since it takes several seeds"
-    return record["difference_method"]
+# What records say
 
 
 def by_score(record: Record) -> list[Record]:
@@ -69,14 +78,70 @@ def by_score(record: Record) -> list[Record]:
     return sorted(record["models"], key=lambda model: -model["mean"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Items:
-    """A list with bullets."""
-
-    entries: Sequence[str]
+def score_bars(scored: Sequence[Record], record: Record) -> str:
+    """What the bars of models or variants are."""
+    return record["interval_method"] if any(one["interval"] for one in scored) else "none, since it takes several seeds"
 
 
-@dataclasses.dataclass(frozen=True)
+def tested(differences: Sequence[Record]) -> list[Record]:
+    """Those with a p value: it takes more than one seed."""
+    return [difference for difference in differences if difference["p"] is not None]
+
+
+def what_bars_join(record: Record) -> str:
+    """What a bar over several models says."""
+    if not tested(record["differences"]):
+        return "no pair was tested, so there are no bars: that takes two models and more than one seed"
+    return f"bars join models that are not shown to differ: {record['difference_method']}"
+
+
+def effect_bars(record: Record) -> str:
+    """What the bars of an ablation's effects are."""
+    if not record["effects"]:
+        return "none, no component was measured both with and without"
+    if not any(effect["interval"] for effect in record["effects"]):
+        return "none, since it takes several seeds"
+    return record["difference_method"]
+
+
+def about(variant: Record) -> tuple[str, str] | None:
+    """The component that a variant measures and its context; None for the baseline and for everything."""
+    on = [name for name, used in variant["components"].items() if used]
+    off = [name for name, used in variant["components"].items() if not used]
+    if len(on) == 1:
+        return on[0], "alone"
+    return (off[0], "left out") if on and len(off) == 1 else None
+
+
+def _verdict(record: Record, variant: Record) -> str:
+    """On the component that a variant is measured for, with minus without it."""
+    effect = next((e for e in record["effects"] if (e["component"], e["context"]) == about(variant)), None)
+    if effect is None:
+        return "-"
+    name, verdict = effect["component"], effect["verdict"]
+    words = f"no effect of {name} shown" if verdict == "no effect shown" else f"{name} {verdict}"
+    corrected = "" if effect["p_corrected"] is None else f", p {p_value(effect['p_corrected'])}"
+    return f"{words}: {with_interval(effect['difference'], effect['interval'], '{:+.3f}')}{corrected}"
+
+
+def _gain(record: Record, variant: Record) -> str:
+    """Over the baseline, also as a share of it."""
+    baseline = next((v for v in record["variants"] if not any(v["components"].values())), variant)
+    if variant is baseline:
+        return "-"
+    gain = variant["mean"] - baseline["mean"]
+    return f"{gain:+.3f}" + (f" ({gain / baseline['mean']:+.1%})" if baseline["mean"] else "")
+
+
+def costs(row: Record) -> list[str]:
+    """Parameters, seconds of training and latency of a model or run."""
+    return [format_number(row.get(key), form) for key, form in COSTS.values()]
+
+
+# Tables
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows of text; columns of numbers are set flush right, the row `best` bold, `note` stands below."""
 
@@ -88,313 +153,13 @@ class Table:
     def is_number(self, column: int) -> bool:
         """Whether each cell of a column (but for dashes) begins with a number."""
         cells = [row[column] for row in self.rows if row[column] != "-"]
-        return all(re.match(r"[<+-]?\d[\d,.%]*($|[ /±→])", cell) for cell in cells)
+        return all(re.match(r"[<+-]?\d[\d,.%M]*($|[ /±→])", cell) for cell in cells)
 
 
-def table_markdown(table: Table) -> str:
-    sides = ["---:" if table.is_number(column) else "---" for column in range(len(table.headings))]
-    rows = [[plain_markdown(cell) for cell in row] for row in table.rows]
-    if table.best is not None:
-        rows[table.best] = [f"**{cell}**" for cell in rows[table.best]]
-    lines = [map(plain_markdown, table.headings), sides, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (
-        f"\n\n{plain_markdown(table.note)}" if table.note else ""
-    )
-
-
-def plain_markdown(text: str) -> str:
-    """Text that Markdown shows as it is: no tag, no link or picture, no further column."""
-    escaped = html.escape(text, quote=False).replace("](", "]\\(").replace("|", "\\|")
-    return " ".join(escaped.split("\n"))
-
-
-def with_interval(value: float | None, interval: Sequence[float] | None, form: str = "{:.3f}") -> str:
-    bounds = "" if interval is None else f" [{', '.join(form.format(end) for end in interval)}]"
-    return format_number(value, form) + bounds
-
-
-def _p_value(p: float | None) -> str:
-    return "<0.001" if p is not None and p < 0.001 else format_number(p, "{:.3f}")
-
-
-def _value(value: Any) -> str:
-    """A value of the configuration or environment."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, default=str)  # a path is not in JSON's types
-
-
-def values_table(mapping: Record, *, headings: tuple[str, str] = ("Name", "Value")) -> Table:
-    return Table(headings, [(key, _value(value)) for key, value in mapping.items()])
-
-
-def _costs(row: Record) -> list[str]:
-    """Parameters, seconds of training and latency of a model or run."""
-    forms = {"n_parameters": "{:,.0f}", "train_seconds": "{:,.1f}", "latency_ms": "{:,.2f}"}
-    return [format_number(row.get(key), form) for key, form in forms.items()]
-
-
-def _best(rows: Sequence[Record], key: Callable[[Record], float]) -> int | None:
+def best_row(scores: Sequence[float | None]) -> int | None:
     """The row to set bold; with one row there is nothing to choose."""
-    return max(range(len(rows)), key=lambda index: key(rows[index])) if len(rows) > 1 else None
-
-
-def comparison_markdown(record: Record) -> str:
-    """The models of a comparison as a Markdown table, and below it their paired differences, if any were tested."""
-    tables = [models_table(record), *([differences_table(record)] if record["differences"] else [])]
-    return "\n\n".join(map(table_markdown, tables))
-
-
-def ablation_markdown(record: Record) -> str:
-    """The variants of an ablation as a Markdown table, with the verdict on the component that each is about."""
-    return table_markdown(variants_table(record))
-
-
-def models_table(record: Record) -> Table:
-    models = by_score(record)
-    rows = [
-        [
-            model["model_type"],
-            with_interval(model["mean"], model["interval"]),
-            format_number(model["std"], "{:.3f}"),
-            str(model["n"]),
-            format_number(model["accuracy_mean"], "{:.3f}"),
-            *_costs(model),
-            format_number(model["epochs"], "{:.1f}"),
-        ]
-        for model in models
-    ]
-    headings = (
-        "Model",
-        "Macro F1 (mean)",
-        "SD",
-        "Seeds",
-        "Accuracy",
-        "Parameters",
-        "Training (s)",
-        "Latency (ms)",
-        "Epochs",
-    )
-    one = "no interval: it takes more than one seed"
-    brackets = f"in brackets: {record['interval_method']}" if any(model["interval"] for model in models) else one
-    note = f"All scores are of the test part, means over seeds; SD: standard deviation over seeds; {brackets}."
-    return Table(headings, rows, best=0 if len(rows) > 1 else None, note=note)
-
-
-def differences_table(record: Record) -> Table:
-    rows = [
-        [
-            f"{difference['a']} against {difference['b']}",
-            with_interval(difference["difference"], difference["interval"], "{:+.3f}"),
-            _p_value(difference["p"]),
-            _p_value(difference["p_corrected"]),
-            _who_is_better(difference),
-        ]
-        for difference in record["differences"]
-    ]
-    note = f"Difference in macro F1, first minus second: {record['difference_method']}."
-    return Table(("Models", "Difference", "p", "p, corrected", "Verdict"), rows, note=note)
-
-
-def _who_is_better(difference: Record) -> str:
-    if difference["p"] is None:
-        return "not tested"
-    if not difference["significant"]:
-        return "no difference shown"
-    return f"{difference['a' if difference['difference'] > 0 else 'b']} is better"
-
-
-def runs_table(record: Record) -> Table:
-    rows = [
-        [
-            run["model_type"],
-            str(run["seed"]),
-            with_interval(run["macro_f1"], run["macro_f1_interval"]),
-            format_number(run["accuracy"], "{:.3f}"),
-            format_number(run["validation_macro_f1"], "{:.3f}"),
-            *_costs(run),
-            str(run["epochs"]),
-            run["weights"],
-        ]
-        for run in record["runs"]
-    ]
-    headings = ("Model", "Seed", "Macro F1", "Accuracy", "Macro F1, validation")
-    headings += ("Parameters", "Training (s)", "Latency (ms)", "Epochs", "Started from")
-    return Table(headings, rows, note="In brackets: 95% interval over the lots of that run's test part.")
-
-
-def variants_table(record: Record) -> Table:
-    baseline = next((variant for variant in record["variants"] if variant["name"] == "baseline"), None)
-    effects = {(effect["component"], effect["context"]): effect for effect in record["effects"]}
-    rows = []
-    for variant in record["variants"]:
-        about = re.fullmatch(r"(baseline \+|everything but) (.*)", variant["name"])
-        context = {"baseline +": "alone", "everything but": "left out"}[about[1]] if about else None
-        effect = effects.get((about[2], context)) if about else None
-        rows.append(
-            [
-                variant["name"],
-                with_interval(variant["mean"], variant["interval"]),
-                _gain(variant, baseline),
-                _effect_in_words(effect) if effect else "-",
-            ]
-        )
-    best = _best(record["variants"], lambda variant: variant["mean"])
-    bars = f"in brackets: {record['interval_method']}" if any(v["interval"] for v in record["variants"]) else "one seed"
-    note = f"Mean macro F1 of the test part over seeds, {bars}. Verdicts: with the component minus without it."
-    if any(effect["p_corrected"] is not None for effect in record["effects"]):
-        note += (
-            f" Shown: p below 0.05 after correction for {len(record['effects']) + 1} comparisons (Holm 1979); the "
-            "intervals in the verdicts are corrected likewise, those of the means are not."
-        )
-    return Table(("Configuration", "Macro F1 (mean)", "Difference to baseline", "Verdict"), rows, best=best, note=note)
-
-
-def _gain(variant: Record, baseline: Record | None) -> str:
-    """Over the baseline, also as a share of it."""
-    if baseline is None or variant is baseline:
-        return "-"
-    gain = variant["mean"] - baseline["mean"]
-    return f"{gain:+.3f}" + (f" ({gain / baseline['mean']:+.1%})" if baseline["mean"] else "")
-
-
-def _effect_in_words(effect: Record) -> str:
-    shown, name = effect["verdict"] != "no effect shown", effect["component"]
-    verdict = f"{name} {effect['verdict']}" if shown else f"no effect of {name} shown"
-    corrected = "" if effect["p_corrected"] is None else f", p {_p_value(effect['p_corrected'])}"
-    return f"{verdict}: {with_interval(effect['difference'], effect['interval'], '{:+.3f}')}{corrected}"
-
-
-def effects_table(record: Record) -> Table:
-    rows = [
-        [
-            effect["component"],
-            effect["context"],
-            with_interval(effect["difference"], effect["interval"], "{:+.3f}"),
-            _p_value(effect["p"]),
-            _p_value(effect["p_corrected"]),
-            effect["verdict"],
-        ]
-        for effect in record["effects"]
-    ]
-    contexts = "; ".join(words for _, _, words in CONTEXTS.values())
-    note = f"Difference in macro F1, with the component minus without it: {record['difference_method']}. {contexts}."
-    return Table(("Component", "Context", "Difference", "p", "p, corrected", "Verdict"), rows, note=note)
-
-
-def scores_table(record: Record) -> Table:
-    rows = [
-        [variant["name"], *map("{:.3f}".format, variant["scores"]), format_number(variant["std"], "{:.3f}")]
-        for variant in record["variants"]
-    ]
-    return Table(("Configuration", *(f"Seed {seed}" for seed in record["seeds"]), "SD"), rows)
-
-
-def pipeline_table(record: Record) -> Table:
-    models = record["models"]
-    rows = [
-        [
-            model["model_type"],
-            with_interval(model["test"]["macro_f1"], model["test"]["intervals"]["macro_f1"]),
-            format_number(model["test"]["accuracy"], "{:.3f}"),
-            format_number(model["validation"]["macro_f1"], "{:.3f}"),
-            *_costs(model),
-            f"{model['best_epoch']} of {model['epochs']}",
-        ]
-        for model in models
-    ]
-    headings = ("Model", "Macro F1, test", "Accuracy, test", "Macro F1, validation", "Parameters", "Training (s)")
-    headings += ("Latency (ms)", "Best epoch")
-    best = next(i for i, model in enumerate(models) if model["model_type"] == record["best_model"])
-    test = models[best]["test"]
-    note = f"Bold: {record['best_model_rule']}. In brackets: {test['interval_method']}.{classes_left_out(test)}"
-    return Table(headings, rows, best=best if len(rows) > 1 else None, note=note)
-
-
-def classes_absent(test: Record) -> list[str]:
-    """The classes of which there is no test map."""
-    return [name for name, row in test["per_class"].items() if not row["support"]]
-
-
-def classes_left_out(test: Record) -> str:
-    """A sentence, with a space before it, on classes that are in no average; nothing if all have maps."""
-    absent = classes_absent(test)
-    return f" No test map of {', '.join(absent)}: without a score, and in no average." if absent else ""
-
-
-def weights_items(models: Sequence[Record]) -> Items:
-    """What each training started from, and which of the weights that it came by were kept."""
-    return Items(
-        [
-            f"{model['model_type']}: first weights {model['weights']}; final weights from the "
-            f"{model.get('weights_from', 'final training')}."
-            for model in models
-        ]
-    )
-
-
-def classes_table(model: Record) -> Table:
-    classes = model["test"]["per_class"]
-    rows = [
-        [name, *(_of_class(row, key) for key in ("f1", "precision", "recall")), f"{row['support']:,}"]
-        for name, row in classes.items()
-    ]
-    note = f"In brackets: {model['test']['interval_method']}; none where fewer than two test lots hold the class."
-    note += classes_left_out(model["test"])
-    return Table(("Class", "F1", "Precision", "Recall", "Test maps"), rows, note=note)
-
-
-def _of_class(row: Record, key: str) -> str:
-    """A score of a class, a dash if there is no map of it, which some records give as 0."""
-    return with_interval(row[key], row.get(f"{key}_interval")) if row["support"] else "-"
-
-
-def decision_table(models: Sequence[Record]) -> Table:
-    rows = []
-    for model in models:
-        rule = model["decision"]
-        pairs = [
-            (rule.get(f"{what}_before"), rule.get(f"{what}_after"))
-            for what in ("validation_macro_f1", "calibration_error")
-        ]
-        changes = [f"{format_number(a, '{:.3f}')} → {format_number(b, '{:.3f}')}" for a, b in pairs]
-        numbers = [f"{rule['temperature']:.3f}", f"{rule['prior_strength']:.2f}"]
-        rows.append([model["model_type"], str(rule["views"]), *numbers, *changes])
-    headings = ("Model", "Views", "Temperature", "Prior strength", "Macro F1, validation", "Calibration error")
-    note = "Views: symmetries of each map that are averaged. Arrows lead from the plain model to that with the rule."
-    return Table(headings, rows, note=note)
-
-
-def offsets_table(models: Sequence[Record]) -> Table:
-    """What the decision rule adds to each class's log probability."""
-    names, rows = list(models[0]["test"]["per_class"]), []
-    for model in models:
-        rule = model["decision"]
-        offsets = [o for label, o in enumerate(rule["offsets"]) if label not in rule.get("left_out", ())]
-        offsets = offsets or [0.0] * len(names)  # a rule that leans to no class lists none
-        rows.append([model["model_type"], *map("{:+.3f}".format, offsets)])
-    return Table(("Offset", *names), rows)
-
-
-def search_table(models: Sequence[Record]) -> Table:
-    rows = []
-    for model in models:
-        search = model["search"]
-        states = [trial["state"] for trial in search["trials"]]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        best = search["best"]
-        parameters = ", ".join(f"{name} {_value(value)}" for name, value in best["parameters"].items())
-        rows.append([model["model_type"], counts, f"{search['seconds']:.1f}", f"{best['macro_f1']:.3f}", parameters])
-    headings = ("Model", "Trials", "Seconds", "Best macro F1, validation", "Its parameters")
-    return Table(headings, rows)
-
-
-def counts_table(record: Record) -> Table:
-    parts = record["split"]["class_counts"]
-    names = list(next(iter(parts.values())))
-    rows = [[name, *(f"{parts[part][name]:,}" for part in parts)] for name in names]
-    rows.append(["all", *(f"{sum(parts[part].values()):,}" for part in parts)])
-    return Table(("Class", *(part.capitalize() for part in parts)), rows)
+    known = [index for index, score in enumerate(scores) if score is not None]
+    return max(known, key=lambda index: scores[index]) if known and len(scores) > 1 else None
 
 
 def comparison_rows(results: Sequence[ModelResult]) -> list[dict[str, Any]]:
@@ -411,3 +176,104 @@ def comparison_rows(results: Sequence[ModelResult]) -> list[dict[str, Any]]:
         }
         for r in results
     ]
+
+
+def models_table(record: Record) -> Table:
+    """The models of a comparison, the best first."""
+    models = by_score(record)
+    rows = [
+        [
+            model["model_type"],
+            with_interval(model["mean"], model["interval"]),
+            format_number(model["std"]),
+            str(model["n"]),
+            format_number(model["accuracy_mean"]),
+            *costs(model),
+            format_number(model["epochs"], "{:.1f}"),
+        ]
+        for model in models
+    ]
+    headings = ("Model", "Macro F1 (mean)", "SD", "Seeds", "Accuracy", *COSTS, "Epochs")
+    one = "no interval: it takes more than one seed"
+    brackets = f"in brackets: {record['interval_method']}" if any(model["interval"] for model in models) else one
+    note = f"All scores are of the test part, means over seeds; SD: standard deviation over seeds; {brackets}."
+    return Table(headings, rows, best=best_row([model["mean"] for model in models]), note=note)
+
+
+def differences_table(record: Record) -> Table:
+    """Every pair of models, with what is shown of it."""
+    rows = [
+        [
+            f"{pair['a']} against {pair['b']}",
+            with_interval(pair["difference"], pair["interval"], "{:+.3f}"),
+            p_value(pair["p"]),
+            p_value(pair["p_corrected"]),
+            _who_is_better(pair),
+        ]
+        for pair in record["differences"]
+    ]
+    note = f"Difference in macro F1, first minus second: {record['difference_method']}."
+    return Table(("Models", "Difference", "p", "p, corrected", "Verdict"), rows, note=note)
+
+
+def _who_is_better(pair: Record) -> str:
+    if pair["p"] is None:
+        return "not tested"
+    better = pair["a"] if pair["difference"] > 0 else pair["b"]
+    return f"{better} is better" if pair["significant"] else "no difference shown"
+
+
+def variants_table(record: Record) -> Table:
+    """The variants of an ablation, each with the verdict on the component that it is about."""
+    variants, effects = record["variants"], record["effects"]
+    rows = [
+        [v["name"], with_interval(v["mean"], v["interval"]), _gain(record, v), _verdict(record, v)] for v in variants
+    ]
+    bars = f"in brackets: {record['interval_method']}" if any(v["interval"] for v in variants) else "one seed"
+    note = f"Mean macro F1 of the test part over seeds, {bars}. Verdicts: with the component minus without it."
+    if any(effect["p_corrected"] is not None for effect in effects):
+        note += (
+            f" Shown: p below 0.05 after correction for {len(effects) + 1} comparisons (Holm 1979); the intervals in "
+            "the verdicts are corrected likewise, those of the means are not."
+        )
+    headings = ("Configuration", "Macro F1 (mean)", "Difference to baseline", "Verdict")
+    return Table(headings, rows, best=best_row([variant["mean"] for variant in variants]), note=note)
+
+
+# Markdown
+
+
+def markdown(value: Any) -> Markup:
+    """Text that Markdown shows as it is, on one line: no tag, no link or picture, no further column.
+
+    Templates pass all that they print through it; what is `Markup` already is left alone.
+    """
+    if hasattr(value, "__html__"):
+        return value
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return Markup(BEGINNINGS.sub(r"\g<0>\\", SIGNS.sub(r"\\\g<0>", text)))
+
+
+def markdown_row(*cells: Any, best: bool = False) -> Markup:
+    """A table's row, bold if it is the best; a list stands for several cells."""
+    bold, flat = "**" if best else "", (c for cell in cells for c in (cell if isinstance(cell, list) else [cell]))
+    return Markup("| " + " | ".join(f"{bold}{markdown(cell)}{bold}" for cell in flat) + " |")
+
+
+def table_markdown(table: Table) -> Markup:
+    """The table as GitHub and markdown-it read it, with its note below."""
+    sides = [Markup("---:" if table.is_number(column) else "---") for column in range(len(table.headings))]
+    rows = [markdown_row(*row, best=index == table.best) for index, row in enumerate(table.rows)]
+    note = ["", markdown(table.note)] if table.note else []
+    return Markup("\n".join([markdown_row(*table.headings), markdown_row(*sides), *rows, *note]))
+
+
+def comparison_markdown(record: Record) -> str:
+    """The models of a comparison as a Markdown table, and below it their paired differences, if any were tested."""
+    tables = [models_table(record), *([differences_table(record)] if record["differences"] else [])]
+    return "\n\n".join(map(table_markdown, tables))
+
+
+def ablation_markdown(record: Record) -> str:
+    """The variants of an ablation as a Markdown table, with the verdict on the component that each is about."""
+    return str(table_markdown(variants_table(record)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def open_study(
             study.tell(trial.number, state=TrialState.FAIL)
             run_again(study, trial)
     return study
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Lets Ctrl-C through while the journal's lock is given back: its file is then deleted twice, an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
 
 
 def make_sampler(name: str, *, seed: int, trials_so_far: int, shared: bool) -> optuna.samplers.BaseSampler:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from waferlab.errors import ServerError
-from waferlab.tracking.runs import PATHS, WORKER
 
+WATCH = Path(__file__).with_name("watch.py")
 QUIET_SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
@@ -33,10 +34,10 @@ class MlflowServer:
         # One worker and no job processes: half the start-up time, a tenth of the memory, and nothing left behind.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop`
         self._process = subprocess.Popen(
-            [*WORKER, "watch", sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri,
+            [sys.executable, "-P", str(WATCH), sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri,
              "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"],
-            env=os.environ | {"PYTHONPATH": PATHS, **QUIET_SERVER},
-            stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | QUIET_SERVER, stdin=subprocess.PIPE, stdout=self._log,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def wait_until_up(self, seconds: float = 60.0) -> None:
@@ -56,15 +57,21 @@ class MlflowServer:
         self.stop()
         raise ServerError(f"The MLflow server did not start on {self.url}: {' '.join(last) or 'no answer'}")
 
-    def link(self, experiment_id: str) -> str:
-        """The page with the experiment's runs."""
-        return f"{self.url}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    def link(self, experiment_id: str, run_id: str | None = None) -> str:
+        """The page of a run, or with all runs of the experiment."""
+        return f"{self.url}/{page_of(experiment_id, run_id)}"
 
     def stop(self) -> None:
         """Ends the server and all processes that it started."""
-        self._process.stdin.close()  # what `tracking_worker.watch` waits for
+        self._process.stdin.close()  # what `watch.py` waits for
         self._process.wait()
         self._log.close()
+
+
+def page_of(experiment_id: str, run_id: str | None = None) -> str:
+    """What follows a server's address for the page of a run, or with all runs of the experiment."""
+    runs = f"#/experiments/{experiment_id}/runs"
+    return f"{runs}?workflowType=machine_learning" if run_id is None else f"{runs}/{run_id}"
 
 
 def _free_port(first: int) -> int:

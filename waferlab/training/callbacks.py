@@ -100,7 +100,7 @@ class KeepInterrupt(pl.Callback):
 
 
 class History(pl.Callback):
-    """Keeps the metrics and the learning rate of each epoch, for curves and records."""
+    """Keeps the metrics of each epoch, and the learning rate that it began with, for curves and records."""
 
     KEYS = ("train_loss", "val_loss", "train_macro_f1", "val_macro_f1", "train_accuracy", "val_accuracy")
 
@@ -117,6 +117,10 @@ class History(pl.Callback):
         """Starts the clock."""
         self._started = time.monotonic()
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the learning rate: at the end of the last epoch it is zero."""
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Appends the epoch; runs before the checkpoints are written, so a resumed run has it too."""
         values = {key: float(trainer.callback_metrics[key]) for key in self.KEYS if key in trainer.callback_metrics}
@@ -125,8 +129,7 @@ class History(pl.Callback):
                 f"the training loss is {values['train_loss']} after epoch {trainer.current_epoch + 1}. "
                 f"Lower the learning rate (now {pl_module.learning_rate:g}) or set precision='32-true'."
             )
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **values, "learning_rate": rate})
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **values, "learning_rate": self._learning_rate})
 
     def state_dict(self) -> dict[str, Any]:
         """Epochs and seconds so far, kept in checkpoints."""

@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -196,19 +196,24 @@ class TrainingFolder:
         return record if record.get("asked_for") == self.asked["asked_for"] else None
 
 
-def check_writable(*folders: Path) -> None:
-    """Makes folders, and tries whether files can be written there before hours are spent on what goes there.
+@contextmanager
+def hold_folders(*folders: Path) -> Iterator[None]:
+    """Holds folders for this run alone, after a try whether files can be written there.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: a folder cannot be written.
+        FolderInUseError: another run holds one.
     """
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be written ({error}). Choose another output_dir.") from error
+    with ExitStack() as held:
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".writable").touch()
+                (folder / ".writable").unlink()
+            except OSError as error:
+                raise ConfigError(f"{folder} cannot be written ({error}). Choose another output_dir.") from error
+            held.enter_context(hold_folder(folder))
+        yield
 
 
 @contextmanager

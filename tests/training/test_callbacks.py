@@ -14,10 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from made_up import Scripted, pipeline
 from rich.console import Console
 
-from integrated_pipeline import MODEL_REGISTRY, ModelSpec
 from waferlab.errors import TrainingDivergedError
 from waferlab.training import checkpoints
-from waferlab.training.callbacks import History, KeepInterrupt, TimeBudget
+from waferlab.training.callbacks import EpochLines, History, KeepInterrupt, TimeBudget
 from waferlab.training.checkpoints import CheckpointFiles
 from waferlab.training.progress import ProgressBar
 
@@ -31,7 +30,11 @@ def clock(monkeypatch):
 
 
 def a_trainer(**more):
-    return SimpleNamespace(should_stop=False, callbacks=[], max_epochs=10, current_epoch=0, callback_metrics={}, **more)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    return SimpleNamespace(
+        should_stop=False, callbacks=[], max_epochs=10, current_epoch=0, callback_metrics={}, optimizers=[optimizer],
+        **more,
+    )  # fmt: skip
 
 
 def a_module():
@@ -82,21 +85,23 @@ def test_a_resumed_training_has_the_rest_of_the_time_only(clock):
 # --- history
 
 
-def epoch_end(history, trainer, epoch, **metrics):
+def an_epoch(callback, trainer, epoch, *, rate=0.5, **metrics):
     trainer.current_epoch = epoch
+    trainer.optimizers[0].param_groups[0]["lr"] = rate
+    callback.on_train_epoch_start(trainer, a_module())
     trainer.callback_metrics = {key: torch.tensor(value) for key, value in metrics.items()}
-    history.on_train_epoch_end(trainer, a_module())
+    trainer.optimizers[0].param_groups[0]["lr"] = 0.0
+    callback.on_train_epoch_end(trainer, a_module())
 
 
-def test_the_history_keeps_and_tracks_the_metrics_of_each_epoch_under_its_number():
-    tracked = []
-    history, trainer = History(log=lambda values, step: tracked.append((step, values))), a_trainer()
+def test_the_history_keeps_the_metrics_and_the_first_learning_rate_of_each_epoch_under_its_number():
+    history, trainer = History(), a_trainer()
     first = {"train_loss": 1.5, "val_loss": 2.0, "val_macro_f1": 0.25, "train_macro_f1": 0.5, "val_accuracy": 0.75}
     second = {"train_loss": 1.0, "val_loss": 1.0, "val_macro_f1": 0.5, "train_macro_f1": 0.75, "val_accuracy": 1.0}
-    epoch_end(history, trainer, 0, **first, learning_rate=0.1)
-    epoch_end(history, trainer, 1, **second)
+    an_epoch(history, trainer, 0, **first, rate=0.125, another_metric=0.1)
+    an_epoch(history, trainer, 1, **second, rate=0.25)
+    first, second = first | {"learning_rate": 0.125}, second | {"learning_rate": 0.25}
     assert history.epochs == [{"epoch": 1, **first}, {"epoch": 2, **second}]
-    assert tracked == [(1, first), (2, second)]
     series = history.series()
     assert series == {"epoch": [1, 2], **{key: [first[key], second[key]] for key in first}}
     assert next(iter(series)) == "epoch"
@@ -104,30 +109,29 @@ def test_the_history_keeps_and_tracks_the_metrics_of_each_epoch_under_its_number
 
 def test_a_curve_that_lacks_an_epoch_is_left_out():
     history, trainer = History(), a_trainer()
-    epoch_end(history, trainer, 0, train_loss=1.5)
-    epoch_end(history, trainer, 1, train_loss=1.0, val_loss=2.0)
-    assert history.series() == {"epoch": [1, 2], "train_loss": [1.5, 1.0]}
+    an_epoch(history, trainer, 0, train_loss=1.5)
+    an_epoch(history, trainer, 1, train_loss=1.0, val_loss=2.0)
+    assert history.series() == {"epoch": [1, 2], "train_loss": [1.5, 1.0], "learning_rate": [0.5, 0.5]}
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_the_training_with_epoch_rate_and_remedy(loss):
-    history, tracked = History(log=lambda values, step: tracked.append(step)), []
-    tracked = []
+    history = History()
     with pytest.raises(
         TrainingDivergedError, match=rf"loss is {loss} after epoch 3\. Lower .*\(now 0\.004\) or .*32-true"
     ):
-        epoch_end(history, a_trainer(), 2, train_loss=loss)
-    assert history.epochs == [] and tracked == []
+        an_epoch(history, a_trainer(), 2, train_loss=loss)
+    assert history.epochs == []
 
 
 def test_the_history_of_a_resumed_training_goes_on_with_epochs_and_seconds(clock):
     before, trainer = History(), a_trainer()
     clock.now += 100
     before.on_fit_start(trainer, a_module())
-    epoch_end(before, trainer, 0, train_loss=1.5)
+    an_epoch(before, trainer, 0, train_loss=1.5)
     clock.now += 7
     kept = before.state_dict()
-    assert kept == {"epochs": [{"epoch": 1, "train_loss": 1.5}], "seconds": 7}
+    assert kept == {"epochs": [{"epoch": 1, "train_loss": 1.5, "learning_rate": 0.5}], "seconds": 7}
 
     clock.now = 3.0
     resumed = History()
@@ -135,37 +139,32 @@ def test_the_history_of_a_resumed_training_goes_on_with_epochs_and_seconds(clock
     clock.now += 50  # loading is not training
     resumed.on_fit_start(trainer, a_module())
     clock.now += 5
-    epoch_end(resumed, trainer, 1, train_loss=1.0)
+    an_epoch(resumed, trainer, 1, train_loss=1.0)
     assert resumed.seconds() == 12
-    assert resumed.series() == {"epoch": [1, 2], "train_loss": [1.5, 1.0]}
+    assert resumed.series() == {"epoch": [1, 2], "train_loss": [1.5, 1.0], "learning_rate": [0.5, 0.5]}
 
 
 def test_a_line_an_epoch_says_how_far_it_is_how_good_and_how_long_it_takes(clock):
     said = []
-    history, trainer = History(say=said.append), a_trainer()
-    history.on_fit_start(trainer, a_module())
+    lines, trainer = EpochLines(said.append), a_trainer()
+    clock.now += 500  # building the model is not training
+    lines.on_fit_start(trainer, a_module())
     for epoch in range(2):
         clock.now += 4
-        epoch_end(history, trainer, epoch, train_loss=1.25, val_macro_f1=0.5)
+        an_epoch(lines, trainer, epoch, train_loss=1.25, val_macro_f1=0.5)
     assert said == [
         "  epoch 1/10  val macro F1 0.500  train loss 1.250  at most 36 s left",
         "  epoch 2/10  val macro F1 0.500  train loss 1.250  at most 32 s left",
     ]
     budget = TimeBudget(20)
-    trainer.callbacks = [history, budget]
+    trainer.callbacks = [lines, budget]
     budget.on_fit_start(trainer, a_module())
     clock.now += 4
-    epoch_end(history, trainer, 2, train_loss=1.25)
+    an_epoch(lines, trainer, 2, train_loss=1.25)
     assert said[-1] == "  epoch 3/10  val macro F1 0.000  train loss 1.250  at most 16 s left"
     clock.now += 30
-    epoch_end(history, trainer, 3, train_loss=1.25)
+    an_epoch(lines, trainer, 3, train_loss=1.25)
     assert said[-1].endswith("at most 0 s left")
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    monkeypatch.setitem(MODEL_REGISTRY, "scripted", ModelSpec(Scripted))
-    monkeypatch.setattr(Scripted, "scripts", [])
 
 
 def test_the_seconds_of_all_sittings_are_in_the_record_and_off_the_budget(
@@ -184,7 +183,7 @@ def test_the_seconds_of_all_sittings_are_in_the_record_and_off_the_budget(
         pipeline(tiny_npz, tmp_path, **settings).train_final_model("scripted")
     clock.now = 5.0  # another day, another process
     record = pipeline(tiny_npz, tmp_path, resume=True, **settings).train_final_model("scripted")
-    assert (record["epochs"], record["train_seconds"]) == (2, 1530)
+    assert (record.epochs, record.train_seconds) == (2, 1530)
     state = torch.load(tmp_path / "checkpoints/tiny/scripted/resume.ckpt", weights_only=True)["callbacks"]
     (budget,) = [value for key, value in state.items() if key.startswith("TimeBudget")]
     assert budget == {"used": 1530}
@@ -255,16 +254,25 @@ def handler():
 
 def test_an_interrupt_that_was_swallowed_is_raised_again_at_the_next_batch_and_its_handler_is_given_back(handler):
     keep, trainer, module = KeepInterrupt(), a_trainer(), a_module()
-    keep.on_fit_start(trainer, module)
-    keep.on_train_batch_start(trainer, module, None, 0)  # nothing happened: nothing is raised
-    with pytest.raises(KeyboardInterrupt):  # as in a destructor, where Python would drop it
-        os.kill(os.getpid(), signal.SIGINT)
-        threading.Event().wait(5)
-    with pytest.raises(KeyboardInterrupt):
-        keep.on_train_batch_start(trainer, module, None, 1)
-    assert handler == []
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Lightning does
-    keep.give_back()
+    with pytest.raises(KeyboardInterrupt), keep.heeded():
+        keep.on_fit_start(trainer, module)
+        keep.on_train_batch_start(trainer, module, None, 0)  # nothing happened: nothing is raised
+        with pytest.raises(KeyboardInterrupt):  # as in a destructor, where Python would drop it
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(5)
+        with pytest.raises(KeyboardInterrupt):
+            keep.on_train_batch_start(trainer, module, None, 1)
+        assert handler == []
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Lightning does
+        raise SystemExit(1)  # and this, too
+    signal.raise_signal(signal.SIGINT)
+    assert handler == ["ours"]
+
+
+def test_the_handler_is_given_back_after_a_training_that_nobody_interrupts(handler):
+    keep = KeepInterrupt()
+    with keep.heeded():
+        keep.on_fit_start(a_trainer(), a_module())
     signal.raise_signal(signal.SIGINT)
     assert handler == ["ours"]
 
@@ -274,8 +282,8 @@ def test_a_training_outside_of_the_main_thread_leaves_the_interrupt_alone(handle
 
     def train():
         try:
-            keep.on_fit_start(a_trainer(), a_module())
-            keep.give_back()
+            with keep.heeded():
+                keep.on_fit_start(a_trainer(), a_module())
         except BaseException as error:
             errors.append(error)
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_settings
+from made_up import Scripted, a_record
 
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
+from waferlab.records import StartingWeights
 from waferlab.training.checkpoints import (
     CheckpointFiles,
     TrainingFolder,
@@ -24,7 +27,7 @@ from waferlab.training.checkpoints import (
     read_checkpoint,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 settings = partial(tiny_settings, enable_mlflow=False, max_epochs=2)
 
@@ -39,7 +42,7 @@ def checkpoint(tmp_path):
 def test_a_checkpoint_is_read_back_and_opens_in_torch_too(checkpoint):
     for read in (read_checkpoint(checkpoint), torch.load(checkpoint, weights_only=True)):
         assert torch.equal(read["state_dict"]["weight"], torch.arange(1000.0))
-    assert read_checkpoint(checkpoint, expected=checkpoint_digest(checkpoint))
+    assert checkpoint_digest(checkpoint, expected=checkpoint_digest(checkpoint))
 
 
 def flip(position):
@@ -67,11 +70,13 @@ def test_any_damage_to_a_checkpoint_is_noticed_and_the_remedy_named(damage, chec
     DAMAGES[damage](checkpoint)
     with pytest.raises(DamagedFileError, match=r"best\.ckpt.*Delete it; with --resume"):
         read_checkpoint(checkpoint)
+    with pytest.raises(DamagedFileError, match=r"best\.ckpt.*Delete it; with --resume"):
+        checkpoint_digest(checkpoint)
 
 
 def test_another_trainings_checkpoint_is_told_from_ones_own(checkpoint):
     with pytest.raises(DamagedFileError, match="another run has replaced it"):
-        read_checkpoint(checkpoint, expected="0" * 64)
+        checkpoint_digest(checkpoint, expected="0" * 64)
 
 
 def test_lightning_refuses_to_go_on_from_a_damaged_checkpoint(checkpoint):
@@ -81,16 +86,20 @@ def test_lightning_refuses_to_go_on_from_a_damaged_checkpoint(checkpoint):
 
 
 def test_a_training_goes_on_only_with_its_own_fingerprint(tmp_path):
-    folder = TrainingFolder(tmp_path, "ours")
+    folder, begun, record = TrainingFolder(tmp_path, "ours"), Scripted(learning_rate=0.1), a_record()
+    begun.starting_weights = StartingWeights("random", reason="no network")
     folder.start_afresh()
-    folder.remember_start(weights="random", learning_rate=0.1)
+    folder.remember_start(begun)
     for file in (folder.best, folder.resume):
         file.write_bytes(b"some weights")
-    folder.finish({"epochs": 3})
-    assert folder.resume_point() == folder.resume and folder.finished()["epochs"] == 3
-    assert folder.started()["learning_rate"] == 0.1
+    folder.finish(record)
+    assert folder.resume_point() == folder.resume and folder.finished() == record
+    resumed = Scripted(learning_rate=0.2)
+    folder.restore_start(resumed)
+    assert resumed.learning_rate == resumed.hparams["learning_rate"] == 0.1
+    assert resumed.starting_weights == begun.starting_weights
     other = TrainingFolder(tmp_path, "others")
-    for refused in (other.resume_point, other.finished, other.started):
+    for refused in (other.resume_point, other.finished, lambda: other.restore_start(resumed)):
         with pytest.raises(ConfigError, match="other settings or data"):
             refused()
     anew = TrainingFolder(tmp_path, "ours", {"learning_rate": 0.2})  # a search has come to something else meanwhile
@@ -111,7 +120,7 @@ def test_a_failed_checkpoint_leaves_the_one_before_and_no_remains(tmp_path):
 def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(tmp_path):
     file, unfinished = tmp_path / "resume.ckpt", tmp_path / "resume.ckpt.unfinished"
     CheckpointFiles().save_checkpoint({"weights": torch.zeros(5)}, file)
-    program = "import sys, torch; from checkpoints import CheckpointFiles\n"
+    program = "import sys, torch; from waferlab.training.checkpoints import CheckpointFiles\n"
     program += "while True: CheckpointFiles().save_checkpoint({'weights': torch.ones(50_000_000)}, sys.argv[1])"
     child = subprocess.Popen([sys.executable, "-c", program, file], cwd=ROOT)
     deadline = time.monotonic() + 120
@@ -184,9 +193,9 @@ def test_a_checkpoint_that_scores_otherwise_than_its_history_is_refused(tiny_npz
     run = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, enable_optuna=False)))
     record = run.train_final_model("lightning_cnn")
     run.evaluate([record])
-    better = record["history"] | {"val_macro_f1": [max(record["history"]["val_macro_f1"]) + 0.05] * 2}
+    better = record.history | {"val_macro_f1": [record.val_macro_f1 + 0.05] * 2}
     with pytest.raises(DamagedFileError, match="It is not what was trained"):
-        run.evaluate([record | {"history": better}])
+        run.evaluate([replace(record, history=better)])
 
 
 # --- one run a folder
@@ -194,7 +203,7 @@ def test_a_checkpoint_that_scores_otherwise_than_its_history_is_refused(tiny_npz
 HOLDER = """
 import sys, time
 from pathlib import Path
-from checkpoints import hold_folder
+from waferlab.training.checkpoints import hold_folder
 with hold_folder(Path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(60)

@@ -1,7 +1,5 @@
 """Promises about a training: every setting reaches it, its best epoch stays, figures come from where they say."""
 
-import csv
-import json
 import math
 import shutil
 from dataclasses import fields, replace
@@ -11,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_settings
 from lightning.pytorch.callbacks import EarlyStopping
-from made_up import BeforeTraining, Scripted, before_training, pipeline
-from torch import nn
+from made_up import BeforeTraining, Scripted, as_trained, before_training, pipeline
 
-from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec
+from integrated_pipeline import IntegratedMLPipeline
 from simple_model import LightningCNN
 from waferlab.config import ExperimentConfig
 from waferlab.data.datamodule import WaferMapDataModule
@@ -24,42 +20,15 @@ from waferlab.data.images import encode, resize_maps, symmetries
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import split_by_lot
+from waferlab.deployment.promotion import NotRegistered
 from waferlab.errors import ConfigError
-from waferlab.evaluation.decision import Decision, choose_decision, fit_temperature
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.evaluation.predictions import Predictions
-from waferlab.reports.tables import write_per_class_table
-from waferlab.tracking.runs import TrackedRun
+from waferlab.models.registry import MODEL_REGISTRY
+from waferlab.records import ModelResult
 from waferlab.training.callbacks import TimeBudget
 
-
-@pytest.fixture(autouse=True)
-def scripted(monkeypatch):
-    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1})
-    monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
-    monkeypatch.setattr(Scripted, "scripts", [])
-    monkeypatch.setattr(Scripted, "seen", {})
-    return Scripted
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_arrays, tmp_path_factory):
-    """A small CNN trained for an epoch: its folder with the data, and its record."""
-    folder = tmp_path_factory.mktemp("trained")
-    np.savez(folder / "tiny.npz", **tiny_arrays)
-    config = ExperimentConfig(**tiny_settings(folder / "tiny.npz", folder, **SMALL))
-    return folder, IntegratedMLPipeline(config).train_final_model("lightning_cnn")
-
-
-SMALL = {"max_epochs": 1, "enable_optuna": False, "enable_mlflow": False, "learning_rate": 0.01}
-
-
-def as_trained(trained, **more):
-    """A pipeline with the settings and the folder of the trained model."""
-    folder, _ = trained
-    made = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(folder / "tiny.npz", folder, **SMALL | more)))
-    made.prepare_data()
-    return made
+pytestmark = pytest.mark.usefixtures("scripted")
 
 
 @pytest.fixture
@@ -81,17 +50,17 @@ def uneven_npz(tmp_path, tiny_arrays):
 
 def test_the_weights_of_the_best_epoch_stay_not_those_of_the_last(tiny_npz, tmp_path, monkeypatch):
     # A scripted score is not what the weights reach.
-    monkeypatch.setattr(IntegratedMLPipeline, "_check_is_what_was_trained", lambda *_: None)
+    monkeypatch.setattr("waferlab.evaluation.inference._check_is_what_was_trained", lambda *_: None)
     Scripted.scripts = [[0.2, 0.7, 0.5, 0.4]]
     made = pipeline(tiny_npz, tmp_path, max_epochs=4)
     record = made.train_final_model("scripted")
-    assert (record["epochs"], record["best_epoch"]) == (4, 2)
-    assert record["history"]["val_macro_f1"] == pytest.approx([0.2, 0.7, 0.5, 0.4])
+    assert (record.epochs, record.best_epoch) == (4, 2)
+    assert record.history["val_macro_f1"] == pytest.approx([0.2, 0.7, 0.5, 0.4])
     assert made.load_model(record).network.epoch == 2
     (result,), _ = made.evaluate([record])
     resumed = pipeline(tiny_npz, tmp_path, max_epochs=4, resume=True)
     assert resumed.load_model(resumed.train_final_model("scripted")).network.epoch == 2
-    assert (result["best_epoch"], result["epochs"]) == (2, 4)
+    assert (result.best_epoch, result.epochs) == (2, 4)
 
 
 @pytest.mark.parametrize("patience", [1, 3])
@@ -100,7 +69,7 @@ def test_training_stops_after_so_many_epochs_without_a_better_score_and_not_befo
     Scripted.scripts = [rising + [0.5] * 20]
     made = pipeline(tiny_npz, tmp_path, max_epochs=20, early_stopping_patience=patience)
     record = made.train_final_model("scripted")
-    assert (record["best_epoch"], record["epochs"]) == (6, 6 + patience)
+    assert (record.best_epoch, record.epochs) == (6, 6 + patience)
     assert made.load_model(record).network.epoch == 6
 
 
@@ -126,9 +95,9 @@ def test_a_resumed_training_goes_on_with_its_history_its_best_epoch_and_its_pati
     Scripted.scripts = [scores]
     resumed = pipeline(tiny_npz, tmp_path, max_epochs=6, early_stopping_patience=3, resume=True)
     record = resumed.train_final_model("scripted")
-    assert record["history"]["epoch"] == [1, 2, 3, 4, 5]  # three without a better one after the second
-    assert record["history"]["val_macro_f1"] == pytest.approx(scores[:5])
-    assert record["best_epoch"] == 2 and resumed.load_model(record).network.epoch == 2
+    assert record.history["epoch"] == [1, 2, 3, 4, 5]  # three without a better one after the second
+    assert record.history["val_macro_f1"] == pytest.approx(scores[:5])
+    assert record.best_epoch == 2 and resumed.load_model(record).network.epoch == 2
 
 
 def test_the_best_model_is_the_one_that_validation_prefers_where_test_prefers_another(tiny_npz, tmp_path, monkeypatch):
@@ -147,10 +116,10 @@ def test_the_best_model_is_the_one_that_validation_prefers_where_test_prefers_an
 
         results, predictions = [], []
         for record in records:
-            first = record["model_type"] == names[0]
+            first = record.model_type == names[0]
             test, predicted = scores("test", not first)
-            parts = {"validation": scores("validation", first)[0], "test": test}
-            results.append({**record, **parts, "latency_ms": 1.0})
+            validation, _ = scores("validation", first)
+            results.append(ModelResult(**vars(record), validation=validation, test=test, latency_ms=1.0))
             predictions.append(predicted)
         return results, predictions
 
@@ -159,10 +128,12 @@ def test_the_best_model_is_the_one_that_validation_prefers_where_test_prefers_an
     monkeypatch.setattr(
         IntegratedMLPipeline,
         "train_final_model",
-        lambda self, name, *_, **__: train(self, "scripted") | {"model_type": name},
+        lambda self, name, *_, **__: replace(train(self, "scripted"), model_type=name),
     )
     monkeypatch.setattr(
-        IntegratedMLPipeline, "register_best", lambda self, result, *_, **__: registered.append(result["model_type"])
+        IntegratedMLPipeline,
+        "register_best",
+        lambda self, result, *_, **__: registered.append(result.model_type) or NotRegistered("not asked for"),
     )
     summary = made.run_complete_pipeline()
     assert {m["model_type"]: m["test"]["macro_f1"] for m in summary["models"]} == {names[0]: 0.0, names[1]: 1.0}
@@ -442,6 +413,7 @@ CHANGES_THE_TRAINING = {
     "devices": 1,
     "precision": "32-true",
     "accumulate_grad_batches": 2,
+    "trainer": {"gradient_clip_val": 1.0},
 }
 MAY_CHANGE = {
     "model_type": "lightning_cnn",  # each model has a folder of its own
@@ -498,7 +470,7 @@ def test_a_training_is_not_resumed_with_another(other, state, trained, tmp_path,
 
 def test_a_finished_training_is_taken_over_with_the_same_settings_and_begun_anew_without_resume(trained, monkeypatch):
     _, record = trained
-    assert as_trained(trained, resume=True).train_final_model("lightning_cnn") == json.loads(json.dumps(record))
+    assert as_trained(trained, resume=True).train_final_model("lightning_cnn") == record
     with pytest.raises(BeforeTraining):
         monkeypatch.setattr(pl.Trainer, "fit", lambda trainer, model, **_: raise_before(trainer, model))
         folder = trained[0] / "anew"
@@ -507,225 +479,3 @@ def test_a_finished_training_is_taken_over_with_the_same_settings_and_begun_anew
 
 def raise_before(trainer, model):
     raise BeforeTraining(trainer, model, None)
-
-
-# --- from the weights to the answer
-
-LEAN = Decision(views=8, prior_strength=0.5, offsets=tuple(np.linspace(-1, 1, 9).tolist()), temperature=2.5)
-
-
-def answered_by_hand(model, images, decision):
-    """The formula of the documentation, in double precision: mean over views, offsets, temperature."""
-    with torch.inference_mode():
-        views = list(symmetries(images))[: decision.views]
-        mean = torch.stack([model(encode(view)).double().softmax(-1) for view in views]).mean(0)
-    scores = mean.log() + torch.tensor(decision.offsets or (0.0,) * 9)
-    return (scores / decision.temperature).softmax(-1).numpy()
-
-
-@pytest.mark.parametrize("chosen", [LEAN, Decision(temperature=0.6), None], ids=["all", "temperature", "not tuned"])
-def test_scores_are_those_of_the_answers_with_views_offsets_and_temperature(chosen, trained, monkeypatch):
-    made = as_trained(trained, tune_decision=chosen is not None)
-    monkeypatch.setattr("integrated_pipeline.choose_decision", lambda *_, **__: chosen)
-    (result,), (predicted,) = made.evaluate([trained[1]])
-    model = made.load_model(trained[1])
-    for part in ("validation", "test"):
-        answers = answered_by_hand(model, made.data_module().images(part), chosen or Decision())
-        indices = made.split.parts()[part]
-        by_hand = Predictions(answers, made.maps.labels[indices], made.maps.groups[indices], CLASS_NAMES)
-        expected = compute_metrics(by_hand)
-        for name in ("accuracy", "macro_f1", "expected_calibration_error", "roc_auc_ovr"):
-            # In float32 two answers can tie that do not in float64, which moves the area under the curve a little.
-            assert result[part][name] == pytest.approx(expected[name], abs=1e-3), (part, name)
-        assert result[part]["confusion_matrix"] == expected["confusion_matrix"]
-    np.testing.assert_allclose(predicted.probabilities, answers, atol=1e-5)
-    assert predicted.class_names == CLASS_NAMES
-    if chosen:
-        plain = answered_by_hand(model, made.data_module().images("test"), Decision())
-        assert np.abs(plain - answers).max() > 0.02  # what was chosen makes a difference here
-        kept = result["decision"]
-        assert (kept["views"], kept["temperature"]) == (chosen.views, chosen.temperature)
-        assert tuple(kept["offsets"]) == chosen.offsets
-
-
-def test_the_decision_is_chosen_from_validation_answers_and_training_counts(trained, monkeypatch):
-    made, asked = as_trained(trained, tune_decision=True), []
-    monkeypatch.setattr(
-        "integrated_pipeline.choose_decision", lambda *given: asked.append(given) or choose_decision(*given)
-    )
-    made.evaluate([trained[1]])
-    ((by_views, labels, counts),) = asked
-    model, images = made.load_model(trained[1]), made.data_module().images("validation")
-    for views in (1, 8):
-        np.testing.assert_allclose(by_views[views], answered_by_hand(model, images, Decision(views=views)), atol=1e-5)
-    assert labels.tolist() == made.maps.labels[made.split.validation].tolist()
-    assert counts.tolist() == np.bincount(made.maps.labels[made.split.train], minlength=9).tolist()
-
-
-def test_the_chosen_temperature_fits_the_answers_that_it_is_applied_to():
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(4), [800, 400, 200, 100])
-    scores = rng.normal(0, 1, (len(labels), 4))
-    scores[np.arange(len(labels)), labels] += 1.5
-    sharp = torch.from_numpy(3 * scores).softmax(-1).numpy()
-    decision = choose_decision({1: sharp, 8: sharp}, labels, np.bincount(labels))
-    assert decision.temperature > 1.5
-    answered = decision.apply(torch.from_numpy(sharp)).numpy()
-    assert fit_temperature(answered, labels) == pytest.approx(1, abs=0.01)  # nothing is left to correct
-    assert answered[np.arange(len(labels)), labels].mean() < sharp[np.arange(len(labels)), labels].mean()
-
-
-def chosen_by_hand(by_views, labels, counts):
-    """What the documentation of `choose_decision` says, in plain loops; views, strength and offsets."""
-    strengths = [i / 8 for i in range(-6, 7)]
-    trained = [c for c, count in enumerate(counts) if count > 0]
-    logs = [math.log(max(count, 1) / sum(counts)) for count in counts]
-    mean = sum(logs[c] for c in trained) / len(trained)
-    shares = [logs[c] - mean if c in trained else 0.0 for c in range(len(counts))]
-    smoothed = {}
-    for views, probabilities in by_views.items():
-        possible = np.maximum(probabilities, 1e-12) * [c in trained for c in range(len(counts))]
-        log_possible = np.log(np.maximum(possible / possible.sum(1, keepdims=True), 1e-12))
-        scores = []
-        for strength in strengths:
-            said = (log_possible + strength * np.array(shares)).argmax(1)
-            f1 = [
-                2 * ((said == c) & (labels == c)).sum() / ((said == c).sum() + (labels == c).sum())
-                for c in sorted(set(labels.tolist()))
-            ]
-            scores.append(np.mean(f1))
-        padded = [scores[0], *scores, scores[-1]]
-        smoothed[views] = [sum(padded[i : i + 3]) / 3 for i in range(len(scores))]
-    views = 8 if max(smoothed[8]) - max(smoothed[1]) > 0.002 else 1
-    top = max(round(score, 6) for score in smoothed[views])
-    best = [strength for strength, score in zip(strengths, smoothed[views], strict=True) if round(score, 6) == top]
-    strength = min(best, key=abs)
-    offsets = [strength * share for share in shares]
-    return views, strength, offsets if strength else []
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_views_and_prior_correction_are_chosen_as_documented(seed):
-    """Few maps of some classes, of one none in validation, of one none in training; answers that lean either way."""
-    rng = np.random.default_rng(seed)
-    counts = rng.permutation([3000, 400, 90, 30, 1, 0])
-    labels = rng.choice(6, 150, p=np.sqrt(counts) / np.sqrt(counts).sum())
-    scores = rng.normal(0, 1, (150, 6)) + rng.uniform(-0.6, 0.6) * np.log(np.maximum(counts, 1))
-    scores[np.arange(150), labels] += 1.5
-    by_views = {views: softmax(scores + rng.normal(0, noise, (150, 6))) for views, noise in ((1, 0.5), (8, 0.4))}
-    by_views[1][:9] = np.eye(6)[rng.integers(6, size=9)]  # probabilities of exactly 0, as float32 has them
-    decision = choose_decision(by_views, labels, counts)
-    views, strength, offsets = chosen_by_hand(by_views, labels, counts)
-    assert (decision.views, decision.prior_strength) == (views, strength)
-    np.testing.assert_allclose(decision.offsets, offsets, rtol=1e-12, atol=1e-12)
-    assert decision.left_out == tuple(np.flatnonzero(counts == 0))
-    answered = Decision(offsets=decision.offsets, left_out=decision.left_out).apply(torch.from_numpy(by_views[views]))
-    assert decision.temperature == pytest.approx(fit_temperature(answered.numpy(), labels), rel=1e-6)
-
-
-def softmax(scores):
-    return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-
-
-@pytest.mark.parametrize(("gain", "views"), [(19, 1), (21, 8)])
-def test_eight_views_must_gain_two_thousandths(gain, views):
-    labels = np.arange(10_000) % 2
-
-    def right_but_for(errors):  # as many of one class as of the other, so that macro F1 is the share of right answers
-        said = np.where(np.arange(10_000) < errors, 1 - labels, labels)
-        return 0.8 * np.eye(2)[said] + 0.1
-
-    by_views = {1: right_but_for(200), 8: right_but_for(200 - gain)}
-    assert choose_decision(by_views, labels, np.array([50, 50])).views == views
-
-
-def test_a_correction_is_computed_in_the_precision_of_the_answers():
-    probabilities = softmax(np.random.default_rng(0).normal(size=(20, 3)))
-    decision = Decision(offsets=(1 / 3, -1 / 7, 0.1), temperature=1.3)
-    expected = softmax((np.log(probabilities) + np.array(decision.offsets)) / 1.3)
-    answered = decision.apply(torch.from_numpy(probabilities))
-    assert answered.dtype == torch.float64
-    np.testing.assert_allclose(answered.numpy(), expected, rtol=1e-12)
-    assert decision.apply(torch.from_numpy(probabilities).float()).dtype == torch.float32
-    certain = decision.apply(torch.tensor([[1.0, 0.0, 0.0]]))
-    assert torch.isfinite(certain).all() and certain[0, 0] > 0.99
-
-
-def test_a_temperature_stays_between_an_eighth_and_eight():
-    labels = np.arange(40) % 4
-    always_right, always_wrong = np.eye(4)[labels], np.eye(4)[(labels + 1) % 4]
-    assert fit_temperature(0.5 * always_right + 0.125, labels) == pytest.approx(1 / 8, rel=1e-3)
-    assert fit_temperature(always_wrong, labels) == pytest.approx(8, rel=1e-3)
-
-
-def test_one_map_whose_class_was_given_no_chance_does_not_decide_the_temperature():
-    labels = np.arange(4000) % 4
-    rng = np.random.default_rng(0)
-    scores = rng.normal(0, 1, (4000, 4)) + 1.5 * np.eye(4)[labels]
-    probabilities = softmax(scores)
-    before = fit_temperature(probabilities, labels)
-    probabilities[0] = np.eye(4)[(labels[0] + 1) % 4]
-    assert fit_temperature(probabilities, labels) == pytest.approx(before, rel=0.05)
-
-
-def test_the_exported_file_gets_the_decision_and_the_weights_of_the_record(trained, monkeypatch):
-    class Exported(Exception):
-        pass
-
-    asked = {}
-
-    def export(model, path, **more):
-        asked.update(more, model=model)
-        raise Exported
-
-    made = as_trained(trained, tune_decision=True)
-    monkeypatch.setattr("integrated_pipeline.choose_decision", lambda *_, **__: LEAN)
-    monkeypatch.setattr("integrated_pipeline.export_onnx", export)
-    (result,), (predicted,) = made.evaluate([trained[1]])
-    made.config.enable_mlflow = True
-    made._model_runs["lightning_cnn"] = TrackedRun("")
-    assert "Exported" in made.register_best(result, predicted).reason
-    assert asked["decision"] == LEAN and asked["image_size"] == 16
-    answers = answered_by_hand(asked["model"], made.data_module().images("test"), LEAN)
-    np.testing.assert_allclose(predicted.probabilities, answers, atol=1e-5)
-
-
-class CountingModel(nn.Module):
-    """Remembers how many maps each call brought."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def forward(self, images):
-        self.calls.append(tuple(images.shape))
-        return torch.arange(9.0).expand(len(images), 9)
-
-
-@pytest.mark.parametrize("views", [1, 8])
-def test_the_latency_of_an_answer_counts_all_the_views_that_it_takes(views, trained, monkeypatch):
-    made, model = as_trained(trained, tune_decision=True), CountingModel()
-    monkeypatch.setattr(made, "load_model", lambda record: model)
-    monkeypatch.setattr(made, "_check_is_what_was_trained", lambda *_: None)
-    monkeypatch.setattr("integrated_pipeline.choose_decision", lambda *_, **__: Decision(views=views))
-    (result,), _ = made.evaluate([trained[1]])
-    one_at_a_time = [shape for shape in model.calls if shape[0] <= 8]
-    assert one_at_a_time and set(one_at_a_time) == {(views, 1, 16, 16)}
-    assert result["latency_ms"] > 0
-
-
-# --- what is written
-
-
-def test_the_table_of_classes_has_each_figure_under_its_heading(tmp_path):
-    labels = np.repeat([0, 1], [30, 10])
-    said = np.concatenate([np.zeros(24), np.ones(6), np.ones(9), np.zeros(1)]).astype(int)
-    predictions = Predictions(np.eye(2)[said], labels, np.arange(40) % 5, ("good", "bad"))
-    table = write_per_class_table(compute_metrics(predictions), path=tmp_path / "t.csv")
-    good, bad = csv.DictReader(table.open())
-    assert (good["class"], good["support"]) == ("good", "30") and (bad["class"], bad["support"]) == ("bad", "10")
-    assert float(good["precision"]) == pytest.approx(24 / 25) and float(good["recall"]) == pytest.approx(24 / 30)
-    assert float(bad["precision"]) == pytest.approx(9 / 15) and float(bad["recall"]) == pytest.approx(9 / 10)
-    assert float(bad["f1_low"]) < float(bad["f1"]) < float(bad["f1_high"])
