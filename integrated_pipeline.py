@@ -263,9 +263,7 @@ class IntegratedMLPipeline:
         )  # fmt: skip
         self._write(summary, registered=None, not_registered_because="the registration did not come to its end")
         with self.terminal.timed("pictures"), self._or_a_line("pictures could not be drawn"):
-            plots = {
-                name: study_plots(study, objectives=self.config.objectives) for name, study in self.studies.items()
-            }
+            plots = {name: study_plots(study, self.config.objectives) for name, study in self.studies.items()}
             draw_run(self.config, results, predictions, best=best, maps=self.maps, split=self.split, searches=plots)
         with self.terminal.timed("registration"), self._or_a_line("the model could not be registered"):
             summary |= self.register_best(results[best], predictions[best]).in_summary()
@@ -556,7 +554,6 @@ class IntegratedMLPipeline:
         study = self.studies[model_type] = self._open_study(model_type)
         budget = SearchBudget(study, wanted=self.config.num_optuna_trials, seconds=seconds)
         search = Search(self._trial_weights(model_type), budget, self.model_runs.get(model_type))
-        self.searches[model_type] = search
 
         def report_and_stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             search.weights.forget_beaten(study)
@@ -564,7 +561,7 @@ class IntegratedMLPipeline:
             if budget.used_up():
                 study.stop()
 
-        with interrupts_kept():
+        with interrupts_kept(), self._going_on(model_type, search):
             if not budget.used_up():
                 study.optimize(
                     lambda trial: self.optuna_objective(trial, model_type),
@@ -572,10 +569,18 @@ class IntegratedMLPipeline:
                     catch=(TrialFailedError,),
                     gc_after_trial=True,
                 )
-        del self.searches[model_type]
         found = search_record(study, search.weights, objectives=self.config.objectives, say=self.say)
         self.terminal.print_search(found)
         return found
+
+    @contextmanager
+    def _going_on(self, model_type: str, search: Search) -> Iterator[None]:
+        """Has the trials of the block belong to this search."""
+        self.searches[model_type] = search
+        try:
+            yield
+        finally:
+            del self.searches[model_type]
 
     def optuna_objective(self, trial: optuna.Trial, model_type: str) -> float | tuple[float, ...]:
         """Trains one trial and returns its best validation macro F1, or a value for each of several objectives.

@@ -67,33 +67,30 @@ class Target:
     functions: tuple[str, ...] = ("*",)
 
 
-SEARCH = "tests/search/test_search.py"
-TRAINING, EVALUATION, CHECKPOINTS, CALLBACKS, PIPELINE = (
-    (path.relative_to(ROOT).as_posix(),)
-    for name in ("training", "evaluation", "checkpoints", "callbacks", "pipeline")
-    for path in sorted((ROOT / "tests").rglob(f"test_{name}.py"))
-)
+WHOLE_SEARCHES, TRAININGS = "tests/search/test_search.py", "tests/training/test_final_training.py"
+CALLBACKS = "tests/training/test_callbacks.py"
 TARGETS = {
-    "decision": Target("waferlab/evaluation/decision.py", ("tests/evaluation/test_decision.py", *TRAINING)),
+    "decision": Target("waferlab/evaluation/decision.py", ("tests/evaluation/test_decision.py", "tests/evaluation/test_inference.py")),
     "reading": Target("waferlab/data/reading.py", ("tests/data/test_reading.py",)),
     "splitting": Target("waferlab/data/splitting.py", ("tests/data/test_splitting.py",)),
-    "batches": Target("waferlab/data/datamodule.py", ("tests/data/test_datamodule.py", *TRAINING)),
-    "metrics": Target("waferlab/evaluation/metrics.py", EVALUATION),
-    "predictions": Target("waferlab/evaluation/predictions.py", EVALUATION),
+    "batches": Target("waferlab/data/datamodule.py", ("tests/data/test_datamodule.py", TRAININGS)),
+    "metrics": Target("waferlab/evaluation/metrics.py", ("tests/test_evaluation.py",)),
+    "predictions": Target("waferlab/evaluation/predictions.py", ("tests/test_evaluation.py",)),
+    "inference": Target("waferlab/evaluation/inference.py", ("tests/evaluation/test_inference.py",)),
     "statistics": Target("waferlab/evaluation/statistics.py", ("tests/evaluation/test_statistics.py",)),
     "gate": Target("waferlab/deployment/promotion.py", ("tests/deployment/test_promotion.py",)),
     "starting_weights": Target(
         "waferlab/models/starting_weights.py",
         ("tests/models/test_starting_weights.py", "tests/training/test_pretraining.py"),
     ),
-    "checkpoints": Target("waferlab/training/checkpoints.py", (*CHECKPOINTS, *CALLBACKS)),
-    "training_callbacks": Target("waferlab/training/callbacks.py", (*CALLBACKS, *PIPELINE)),
-    "study": Target("waferlab/search/study.py", ("tests/search/test_study.py", SEARCH)),
-    "trials": Target("waferlab/search/trials.py", ("tests/search/test_trials.py", SEARCH)),
-    "budget": Target("waferlab/search/budget.py", ("tests/search/test_budget.py", SEARCH)),
+    "checkpoints": Target("waferlab/training/checkpoints.py", ("tests/training/test_checkpoints.py", CALLBACKS)),
+    "training_callbacks": Target("waferlab/training/callbacks.py", (CALLBACKS, TRAININGS)),
+    "study": Target("waferlab/search/study.py", ("tests/search/test_study.py", WHOLE_SEARCHES)),
+    "trials": Target("waferlab/search/trials.py", ("tests/search/test_trials.py", WHOLE_SEARCHES)),
+    "budget": Target("waferlab/search/budget.py", ("tests/search/test_budget.py", WHOLE_SEARCHES)),
     "search": Target(
         "integrated_pipeline.py",
-        (SEARCH, "tests/search/test_budget.py", "tests/search/test_own_study.py"),
+        (WHOLE_SEARCHES, "tests/search/test_budget.py", "tests/search/test_own_study.py"),
         functions=(
             "suggest_*",
             *(
@@ -138,10 +135,9 @@ def prepare(folder: Path, target: Target, tests: tuple[str, ...]) -> None:
     """Copies the sources, the tests and pytest's settings, and writes mutmut's."""
     for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(file, folder)
-    for name in ("tests", "templates", "benchmarks"):
+    for name in ("tests", "waferlab", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    names = sorted(file.name for file in ROOT.glob("*.py"))
-    sources = [*names, "templates", "benchmarks"]
+    sources = [*sorted(file.name for file in ROOT.glob("*.py")), "waferlab", "benchmarks"]
     settings = MUTMUT.format(
         sources=indented(sources), file=target.file, tests=indented(tests), selected=f"not ({' or '.join(LEFT_OUT)})"
     )
@@ -163,7 +159,8 @@ def mutants(target: Target) -> list[str]:
     for pattern, some in found.items():
         if not some:
             raise SystemExit(f"{target.file} has no function {pattern!r} that could be mutated. Mend TARGETS.")
-    return [f"{Path(target.file).stem}.{name}" for name in dict.fromkeys(n for some in found.values() for n in some)]
+    module = target.file.removesuffix(".py").replace("/", ".")
+    return [f"{module}.{name}" for name in dict.fromkeys(n for some in found.values() for n in some)]
 
 
 def function_of(mutant: str) -> str:

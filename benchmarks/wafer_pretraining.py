@@ -28,7 +28,7 @@ from provenance import BATCHES, FAMILY, GENERATED_WEIGHTS, GENERATOR, ROOT, SCOR
 
 MEASURES = (
     *(*SPLIT, *BATCHES, *TRAINING, *SCORES, *GENERATOR, *GENERATED_WEIGHTS),
-    *("measure.few_maps"),
+    "measure.few_maps",
 )
 WAYS = {"from scratch": False, "pre-trained on generated maps": True}
 

@@ -38,9 +38,15 @@ def test_seconds_of_earlier_sittings_are_gone_but_for_those_of_trials_that_run_a
 
 
 @pytest.mark.parametrize(("more", "over"), [(0.4, True), (0.6, False)])
-def test_a_search_is_over_when_less_than_half_a_typical_trial_is_left(more, over, clock):
-    study = a_study(0.5, 0.5, None, seconds=10)
-    assert SearchBudget(study, wanted=9, seconds=30 + 10 * more).used_up() is over
+@pytest.mark.parametrize("values", [(0.5,), (0.5, 0.5, None)])
+def test_a_search_is_over_when_less_than_half_a_typical_trial_is_left(values, more, over, clock):
+    study = a_study(*values, seconds=10)
+    assert SearchBudget(study, wanted=9, seconds=10 * (len(values) + more)).used_up() is over
+
+
+def test_a_search_begins_however_short_its_time_and_not_without_any(clock):
+    assert not SearchBudget(a_study(), wanted=9, seconds=0.5).used_up()
+    assert SearchBudget(a_study(), wanted=9, seconds=0.0).used_up()
 
 
 def test_without_a_limit_a_search_is_over_with_its_last_trial(clock):

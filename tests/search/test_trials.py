@@ -130,6 +130,35 @@ def test_the_record_tells_every_trial_and_a_pruned_one_by_its_last_report(tmp_pa
     assert found.best.number == 0 and found.best.parameters == {"rate": 2.0}
 
 
+def test_the_record_says_who_searched_and_what_stands_on_the_front(tmp_path, said):
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    record = trained(0.3, 0.7)
+    for values, params in (((0.6, 10), {"rate": 1.0}), ((0.7, 20), {"rate": 2.0}), ((0.65, 30), {"rate": 3.0})):
+        add_trial(study, values=list(values), params=params, macro_f1=values[0], record=record.as_json())
+    found = search_record(study, TrialWeights(tmp_path), objectives=["macro_f1", "latency"], say=said.append)
+    assert (found.sampler, found.pruner, found.objectives) == ("NSGAIISampler", None, ["macro_f1", "latency"])
+    assert found.pareto_front == [
+        {"number": 0, "values": [0.6, 10], "parameters": {"rate": 1.0}},
+        {"number": 1, "values": [0.7, 20], "parameters": {"rate": 2.0}},
+    ]
+    assert (found.best.number, found.best.values, found.best.macro_f1) == (1, [0.7, 20], 0.7)
+    assert (found.best.best_epoch, found.best.record) == (2, record)
+    alone = search_record(a_study(0.5), TrialWeights(tmp_path), objectives=["macro_f1"], say=said.append)
+    assert (alone.sampler, alone.pruner) == ("TPESampler", "MedianPruner") and alone.best.record is None
+
+
+def test_the_record_says_why_a_trial_failed_what_ran_again_and_what_still_runs(tmp_path, said):
+    study = a_study(0.5)
+    add_trial(study, state=TrialState.FAIL, reason="made up")
+    add_trial(study, 0.6, macro_f1=0.6, again=1)
+    add_trial(study, state=TrialState.RUNNING)
+    trials = search_record(study, TrialWeights(tmp_path), objectives=["macro_f1"], say=said.append).trials
+    assert [trial.state for trial in trials] == ["complete", "fail", "complete", "running"]
+    assert [trial.reason for trial in trials] == [None, "made up", None, None]
+    assert [trial.again for trial in trials] == [None, None, 1, None]
+    assert [trial.seconds for trial in trials] == [1, 1, 1, None]
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_weights_of_the_best_trial_that_are_not_here_are_missed_aloud(there, tmp_path, said):
     weights = TrialWeights(tmp_path)
