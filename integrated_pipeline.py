@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -561,26 +562,19 @@ class IntegratedMLPipeline:
             if budget.used_up():
                 study.stop()
 
-        with interrupts_kept(), self._going_on(model_type, search):
-            if not budget.used_up():
-                study.optimize(
-                    lambda trial: self.optuna_objective(trial, model_type),
-                    callbacks=[report_and_stop],
-                    catch=(TrialFailedError,),
-                    gc_after_trial=True,
-                )
+        self.searches[model_type] = search
+        objective = partial(self.optuna_objective, model_type=model_type)
+        try:
+            with interrupts_kept():
+                if not budget.used_up():
+                    study.optimize(
+                        objective, callbacks=[report_and_stop], catch=(TrialFailedError,), gc_after_trial=True
+                    )
+        finally:
+            del self.searches[model_type]
         found = search_record(study, search.weights, objectives=self.config.objectives, say=self.say)
         self.terminal.print_search(found)
         return found
-
-    @contextmanager
-    def _going_on(self, model_type: str, search: Search) -> Iterator[None]:
-        """Has the trials of the block belong to this search."""
-        self.searches[model_type] = search
-        try:
-            yield
-        finally:
-            del self.searches[model_type]
 
     def optuna_objective(self, trial: optuna.Trial, model_type: str) -> float | tuple[float, ...]:
         """Trains one trial and returns its best validation macro F1, or a value for each of several objectives.

@@ -70,7 +70,9 @@ class Target:
 WHOLE_SEARCHES, TRAININGS = "tests/search/test_search.py", "tests/training/test_final_training.py"
 CALLBACKS = "tests/training/test_callbacks.py"
 TARGETS = {
-    "decision": Target("waferlab/evaluation/decision.py", ("tests/evaluation/test_decision.py", "tests/evaluation/test_inference.py")),
+    "decision": Target(
+        "waferlab/evaluation/decision.py", ("tests/evaluation/test_decision.py", "tests/evaluation/test_inference.py")
+    ),
     "reading": Target("waferlab/data/reading.py", ("tests/data/test_reading.py",)),
     "splitting": Target("waferlab/data/splitting.py", ("tests/data/test_splitting.py",)),
     "batches": Target("waferlab/data/datamodule.py", ("tests/data/test_datamodule.py", TRAININGS)),
