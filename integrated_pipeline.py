@@ -329,7 +329,7 @@ class IntegratedMLPipeline:
 
     def prepare_data(self, maps: WaferMaps | None = None, split: Split | None = None) -> None:
         """Loads and splits the maps, or takes those that it is given; models and trainings need them."""
-        self.maps = maps or load_wafer_maps(**self.config.data_options(), seed=self.config.seed)
+        self.maps = maps or load_wafer_maps(**self.config.data_options(), seed=self.config.seed, say=self.say)
         self.split = split or split_by_lot(self.maps, seed=self.config.seed)
         self._data = None
         self.terminal.print_data(self.maps, self.split)
