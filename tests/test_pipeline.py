@@ -58,6 +58,16 @@ def test_a_run_leaves_the_summary_the_four_pictures_and_the_checkpoints(finished
         assert (results / f"per_class_{model_type}.csv").exists()
 
 
+def test_the_cards_code_loads_the_weights_that_were_not_registered(finished, monkeypatch):
+    pipeline, summary = finished
+    monkeypatch.chdir(pipeline.config.results_dir)
+    usage = Path("MODEL_CARD.md").read_text().partition("## How to use it")[2].partition("## ")[0]
+    names = {}
+    exec("\n".join(line[4:] for line in usage.splitlines() if line.startswith("    ")), names)
+    best = next(m for m in summary["models"] if m["model_type"] == summary["best_model"])
+    assert sum(p.numel() for p in names["model"].network.parameters()) == best["n_parameters"]
+
+
 def test_a_run_leaves_a_report_and_a_card_of_its_best_model(finished):
     pipeline, summary = finished
     page = (pipeline.config.results_dir / "report.html").read_text().replace("<wbr>", "")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from test_evaluation import CLASSES, LONG_NAME, ROOT, assert_is_a_picture, make_predictions
+from made_up_predictions import CLASSES, LONG_NAME, assert_is_a_picture, make_predictions
 
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.reports import experiment_figures
@@ -53,6 +53,8 @@ HEAD = {
     "interval_method": "95% t interval over 3 seeds (split, weights and batches change with the seed)",
     "difference_method": "mean paired difference over seeds, 95% t interval, p by paired t test, Holm-corrected",
 }
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_comparison(n_models: int, *, n_seeds: int = 3) -> dict:

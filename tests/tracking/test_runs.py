@@ -31,7 +31,7 @@ from waferlab.tracking.registry import may_pass
 from waferlab.tracking.runs import NoRuns, RunTree, make_database
 from waferlab.tracking.server import MlflowServer, _free_port
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def runs_of(tmp_path):
@@ -712,12 +712,14 @@ def test_checkpoint_file_and_registered_model_agree(registered):
     from waferlab.data.images import resize_maps
     from waferlab.deployment.promotion import MAX_DIFFERENCE
     from waferlab.evaluation.inference import predict_probabilities
+    from waferlab.records import TrainingRecord
 
     folder, outcomes = registered
     pipeline, summary = outcomes[1]
     (record,) = summary["models"]
     test_maps = pipeline.maps.select(pipeline.split.test)
-    expected = predict_probabilities(pipeline.load_model(record), resize_maps(test_maps, 16))
+    model = pipeline.load_model(TrainingRecord.from_json(record))
+    expected = predict_probabilities(model, resize_maps(test_maps, 16))
     mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
     champion = mlflow.pyfunc.load_model(f"models:/{summary['registered']['name']}@champion")
     for i in range(len(test_maps)):

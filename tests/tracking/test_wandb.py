@@ -13,7 +13,7 @@ from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError
 from waferlab.tracking.wandb_runs import WandbTree
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_without_weights_and_biases_the_error_says_what_to_install(monkeypatch):

@@ -1,79 +1,24 @@
-"""The promises of evaluation.py: scikit-learn's numbers, honest intervals, no NaN, pictures that show."""
+"""Promises about scores: scikit-learn's numbers, honest intervals, clear refusals."""
 
 from __future__ import annotations
 
 import ast
-import csv
 import dataclasses
-import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
+from made_up_predictions import CLASSES, from_hits, make_predictions
 from scipy import stats
 from sklearn import metrics as sk
 
 from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics
 from waferlab.evaluation.predictions import Predictions
-from waferlab.records import SUMMARY_SCHEMA_VERSION, write_summary
-from waferlab.reports.run_figures import (
-    _pick_samples,
-    _wafer_image,
-    plot_confusion_matrix,
-    plot_model_comparison,
-    plot_sample_predictions,
-    plot_training_history,
-)
-from waferlab.reports.style import FAIL_COLOUR, PASS_COLOUR
-from waferlab.reports.tables import write_per_class_table
-from waferlab.terminal import comparison_markdown, comparison_table
 
-ROOT = Path(__file__).resolve().parent.parent
-CLASSES = ("Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Random", "Scratch", "none")
-
-
-def make_predictions(
-    *, n: int = 400, n_classes: int = 9, n_lots: int = 20, seed: int = 0, sharpness: float = 2.0, labels=None
-) -> Predictions:
-    """Predictions that are right about two times in three, in lots of random size."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(n_classes, size=n) if labels is None else np.asarray(labels)
-    logits = rng.normal(size=(len(labels), n_classes)) + sharpness * np.eye(n_classes)[labels]
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    return Predictions(probabilities, labels, rng.integers(n_lots, size=len(labels)), CLASSES[:n_classes])
-
-
-def from_hits(hits: np.ndarray, confidence: np.ndarray | float, groups: np.ndarray | None = None) -> Predictions:
-    """Two classes, all maps of the first one; hits bool [N] says where the model is right."""
-    hits = np.asarray(hits)
-    confidence = np.broadcast_to(np.asarray(confidence, dtype=np.float64), hits.shape)
-    first = np.where(hits, confidence, 1 - confidence)
-    groups = np.arange(len(hits)) if groups is None else groups
-    return Predictions(np.stack([first, 1 - first], axis=1), np.zeros(len(hits), dtype=int), groups, ("good", "bad"))
-
-
-def read_pixels(path: Path) -> np.ndarray:
-    from matplotlib.image import imread
-
-    return imread(path)[..., :3]
-
-
-def assert_is_a_picture(path: Path, *, at_least: tuple[int, int] = (250, 800)) -> None:
-    pixels = read_pixels(path)
-    assert pixels.shape[0] >= at_least[0]
-    assert pixels.shape[1] >= at_least[1]
-    dark_or_coloured = (pixels.min(axis=2) < 0.8).mean()
-    assert 0.005 < dark_or_coloured < 0.9, "almost uniform: nothing was drawn"
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
-    assert border.min() > 0.99, "something touches the border: it is probably clipped"
-
-
-# Metrics
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning")  # scikit-learn's remark on absent classes
@@ -137,9 +82,6 @@ def test_metrics_are_plain_json_and_say_how_they_were_made():
     comparison = compare_macro_f1(make_predictions(n_lots=12), make_predictions(n_lots=12))
     assert json.loads(json.dumps(comparison, allow_nan=False)) == comparison
     assert "12 lots" in comparison["interval_method"]
-
-
-# Intervals
 
 
 def without_lot(predictions: Predictions, lot: int) -> Predictions:
@@ -311,9 +253,6 @@ def test_intervals_hold_the_truth_as_often_as_promised_where_percentiles_do_not(
     assert record["fewest_lots_with_differences_covered_in_90_percent"] == 18
 
 
-# Refusals
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -339,244 +278,6 @@ def test_bad_predictions_are_refused_with_the_reason(change, message):
     assert Predictions(**good).confusion().tolist() == [[1, 0], [0, 1]]
     with pytest.raises(ValueError, match=message):
         Predictions(**good | change)
-
-
-# Tables and summary
-
-
-def test_summary_holds_what_numpy_and_paths_mean(tmp_path):
-    @dataclasses.dataclass
-    class Config:
-        seed: int = 3
-        output_dir: Path = Path("results/wafers")
-
-    written = write_summary(
-        tmp_path / "new" / "experiment_summary.json",
-        {
-            "config": Config(),
-            "accuracy": np.float32(0.5),
-            "count": np.int64(7),
-            "flag": np.bool_(True),
-            "pair": (1, None),
-            "matrix": np.eye(2, dtype=int),
-            "by_class": {3: "Loc"},
-            "schema_version": "a caller's own",
-        },
-    )
-    assert json.loads(written.read_text()) == {
-        "schema_version": SUMMARY_SCHEMA_VERSION,
-        "config": {"seed": 3, "output_dir": "results/wafers"},
-        "accuracy": 0.5,
-        "count": 7,
-        "flag": True,
-        "pair": [1, None],
-        "matrix": [[1, 0], [0, 1]],
-        "by_class": {"3": "Loc"},
-    }
-    assert written.read_text().splitlines()[1].startswith('  "schema_version"')
-
-
-@pytest.mark.parametrize("bad", [float("nan"), np.inf, np.float32("nan"), np.array([0.0, -np.inf])])
-def test_summary_refuses_nan_and_names_the_place(tmp_path, bad):
-    path = write_summary(tmp_path / "summary.json", {"fine": 1})
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"models\[1\]\.macro_f1"):
-        write_summary(path, {"models": [{"macro_f1": 0.5}, {"macro_f1": bad}]})
-    assert path.read_bytes() == before
-
-
-def test_summary_refuses_what_json_does_not_know(tmp_path):
-    with pytest.raises(TypeError, match=r"config\.classes is a set"):
-        write_summary(tmp_path / "summary.json", {"config": {"classes": {1, 2}}})
-
-
-@pytest.mark.parametrize("stage", ["write", "replace"])
-def test_a_failed_write_leaves_the_old_summary_and_no_litter(tmp_path, monkeypatch, stage):
-    path = write_summary(tmp_path / "summary.json", {"run": 1})
-    before = path.read_bytes()
-
-    def disk_full(*_args):
-        raise OSError("no space left on device")
-
-    def half_a_file(self, data):
-        with open(self, "wb") as file:
-            file.write(data[: len(data) // 2])
-        disk_full()
-
-    if stage == "write":
-        monkeypatch.setattr(Path, "write_bytes", half_a_file)
-    else:
-        monkeypatch.setattr(os, "replace", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        write_summary(path, {"run": 2})
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_per_class_table_is_csv_with_dashes_for_a_class_without_maps(tmp_path):
-    metrics = compute_metrics(make_predictions(labels=[0, 1] * 60))
-    path = write_per_class_table(metrics, path=tmp_path / "per_class.csv")
-    rows = list(csv.DictReader(path.open()))
-    assert [row["class"] for row in rows] == list(CLASSES)
-    assert float(rows[0]["f1"]) == pytest.approx(metrics["per_class"]["Center"]["f1"], abs=1e-4)
-    assert float(rows[0]["f1_low"]) <= float(rows[0]["f1"]) <= float(rows[0]["f1_high"])
-    assert list(rows[8].values()) == ["none", "0", "-", "-", "-", "", ""]
-
-
-RESULTS = [
-    {
-        "model_type": name,
-        "accuracy": macro_f1 + 0.03,
-        "macro_f1": macro_f1,
-        "macro_f1_interval": [macro_f1 - 0.02, macro_f1 + 0.015],
-        "train_seconds": 41.3,
-        "n_parameters": 2_400_000,
-        "latency_ms": 1.25,
-    }
-    for name, macro_f1 in [
-        ("lightning_cnn", 0.742),
-        ("torchvision_resnet", 0.836),
-        ("torchvision_efficientnet", 0.851),
-        ("yolo_inspired", 0.801),
-    ]
-]
-
-
-def test_comparison_table_fits_80_columns_and_shows_intervals():
-    console = Console(file=io.StringIO(), width=80)
-    console.print(comparison_table([*RESULTS, {"model_type": "vit[small]"}]))
-    text = console.file.getvalue()
-    assert "0.851 [0.831, 0.866]" in text
-    assert "2.4M" in text
-    assert "vit[small]" in text, "rich took the brackets for markup"
-    assert all(result["model_type"] in text for result in RESULTS)
-
-
-def test_the_comparison_is_the_same_in_markdown_as_on_the_terminal():
-    odd = {"model_type": "vit|small<b>", "macro_f1": 0.9}
-    lines = comparison_markdown([*RESULTS, odd]).splitlines()
-    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
-    assert lines[4] == "| torchvision_efficientnet | 0.881 | 0.851 [0.831, 0.866] | 2.4M | 41 | 1.25 |"
-    assert lines[6] == "| **vit\\|small&lt;b&gt;** | **-** | **0.900** | **-** | **-** | **-** |"
-
-
-# Figures
-
-LONG_NAME = "my_company_vision_transformer_small_patch4_distilled_v2"
-
-
-def make_wafer(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    return np.where(x**2 + y**2 <= 1, 1 + (rng.random((height, width)) < 0.2), 0).astype(np.uint8)
-
-
-@pytest.mark.parametrize("n_classes", [2, 9])
-def test_confusion_matrix_is_drawn(tmp_path, n_classes):
-    path = plot_confusion_matrix(make_predictions(n_classes=n_classes), path=tmp_path / "c.png", title="T")
-    assert_is_a_picture(path)
-
-
-@pytest.mark.parametrize("case", ["mixed", "none wrong", "all wrong", "three maps"])
-def test_sample_predictions_are_drawn_from_maps_of_any_size(tmp_path, case):
-    rng = np.random.default_rng(0)
-    labels = np.arange(3 if case == "three maps" else 30) % 9
-    certain = 0.91 * np.eye(9)[labels] + 0.01
-    shifted = np.roll(certain, 1, axis=1)
-    probabilities = {"none wrong": certain, "all wrong": shifted}.get(
-        case, np.where(np.arange(len(labels))[:, None] % 2, certain, shifted)
-    )
-    predictions = Predictions(probabilities, labels, labels, CLASSES)
-    maps = [make_wafer(*rng.integers(5, 212, size=2), rng) for _ in labels]
-    maps[0] = np.zeros((5, 5), dtype=np.uint8)  # a wafer without a die must not stop the report
-    path = plot_sample_predictions(maps, predictions, path=tmp_path / "s.png", title="T", seed=1)
-    assert_is_a_picture(path)
-
-
-def test_samples_show_every_class_once_and_the_most_confident_errors_first():
-    predictions = make_predictions(n=2000)
-    right, wrong = _pick_samples(predictions, limit=12, seed=0)
-    assert sorted(predictions.labels[right[:9]]) == list(range(9))
-    assert (predictions.predicted[right] == predictions.labels[right]).all()
-    errors = predictions.predicted != predictions.labels
-    assert errors[wrong].all()
-    np.testing.assert_array_equal(predictions.confidence[wrong], np.sort(predictions.confidence[errors])[::-1][:12])
-    assert right == _pick_samples(predictions, limit=12, seed=0)[0]
-    assert right != _pick_samples(predictions, limit=12, seed=1)[0]
-
-
-def test_wafer_image_keeps_the_dies_and_nothing_else():
-    wafer_map = np.zeros((6, 7), dtype=np.uint8)  # padded: the dies are the 3 x 2 block
-    wafer_map[1:4, 2:4] = [[1, 2], [1, 0], [2, 1]]
-    image = _wafer_image(wafer_map)
-    rows, columns = (image.shape[0] * np.array([1, 3, 5]) // 6, image.shape[1] * np.array([1, 3]) // 4)
-    passed, failed = (bytes.fromhex(c[1:]) + b"\xff" for c in (PASS_COLOUR, FAIL_COLOUR))
-    centres = [[bytes(image[row, column]) for column in columns] for row in rows]
-    assert centres == [[passed, failed], [passed, bytes(4)], [failed, passed]]
-
-
-def test_sample_predictions_refuses_maps_that_are_not_those_predicted(tmp_path):
-    with pytest.raises(ValueError, match="3 wafer maps for 400 predictions"):
-        plot_sample_predictions([np.ones((5, 5), np.uint8)] * 3, make_predictions(), path=tmp_path / "s.png")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "results",
-    [
-        RESULTS[:1],
-        RESULTS,
-        [*RESULTS, {"model_type": LONG_NAME, "macro_f1": 0.7, "macro_f1_interval": None}, {"model_type": "vit"}],
-        [{"model_type": "vit"}],
-    ],
-    ids=["one", "four", "gaps and a long name", "nothing measured"],
-)
-def test_model_comparison_is_drawn(tmp_path, results):
-    assert_is_a_picture(plot_model_comparison(results, path=tmp_path / "m.png"))
-
-
-def make_history(n_epochs: int) -> dict[str, list[float | None]]:
-    steps = np.linspace(0.1, 0.9, n_epochs)
-    return {
-        "epoch": list(range(1, n_epochs + 1)),
-        "train_loss": (2 - steps).tolist(),
-        "val_loss": (2.2 - steps).tolist(),
-        "val_macro_f1": [None, *steps[1:].tolist()],
-        "learning_rate": (1e-3 * (1 - steps)).tolist(),
-        "train_macro_f1": [],  # never logged
-    }
-
-
-@pytest.mark.parametrize(
-    "histories",
-    [
-        {"lightning_cnn": make_history(5)},
-        {"lightning_cnn": make_history(60), "torchvision_resnet": make_history(45), LONG_NAME: make_history(2)},
-        {"lightning_cnn": {"epoch": [1], "train_loss": [1.0]}, "yolo_inspired": {"epoch": []}},
-    ],
-    ids=["five epochs", "sixty epochs", "hardly anything recorded"],
-)
-def test_training_history_is_drawn(tmp_path, histories):
-    assert_is_a_picture(plot_training_history(histories, path=tmp_path / "h.png"))
-
-
-def test_a_series_of_the_wrong_length_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="lightning_cnn: val_loss has 1 values for 2 epochs"):
-        plot_training_history({"lightning_cnn": {"epoch": [1, 2], "val_loss": [1.0]}}, path=tmp_path / "h.png")
-
-
-def test_empty_reports_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="results are empty"):
-        plot_model_comparison([], path=tmp_path / "m.png")
-    with pytest.raises(ValueError, match="histories are empty"):
-        plot_training_history({}, path=tmp_path / "h.png")
-
-
-def test_the_same_figure_is_the_same_file(tmp_path):
-    first = plot_model_comparison(RESULTS, path=tmp_path / "a.png")
-    assert first.read_bytes() == plot_model_comparison(RESULTS, path=tmp_path / "b.png").read_bytes()
-
-
-# House rules
 
 
 def test_evaluation_knows_nothing_of_training_and_its_import_is_light():

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from waferlab.tracking.runs import RunTree
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Tiny(pl.LightningModule):
