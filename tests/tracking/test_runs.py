@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from waferlab.tracking.processes import still_runs, this_process
 from waferlab.tracking.registry import may_pass
 from waferlab.tracking.runs import NoRuns, RunTree, make_database
 from waferlab.tracking.server import MlflowServer, _free_port
+from waferlab.training.checkpoints import checkpoint_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,6 +93,23 @@ def test_every_run_names_its_seed_and_every_training_the_weights_it_started_from
     for name, run in runs.items():
         assert "0" in (run.data.tags.get("seed"), run.data.params.get("seed"))
         assert name == "tiny" or run.data.tags["weights"] == "random (not asked for)"
+
+
+def test_the_run_of_a_model_has_its_checkpoint_and_its_pictures(tracked):
+    folder, summary, runs, client = tracked
+    run_id = runs["lightning_cnn_optimized"].info.run_id
+    files = {file.path for file in client.list_artifacts(run_id)}
+    checkpoint = Path(summary["models"][0]["checkpoint"]).name
+    assert {checkpoint, "confusion_matrix.png", "training_history.png", "per_class_lightning_cnn.csv"} <= files
+    kept = Path(client.download_artifacts(run_id, checkpoint, str(folder)))
+    assert checkpoint_digest(kept) == summary["models"][0]["checkpoint_sha256"]
+
+
+def test_the_pipelines_run_names_the_version_of_every_library(tracked):
+    _, _, runs, _ = tracked
+    tags = runs["tiny"].data.tags
+    for library in ("torch", "torchvision", "lightning", "optuna", "mlflow", "ultralytics"):
+        assert tags[f"environment.{library}"] == version(library)
 
 
 def test_runs_hold_what_the_summary_says(tracked):
@@ -515,6 +534,7 @@ def test_a_fresh_database_is_moved_into_place_whole_unless_another_program_was_f
 def test_a_program_that_is_killed_while_it_makes_a_database_leaves_nothing_behind(tmp_path):
     code = """
 import sys, time
+from importlib.metadata import version
 from pathlib import Path
 from mlflow.store.tracking import sqlalchemy_store
 class Slow:
@@ -570,6 +590,7 @@ def test_sigterm_ends_a_script_like_ctrl_c_with_its_own_status(tiny_npz, tmp_pat
 def test_a_program_that_ends_without_closing_the_tree_leaves_no_run_open(tmp_path, fresh_store):
     code = """
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from waferlab.tracking.runs import RunTree
 RunTree("tiny", uri=None, folder=Path(sys.argv[1]), warn=print).start("a run")

@@ -108,10 +108,6 @@ class WaferClassifier(pl.LightningModule):
         """Adds one batch to the validation loss and metrics."""
         self._step(batch, "val")
 
-    def predict_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Class probabilities float32 [B, 9]."""
-        return self(batch[0]).float().softmax(-1)
-
     def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> torch.Tensor:
         images, labels = batch
         logits = self(images).float()
