@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ from waferlab.search.study import (
     open_study,
     proposed_by,
     run_again,
+    study_plots,
     study_storage,
 )
 from waferlab.search.trials import TrialWeights, better_of, search_record, trial_line, worth_training
@@ -262,9 +264,8 @@ class IntegratedMLPipeline:
         )  # fmt: skip
         self._write(summary, registered=None, not_registered_because="the registration did not come to its end")
         with self.terminal.timed("pictures"), self._or_a_line("pictures could not be drawn"):
-            draw_run(
-                self.config, results, predictions, best=best, maps=self.maps, split=self.split, studies=self.studies
-            )
+            plots = {name: study_plots(study, self.config.objectives) for name, study in self.studies.items()}
+            draw_run(self.config, results, predictions, best=best, maps=self.maps, split=self.split, searches=plots)
         with self.terminal.timed("registration"), self._or_a_line("the model could not be registered"):
             summary |= self.register_best(results[best], predictions[best]).in_summary()
         with self._or_a_line("the report could not be written"):
@@ -328,7 +329,7 @@ class IntegratedMLPipeline:
 
     def prepare_data(self, maps: WaferMaps | None = None, split: Split | None = None) -> None:
         """Loads and splits the maps, or takes those that it is given; models and trainings need them."""
-        self.maps = maps or load_wafer_maps(**self.config.data_options(), seed=self.config.seed)
+        self.maps = maps or load_wafer_maps(**self.config.data_options(), seed=self.config.seed, say=self.say)
         self.split = split or split_by_lot(self.maps, seed=self.config.seed)
         self._data = None
         self.terminal.print_data(self.maps, self.split)
@@ -554,7 +555,6 @@ class IntegratedMLPipeline:
         study = self.studies[model_type] = self._open_study(model_type)
         budget = SearchBudget(study, wanted=self.config.num_optuna_trials, seconds=seconds)
         search = Search(self._trial_weights(model_type), budget, self.model_runs.get(model_type))
-        self.searches[model_type] = search
 
         def report_and_stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             search.weights.forget_beaten(study)
@@ -562,15 +562,16 @@ class IntegratedMLPipeline:
             if budget.used_up():
                 study.stop()
 
-        with interrupts_kept():
-            if not budget.used_up():
-                study.optimize(
-                    lambda trial: self.optuna_objective(trial, model_type),
-                    callbacks=[report_and_stop],
-                    catch=(TrialFailedError,),
-                    gc_after_trial=True,
-                )
-        del self.searches[model_type]
+        self.searches[model_type] = search
+        objective = partial(self.optuna_objective, model_type=model_type)
+        try:
+            with interrupts_kept():
+                if not budget.used_up():
+                    study.optimize(
+                        objective, callbacks=[report_and_stop], catch=(TrialFailedError,), gc_after_trial=True
+                    )
+        finally:
+            del self.searches[model_type]
         found = search_record(study, search.weights, objectives=self.config.objectives, say=self.say)
         self.terminal.print_search(found)
         return found

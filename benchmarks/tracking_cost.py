@@ -75,9 +75,9 @@ def in_a_process(way: str) -> dict[str, float | str]:
 
 
 def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
-    with tempfile.TemporaryDirectory() as folder:
-        import integrated_pipeline as story
+    import integrated_pipeline as story
 
+    with tempfile.TemporaryDirectory() as folder:
         config = plain_config(
             model_type=arguments.model, data=arguments.data, image_size=arguments.image_size, enable_optuna=True,
             num_optuna_trials=arguments.trials, search_epochs=arguments.epochs, max_epochs=arguments.epochs,

@@ -54,20 +54,7 @@ def lines(name):
     return len((ROOT / name).read_text().splitlines())
 
 
-TO_BE_CARVED = {
-    "optuna": "run_figures still draws a study itself",
-}
-
-
-@pytest.mark.parametrize(
-    "contract",
-    [
-        pytest.param(
-            name, marks=pytest.mark.xfail(strict=True, reason=TO_BE_CARVED[name]) if name in TO_BE_CARVED else ()
-        )
-        for name in CONTRACTS
-    ],
-)
+@pytest.mark.parametrize("contract", CONTRACTS)
 def test_imports_go_the_way_that_pyproject_says(contract):
     code = "import sys; from importlinter.cli import lint_imports as lint;"
     code += "sys.exit(lint(limit_to_contracts=(sys.argv[1],), no_cache=True, no_logo=True))"

@@ -30,8 +30,9 @@ from waferlab.reports.experiment_figures import (
 )
 from waferlab.reports.model_card import write_model_card
 from waferlab.reports.pages import to_html, write_report
-from waferlab.reports.run_figures import plot_confusion_matrix, plot_study
+from waferlab.reports.run_figures import plot_confusion_matrix, save_study_plots
 from waferlab.reports.tables import ablation_markdown, comparison_markdown, markdown
+from waferlab.search.study import study_plots
 
 NAMES = (
     "lightning_cnn",
@@ -326,7 +327,7 @@ def made_up_study(*, n_parameters: int) -> optuna.Study:
 
 @pytest.mark.parametrize("n_parameters", [1, 3])
 def test_a_search_over_any_number_of_parameters_is_drawn(tmp_path, n_parameters):
-    pictures = plot_study(made_up_study(n_parameters=n_parameters), folder=tmp_path, name="m")
+    pictures = save_study_plots(study_plots(made_up_study(n_parameters=n_parameters)), folder=tmp_path, name="m")
     assert [path.name for path in pictures] == [f"optuna_m_{what}.png" for what in ("history", "slices", "importances")]
     for path in pictures:
         assert_is_a_picture(path)
@@ -341,7 +342,7 @@ def test_pictures_leave_matplotlib_as_they_found_it(tmp_path):
     plot_confusion_matrix(make_predictions(), path=tmp_path / "c.png")
     with pytest.raises(ValueError, match="no model"):
         plot_seed_comparison(make_comparison(0), path=tmp_path / "s.png")
-    plot_study(made_up_study(n_parameters=2), folder=tmp_path, name="m")
+    save_study_plots(study_plots(made_up_study(n_parameters=2)), folder=tmp_path, name="m")
     assert dict(rcParams) == before and pyplot.get_fignums() == figures
 
 
@@ -429,6 +430,17 @@ def test_all_text_is_escaped(folder, kind):
     page = write_page(RECORDS[kind](), folder)
     assert "<b>" not in page
     assert "my <b>maps</b>.npz" in Parsed(page).text
+
+
+def test_details_are_folded_pictures_have_captions_and_numbers_stand_right(folder):
+    page = Parsed(write_page(make_comparison(2), folder))
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("details") == 2 and "▸" not in page.text  # every run; configuration and environment
+    assert tags.count("img") == tags.count("figure") == tags.count("figcaption") == 1
+    aligned = [attributes.get("style") == "text-align:right" for tag, attributes in page.tags if tag in ("td", "th")]
+    right = {cell for cell, is_right in zip(page.cells, aligned, strict=True) if is_right}
+    assert {"Macro F1 (mean)", "Seeds", "Seed", "309,561", "p, corrected"} <= right
+    assert not {"Model", "lightning_cnn", "Verdict", "no difference shown"} & right
 
 
 def test_a_summary_that_has_not_been_json_yet_is_shown_too(folder):
@@ -634,8 +646,9 @@ def test_nothing_overflows_a_phone(folder, tmp_path, kind):
 
 
 def test_reporting_trains_nothing_and_its_import_is_light():
-    code = "import sys, waferlab.reports.model_card; print([m for m in sys.modules if '.' not in m])"
+    rooms = ", ".join(f"waferlab.reports.{name}" for name in ("model_card", "run_figures", "experiment_figures"))
+    code = f"import sys, {rooms}; print([m for m in sys.modules if '.' not in m])"
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    heavy = {"torch", "lightning", "mlflow", "optuna", "pandas", "sklearn", "scipy"}
+    heavy = {"torch", "lightning", "mlflow", "optuna", "pandas", "sklearn", "scipy", "seaborn", "networkx"}
     own = {"integrated_pipeline", "simple_model"}
     assert not set(ast.literal_eval(output)) & (heavy | own)

@@ -22,17 +22,9 @@ TRACKERS = ("mlflow", "wandb")
 PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
 FREE = {"trains": False}  # of a field that a training does not depend on: a resumed one may have another value
 TRAINER_IS_OURS = {
-    *(
-        "max_epochs",
-        "callbacks",
-        "logger",
-        "plugins",
-        "default_root_dir",
-        "enable_progress_bar",
-        "enable_model_summary",
-    ),
-    *("num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones"),
-}
+    "max_epochs", "callbacks", "logger", "plugins", "default_root_dir", "enable_progress_bar", "enable_model_summary",
+    "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones",
+}  # fmt: skip
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 

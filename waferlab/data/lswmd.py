@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,7 @@ def _is_current(cache: Path, pickle_path: Path) -> bool:
     return source == _fingerprint(pickle_path) and cache.stat().st_mtime_ns >= pickle_path.stat().st_mtime_ns
 
 
-def convert_lswmd(path: Path) -> Path:
+def convert_lswmd(path: Path, *, say: Callable[[str], None] = lambda text: None) -> Path:
     """Converts `LSWMD.pkl` into `LSWMD.npz` beside it, once; later calls find the copy and only check its date.
 
     The copy holds the arrays of `read_lswmd` and `source`, a text that identifies the pickle it was made from. It is
@@ -220,6 +220,7 @@ def convert_lswmd(path: Path) -> Path:
 
     Args:
         path: the pickle.
+        say: prints a line when it has to be converted.
 
     Returns:
         The path of the copy, to be opened with `numpy.load(path, allow_pickle=False)`.
@@ -241,6 +242,7 @@ def convert_lswmd(path: Path) -> Path:
             f"Cannot write the converted copy {cache}: {error.strerror}. Copy {path.name} into a folder that you can "
             "write to, or use read_lswmd, which writes nothing."
         ) from error
+    say(f"  converts {path.name} into {cache.name}, once; for the 2 GB of WM-811K that takes about a minute")
     temporary = Path(name)
     try:
         source = _fingerprint(path)  # taken first: a pickle that changes while it is read is then read again

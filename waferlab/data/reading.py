@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def load_wafer_maps(
     max_samples_per_class: int | None = None,
     image_levels: str = "auto",
     seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
 ) -> WaferMaps:
     """Reads or generates wafer maps.
 
@@ -40,6 +42,7 @@ def load_wafer_maps(
         image_levels: how images are read: "three" grey levels (no die, pass, fail), "binary" (bright dies fail) or
             "auto", which takes "three" when the images hold mid-greys.
         seed: of the generator and of the draw.
+        say: prints a line, before a conversion that takes a while.
 
     Raises:
         DataError: the path does not exist or its content cannot be used.
@@ -48,7 +51,7 @@ def load_wafer_maps(
         drawn, labels, lots = generate_wafer_maps(samples_per_class, seed=seed)
         maps = pack_maps(drawn, labels, groups=lots, source=f"synthetic (seed {seed})")
     else:
-        maps = _read_path(Path(data).expanduser(), image_levels=image_levels)
+        maps = _read_path(Path(data).expanduser(), image_levels=image_levels, say=say)
     if max_samples_per_class is not None:
         maps = _at_most(maps, max_samples_per_class, seed=seed)
     return maps
@@ -63,7 +66,7 @@ def get_tutorial_dataset(max_samples_per_class: int = 50, *, seed: int = 0) -> W
     return load_wafer_maps(samples_per_class=max_samples_per_class, seed=seed)
 
 
-def _read_path(path: Path, *, image_levels: str) -> WaferMaps:
+def _read_path(path: Path, *, image_levels: str, say: Callable[[str], None]) -> WaferMaps:
     if not path.exists():
         raise DataError(f"--data {path}: no such file or folder. Give {SYNTHETIC!r}, a .npz, LSWMD.pkl or a folder.")
     if path.is_dir():
@@ -72,7 +75,7 @@ def _read_path(path: Path, *, image_levels: str) -> WaferMaps:
         from waferlab.data.lswmd import convert_lswmd
 
         try:
-            return _read_npz(convert_lswmd(path))
+            return _read_npz(convert_lswmd(path, say=say))
         except DataError:
             raise
         except ValueError as error:

@@ -194,7 +194,7 @@ class TrainingSeries:
     def _data_of(self, seed: int) -> tuple[WaferMaps, Split]:
         """Maps and split of a seed, which all of its variants share; those of the last seed are kept."""
         if seed not in self._data:
-            maps = load_wafer_maps(**self.config.data_options(), seed=seed)
+            maps = load_wafer_maps(**self.config.data_options(), seed=seed, say=self.terminal.say)
             self._data = {seed: (maps, split_by_lot(maps, seed=seed))}
         return self._data[seed]
 

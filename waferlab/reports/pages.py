@@ -54,13 +54,13 @@ def write_report(
         FileNotFoundError: a picture is not in the folder.
     """
     files = [Path(picture) for picture in pictures]
-    for file in files:
-        if not (folder := Path(folder)).joinpath(file).is_file():
-            raise FileNotFoundError(f"{folder / file} does not exist. Draw it first, or leave it out of `pictures`.")
+    for file in (Path(folder) / file for file in files):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist. Draw it before the report, or leave it out of `pictures`.")
     template = record.get("mode") if record.get("mode") in ("comparison", "ablation") else "run"
     searches = [file for file in files if template == "run" and file.stem.startswith("optuna_")]
-    pictures = [file for file in files if file not in searches]
-    page = fill_in(template, record=record, pictures=pictures, searches=searches)
+    others = [file for file in files if file not in searches]
+    page = fill_in(template, record=record, pictures=others, searches=searches)
     return write_atomically(path, to_html(page, folder=folder).encode())
 
 
@@ -90,10 +90,8 @@ def to_html(markdown: str, *, folder: str | os.PathLike[str]) -> str:
         }
         for start, end in pairwise([*headings, len(tokens)])
     ]
-    header = render(0, headings[0])
-    return (
-        templates().get_template("page.html").render(title=render(1, 2).striptags(), header=header, sections=sections)
-    )
+    shell, title = templates().get_template("page.html"), render(1, 2).striptags()
+    return shell.render(title=title, header=render(0, headings[0]), sections=sections)
 
 
 class _Renderer(RendererHTML):

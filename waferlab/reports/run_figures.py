@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,12 @@ def plot_sample_predictions(
     top = header
     for text, colour, chosen in sections:
         sheet.text(0.25, top + 0.12, text, fontsize=12, fontweight="bold", color=colour, va="center")
-        top += heading
         for position, index in enumerate(chosen):
             row, column = divmod(position, n_columns)
-            x, y = 0.15 + (column + 0.5) * tile_width, top + row * tile_height + 0.85
+            x, y = 0.15 + (column + 0.5) * tile_width, top + heading + row * tile_height + 0.85
             _draw_wafer(sheet, np.asarray(wafer_maps[index]), x=x, y=y, radius=0.83)
             _caption_wafer(sheet, predictions, index, x=x, y=y + 1.03, colour=colour)
-        top += math.ceil(len(chosen) / n_columns) * tile_height
+        top += heading + math.ceil(len(chosen) / n_columns) * tile_height
     return save(figure, path)
 
 
@@ -273,27 +272,31 @@ def plot_training_history(
     if any(history.get("learning_rate") is not None for history in histories.values()):
         panels += [("Learning rate (log scale)", {"learning_rate": "-"})]
     figure = new_figure(4.8 * len(panels), 5.0, title)
+    colours = dict(zip(histories, model_colours(len(histories)), strict=True))
     for axes, (label, series) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for (model, history), colour in zip(histories.items(), model_colours(len(histories)), strict=True):
-            for key, line_style in series.items():
-                _draw_series(axes, model, history, key, colour=colour, line_style=line_style)
-        style(axes, "Epoch", grid="both")
+        _draw_panel(axes, histories, series, colours)
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-        if "learning_rate" in series:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:.0e}")  # typesetting powers of ten would take a quarter of a second
-        if not axes.lines:
-            say_so(axes, "not recorded")
-    grey = {"color": MUTED, "linestyle": "none"}
-    legend_below(
-        figure,
-        dict(zip(histories, model_colours(len(histories)), strict=True)),
-        Line2D([], [], label="train", **grey | {"linestyle": TRAIN_LINE}),
-        Line2D([], [], label="validation", **grey | {"linestyle": "-"}),
-        Line2D([], [], label="best validation macro F1", marker="*", markersize=11, **grey),
-    )
+    lines = {"train": TRAIN_LINE, "validation": "-"}
+    signs = [Line2D([], [], color=MUTED, linestyle=how, label=part) for part, how in lines.items()]
+    star = {"linestyle": "none", "marker": "*", "markersize": 11, "label": "best validation macro F1"}
+    legend_below(figure, colours, *signs, Line2D([], [], color=MUTED, **star))
     return save(figure, path)
+
+
+def _draw_panel(
+    axes: Axes, histories: Mapping[str, Mapping[str, Any]], series: Mapping[str, Any], colours: Mapping[str, str]
+) -> None:
+    """All models' lines of a panel; `series` are their keys, each with its style of line."""
+    for model, history in histories.items():
+        for key, line_style in series.items():
+            _draw_series(axes, model, history, key, colour=colours[model], line_style=line_style)
+    style(axes, "Epoch", grid="both")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    if "learning_rate" in series:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.0e}")  # typesetting powers of ten would take a quarter of a second
+    if not axes.lines:
+        say_so(axes, "not recorded")
 
 
 def _draw_series(axes: Axes, model: str, history: Mapping[str, Any], key: str, *, colour: str, line_style: Any) -> None:
@@ -310,36 +313,17 @@ def _draw_series(axes: Axes, model: str, history: Mapping[str, Any], key: str, *
         axes.plot(epochs[best], values[best], "*", color=colour, markersize=13, markeredgecolor="white", zorder=4)
 
 
-def plot_study(
-    study: Any, *, folder: str | os.PathLike[str], name: str, objectives: Sequence[str] = ("macro_f1",)
-) -> list[Path]:
-    """Draws an Optuna study with Optuna's own plots, as `optuna_<name>_<what>.png`.
+def save_study_plots(plots: Mapping[str, Callable[[], Any]], *, folder: Path, name: str) -> list[Path]:
+    """Draws a search with Optuna's own plots, as `optuna_<name>_<what>.png`.
 
     Args:
-        study: an `optuna.Study`.
+        plots: by what they show; see `search.study.study_plots`.
         folder: where the PNGs go.
         name: of the model, for titles and file names.
-        objectives: what the study's values are; with several, the Pareto front is drawn.
-
-    Returns:
-        The pictures that the study has enough trials for: history, slices, importances, Pareto front.
     """
-    from optuna.trial import TrialState
-    from optuna.visualization import matplotlib as optuna_plots
-
-    done = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
-    first = {"target": lambda trial: trial.values[0], "target_name": objectives[0]} if len(objectives) > 1 else {}
-    pictures = {}
-    if done:
-        pictures["history"] = lambda: optuna_plots.plot_optimization_history(study, **first)
-        pictures["slices"] = lambda: optuna_plots.plot_slice(study, **first)
-    if len({trial.values[0] for trial in done}) >= 4:  # fewer tell nothing of what mattered
-        pictures["importances"] = lambda: optuna_plots.plot_param_importances(study, **first)
-    if len(objectives) == 2 and done:
-        pictures["pareto_front"] = lambda: optuna_plots.plot_pareto_front(study, target_names=list(objectives))
     return [
-        _save_optuna(draw, Path(folder) / f"optuna_{name}_{what}.png", title=f"{name}: {what.replace('_', ' ')}")
-        for what, draw in pictures.items()
+        _save_optuna(draw, folder / f"optuna_{name}_{what}.png", title=f"{name}: {what.replace('_', ' ')}")
+        for what, draw in plots.items()
     ]
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import optuna
 
 from waferlab.config import ExperimentConfig
 from waferlab.data.maps import WaferMaps
@@ -19,8 +17,8 @@ from waferlab.reports.run_figures import (
     plot_confusion_matrix,
     plot_model_comparison,
     plot_sample_predictions,
-    plot_study,
     plot_training_history,
+    save_study_plots,
 )
 from waferlab.reports.tables import comparison_rows, write_per_class_table
 
@@ -35,7 +33,7 @@ def draw_run(
     best: int,
     maps: WaferMaps,
     split: Split,
-    studies: Mapping[str, optuna.Study],
+    searches: Mapping[str, Mapping[str, Callable[[], Any]]],
 ) -> None:
     """Draws the pictures of a run into its results; with several models also those of each.
 
@@ -46,7 +44,7 @@ def draw_run(
         best: the place of the best model in both.
         maps: all maps.
         split: its three parts.
-        studies: of the searches, by model.
+        searches: the plots of each search, by model; see `search.study.study_plots`.
     """
     folder, name, n_test = config.results_dir, results[best].model_type, len(split.test)
     title = f"{name}: {n_test:,} test maps"
@@ -58,8 +56,8 @@ def draw_run(
     plot_model_comparison(comparison_rows(results), path=folder / "model_comparison.png")
     histories = {result.model_type: result.history for result in results}
     plot_training_history(histories, path=folder / "training_history.png")
-    for model_type, study in studies.items():
-        plot_study(study, folder=folder, name=model_type, objectives=config.objectives)
+    for model_type, plots in searches.items():
+        save_study_plots(plots, folder=folder, name=model_type)
     for result, predicted in zip(results, predictions, strict=True):
         one = result.model_type
         write_per_class_table(result.test, path=folder / f"per_class_{one}.csv")

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,25 @@ def run_again(study: optuna.Study, trial: optuna.trial.BaseTrial) -> None:
     """Puts the parameters of a trial that was cut off first in the queue."""
     again = {"again": trial.number, "proposed_by": "a trial that was cut off"}
     study.enqueue_trial(trial.params, user_attrs=again)
+
+
+def study_plots(study: optuna.Study, objectives: Sequence[str] = ("macro_f1",)) -> dict[str, Callable[[], Any]]:
+    """Optuna's own plots that a study has enough trials for: history, slices, importances, Pareto front.
+
+    Args:
+        study: to be drawn.
+        objectives: what its values are; with several, the plots are of the first, and two have a Pareto front.
+    """
+    from optuna.visualization import matplotlib as draw
+
+    done = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
+    first = {"target": lambda trial: trial.values[0], "target_name": objectives[0]} if len(objectives) > 1 else {}
+    plots: dict[str, Callable[[], Any]] = {}
+    if done:
+        plots["history"] = partial(draw.plot_optimization_history, study, **first)
+        plots["slices"] = partial(draw.plot_slice, study, **first)
+    if len({trial.values[0] for trial in done}) >= 4:  # fewer tell nothing of what mattered
+        plots["importances"] = partial(draw.plot_param_importances, study, **first)
+    if len(objectives) == 2 and done:
+        plots["pareto_front"] = partial(draw.plot_pareto_front, study, target_names=list(objectives))
+    return plots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  for MLflow: a program that is ending cannot import it any more
 import contextlib
 import queue
 import threading

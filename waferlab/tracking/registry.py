@@ -145,12 +145,10 @@ class ModelRegistry(Line):
         if version is None:
             with _as_the_programs_own(self.uri):
                 model = _log_model(run, file, beside, example, classes)
-            if self._aliases(name) is None:
-                self._client.create_registered_model(name)
-            made = self._client.create_model_version(
-                name, model.model_uri, run_id=run.id, tags=dict(tags), model_id=model.model_id
-            )
-            version = str(made.version)
+                if self._aliases(name) is None:
+                    self._client.create_registered_model(name)
+                about_it = {"run_id": run.id, "tags": dict(tags), "model_id": model.model_id}
+                version = str(self._client.create_model_version(name, model.model_uri, **about_it).version)
         self._client.update_registered_model(name, description=about)
         self._client.update_model_version(name, version, description=description)
         self._client.set_registered_model_alias(name, alias, version)

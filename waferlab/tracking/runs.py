@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # the line tries again
 GONE = "its process was killed"
@@ -77,8 +78,13 @@ class RunTree(ModelRegistry):
         self._own_database, self.uri = uri is None, uri or self._default_uri()
         self._tags, self._runs, self._opening, self._monitor = dict(tags or {}), [], None, None
         self.closed = False
-        atexit.register(self.close, "KILLED", reason="it was not closed")
+        self._close_at_exit()
         super().__init__(f"{self.store} at {self.uri}", warn)
+
+    def _close_at_exit(self) -> None:
+        """Before all that was registered until now."""
+        atexit.unregister(self.close)
+        atexit.register(self.close, "KILLED", reason="it was not closed")
 
     def _default_uri(self) -> str:
         return f"sqlite:///{self._folder / 'mlflow.db'}"

@@ -35,8 +35,9 @@ class WandbTree(RunTree):
 
     def _open(self) -> None:
         os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
-        import wandb  # noqa: F401
+        import wandb
 
+        wandb.setup(wandb.Settings(silent=True))
         Path(self.uri).mkdir(parents=True, exist_ok=True)  # or it goes to a temporary folder
         self._loggers: dict[Run, Any] = {}
         self._depths: dict[Run | None, int] = {None: -1}
@@ -66,6 +67,7 @@ class WandbTree(RunTree):
             ),
         )  # fmt: skip
         run.id = self._loggers[run].experiment.id
+        self._close_at_exit()  # before Weights & Biases ends what it has open as finished
         self._set_tags(run, {"process": this_process(), "key": key, "parent": parent and parent.name, **tags})
 
     def _set_tags(self, run: Run, tags: Mapping[str, Any]) -> None:
@@ -111,3 +113,10 @@ class WandbTree(RunTree):
 
     def watch_system(self, run: Run) -> None:
         """The pipeline's run has the machine's load from its start on."""
+
+    @in_line
+    def _close(self) -> None:
+        import wandb
+
+        if wandb.run is None:  # else the program has one of its own
+            wandb.teardown()  # waits until the files are whole
