@@ -68,17 +68,15 @@ class Target:
 
 
 WHOLE_SEARCHES, TRAININGS = "tests/search/test_search.py", "tests/training/test_final_training.py"
-CALLBACKS = "tests/training/test_callbacks.py"
+CALLBACKS, INFERENCE = "tests/training/test_callbacks.py", "tests/evaluation/test_inference.py"
 TARGETS = {
-    "decision": Target(
-        "waferlab/evaluation/decision.py", ("tests/evaluation/test_decision.py", "tests/evaluation/test_inference.py")
-    ),
+    "decision": Target("waferlab/evaluation/decision.py", ("tests/evaluation/test_decision.py", INFERENCE)),
     "reading": Target("waferlab/data/reading.py", ("tests/data/test_reading.py",)),
     "splitting": Target("waferlab/data/splitting.py", ("tests/data/test_splitting.py",)),
     "batches": Target("waferlab/data/datamodule.py", ("tests/data/test_datamodule.py", TRAININGS)),
     "metrics": Target("waferlab/evaluation/metrics.py", ("tests/evaluation/test_metrics.py",)),
     "predictions": Target("waferlab/evaluation/predictions.py", ("tests/evaluation/test_metrics.py",)),
-    "inference": Target("waferlab/evaluation/inference.py", ("tests/evaluation/test_inference.py",)),
+    "inference": Target("waferlab/evaluation/inference.py", (INFERENCE,)),
     "statistics": Target("waferlab/evaluation/statistics.py", ("tests/evaluation/test_statistics.py",)),
     "gate": Target("waferlab/deployment/promotion.py", ("tests/deployment/test_promotion.py",)),
     "starting_weights": Target(

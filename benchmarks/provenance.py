@@ -79,10 +79,10 @@ def digests(names: Iterable[str], *, at: str | None = None) -> dict[str, str]:
         KeyError: there is no definition of that name.
     """
     found = _definitions_here() if at is None else _definitions(_sources_at(at))
-    unknown = sorted({*names} - found.keys())
-    if unknown:
+    names = sorted({*names})
+    if unknown := [name for name in names if name not in found]:
         raise KeyError(f"{', '.join(unknown)}: no such definition. Name in MEASURES what there is.")
-    return {name: _digest(name, found) for name in sorted({*names})}
+    return {name: _digest(name, found) for name in names}
 
 
 def changed(code: Mapping[str, str | None]) -> list[str]:

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from integrated_pipeline import IntegratedMLPipeline
 from simple_model import LightningCNN
+from waferlab.config import ExperimentConfig
 from waferlab.data import datamodule
 from waferlab.data.datamodule import EpochBatches, WaferMapDataModule
 from waferlab.data.maps import CLASS_NAMES
@@ -113,3 +115,13 @@ def test_loaders_taken_by_hand_work_in_a_trainer_without_the_module(tmp_path):
     data, model, bare = tutorial(), LightningCNN(base_channels=4), trainer(tmp_path)
     bare.fit(model, data.train_dataloader(), data.val_dataloader())
     assert 0 <= bare.callback_metrics["val_macro_f1"] <= 1
+
+
+def test_a_pipeline_that_is_given_another_split_serves_that_one():
+    maps = get_tutorial_dataset(20)
+    pipeline = IntegratedMLPipeline(ExperimentConfig(enable_mlflow=False, image_size=16, quiet=True))
+    for seed in (0, 1):
+        split = split_by_lot(maps, seed=seed)
+        pipeline.prepare_data(maps, split)
+        labels = torch.cat([labels for _, labels in pipeline.data_module().test_dataloader()])
+        assert labels.tolist() == maps.labels[split.test].tolist()

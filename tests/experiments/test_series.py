@@ -164,7 +164,7 @@ def test_an_error_that_is_not_one_trainings_own_ends_the_series(tiny_npz, tmp_pa
     def broken(config, maps, split):
         raise RuntimeError("a mistake in the code")
 
-    with pytest.raises(RuntimeError, match="a mistake in the code"):
+    with pytest.raises(RuntimeError, match=r"^a mistake in the code"):
         config = configured(tiny_npz, tmp_path, model_type="lightning_cnn")
         compare_architectures(config, seeds=(0, 1), train=broken, **MEANS)
 
