@@ -242,11 +242,9 @@ class IntegratedMLPipeline:
             RunError: no model could be trained, or a file of the run that is gone on with is damaged.
             KeyboardInterrupt: interrupted; finished epochs and models are kept for `resume=True`.
         """
-        config = self.config
-        with hold_folders(config.results_dir, config.checkpoints_dir):
-            self.terminal.print_configuration(config)
-            self.failed, self.problems = {}, []
-            self.terminal.seconds.clear()
+        with hold_folders(self.config.results_dir, self.config.checkpoints_dir):
+            self.terminal.print_configuration(self.config)
+            self.failed, self.problems, self.terminal.seconds = {}, [], {}
             with self.terminal.timed("data"):
                 self.prepare_data()
             with self.open_tracking().closing():
@@ -266,10 +264,10 @@ class IntegratedMLPipeline:
         with self.terminal.timed("pictures"), self._or_a_line("pictures could not be drawn"):
             plots = {name: study_plots(study, self.config.objectives) for name, study in self.studies.items()}
             draw_run(self.config, results, predictions, best=best, maps=self.maps, split=self.split, searches=plots)
+        self._report(summary)
         with self.terminal.timed("registration"), self._or_a_line("the model could not be registered"):
             summary |= self.register_best(results[best], predictions[best]).in_summary()
-        with self._or_a_line("the report could not be written"):
-            write_pages(summary, folder=self.config.results_dir)
+        self._report(summary)
         self._write(summary)
         self._track_outcome(summary, results, parent)
         self.terminal.print_outcome(results, summary, runs=self.runs, run=parent)
@@ -278,6 +276,10 @@ class IntegratedMLPipeline:
     def _write(self, summary: dict[str, Any], **more: Any) -> None:
         summary |= {**more, "problems": self.problems}
         write_summary(self.config.results_dir / "experiment_summary.json", summary)
+
+    def _report(self, summary: dict[str, Any]) -> None:
+        with self._or_a_line("the report could not be written"):
+            write_pages(summary, folder=self.config.results_dir)
 
     @contextmanager
     def _or_a_line(self, what: str) -> Iterator[None]:

@@ -250,6 +250,19 @@ def test_all_models_diverging_is_one_error_that_names_each(tiny_npz, tmp_path, m
         IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, **more))).run_complete_pipeline()
 
 
+def test_a_run_that_dies_while_it_registers_has_its_summary_and_its_report(tiny_npz, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(IntegratedMLPipeline, "register_best", killed)
+    with pytest.raises(KeyboardInterrupt):
+        IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, max_epochs=1))).run_complete_pipeline()
+    summary = json.loads((tmp_path / "results/tiny/experiment_summary.json").read_text())
+    assert summary["registered"] is None and "did not come to its end" in summary["not_registered_because"]
+    for page in ("report.html", "MODEL_CARD.md", "confusion_matrix.png"):
+        assert (tmp_path / "results/tiny" / page).exists()
+
+
 @pytest.mark.parametrize("step", ["IntegratedMLPipeline.register_best", "draw_run", "write_pages"])
 def test_what_fails_after_the_scores_are_known_is_a_line_in_the_summary(step, tiny_npz, tmp_path, monkeypatch):
     def fails(*_, **__):
