@@ -641,8 +641,7 @@ def test_without_tracking_the_same_calls_do_nothing_and_a_misspelt_one_is_an_err
 def test_a_terminal_that_closes_ends_a_script_unless_nohup_forbids_it(ignored, status):
     code = """
 import signal, sys
-if sys.argv[1] == "True":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "True" else signal.SIG_DFL)
 from waferlab import command_line
 sys.exit(command_line.run(lambda: signal.raise_signal(signal.SIGHUP)))
 """
