@@ -791,7 +791,8 @@ class Page(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Page).serve_forever()
 """)
     code = """
-import time
+import signal, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may have had it ignored
 from waferlab.tracking.server import MlflowServer
 server = MlflowServer("sqlite:///none.db", port=5240)
 server.wait_until_up()
