@@ -7,6 +7,7 @@ import contextlib
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from enum import Enum, auto
@@ -35,7 +36,7 @@ def in_line(method: Callable[..., Any]) -> Callable[..., None]:
     return later
 
 
-class Line:
+class Line(ABC):
     """Carries out calls in order, in a thread of its own, so that nobody who works waits for the store.
 
     What fails because the store is away is tried again, and all that comes after it waits in line. What the store
@@ -61,13 +62,13 @@ class Line:
         self._thread = threading.Thread(target=self._carry_out_all, name="tracking", daemon=True)
         self._thread.start()
 
+    @abstractmethod
     def _open(self) -> Any:
         """Connects to the store; without that, nothing else can be done."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _judge(self, error: Exception) -> Trouble:
         """What a call that raised this error may hope for."""
-        raise NotImplementedError
 
     def _later(self, do: Callable[[], Any], name: str) -> Future:
         """Has a call carried out after all before it; the future holds the answer, or None if the line is given up.
