@@ -23,7 +23,7 @@ from waferlab.data.maps import WaferMaps
 from waferlab.data.splitting import Split
 from waferlab.records import ModelResult, SearchRecord, StartingWeights
 from waferlab.reports import tables as reports
-from waferlab.reports.tables import comparison_rows, format_number, with_interval
+from waferlab.reports.tables import comparison_rows, results_table
 from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.training.progress import ProgressBar
 
@@ -137,14 +137,8 @@ class Terminal:
 
     def print_table(self, table: reports.Table) -> None:
         """A table of a report, with its note below."""
-        shown = Table(box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
-        for column, heading in enumerate(table.headings):
-            number = table.is_number(column)
-            shown.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
-        for row, cells in enumerate(table.rows):
-            shown.add_row(*map(Text, cells), style="bold" if row == table.best else None)
         self.console.print()
-        self.console.print(shown)
+        self.console.print(in_columns(table))
         if table.note:
             self.say(table.note)
 
@@ -159,7 +153,7 @@ class Terminal:
             )
         out = Console(highlight=False) if self.quiet else self.console
         out.print()
-        out.print(comparison_table(comparison_rows(results)))
+        out.print(in_columns(results_table(comparison_rows(results)), title="Model comparison"))
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
         self.say(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
         for failed in summary["failed_models"]:
@@ -180,41 +174,13 @@ class Terminal:
             self.say(f"MLflow: run `mlflow ui`{where} and open http://127.0.0.1:5000/{page}")
 
 
-def comparison_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """The final table for the terminal; the best macro F1 in bold, what was not measured as a dash.
-
-    Args:
-        results: a dict for each model with model_type and any of accuracy, macro_f1, macro_f1_interval,
-            n_parameters, train_seconds, latency_ms.
-    """
-    table = _comparison(results)
-    # Compact enough for 80 columns with the longest of our model names.
-    shown = Table(title="Model comparison", box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
-    shown.add_column(table.headings[0], overflow="fold")
-    for heading in table.headings[1:]:
-        shown.add_column(Text(heading), justify="right", no_wrap=True)
-    for index, row in enumerate(table.rows):
+def in_columns(table: reports.Table, *, title: str | None = None) -> Table:
+    """A table of a report as the terminal shows it, compact: numbers to the right, the best row bold."""
+    shown = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
+    for column, heading in enumerate(table.headings):
+        number = table.is_number(column)
         # Text, because rich would read brackets in a plain string, as in "resnet[small]", as markup.
+        shown.add_column(Text(heading), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for index, row in enumerate(table.rows):
         shown.add_row(*map(Text, row), style="bold" if index == table.best else None)
     return shown
-
-
-def comparison_markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """The same table as `comparison_table` in Markdown, for pages that render it."""
-    return reports.table_markdown(_comparison(results))
-
-
-def _comparison(results: Sequence[Mapping[str, Any]]) -> reports.Table:
-    rows = [
-        [
-            str(result["model_type"]),
-            format_number(result.get("accuracy")),
-            with_interval(result.get("macro_f1"), result.get("macro_f1_interval")),
-            format_number(result.get("n_parameters"), "{:.3g}M", factor=1e-6),
-            format_number(result.get("train_seconds"), "{:,.0f}"),
-            format_number(result.get("latency_ms"), "{:,.2f}"),
-        ]
-        for result in results
-    ]
-    headings = ("Model", "Accuracy", "Macro F1\n[95% interval]", "Params", "Time\n(s)", "Latency\n(ms)")
-    return reports.Table(headings, rows, best=reports.best_row([result.get("macro_f1") for result in results]))

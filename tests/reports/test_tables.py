@@ -16,8 +16,8 @@ from rich.console import Console
 
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.records import SUMMARY_SCHEMA_VERSION, write_summary
-from waferlab.reports.tables import write_per_class_table
-from waferlab.terminal import comparison_markdown, comparison_table
+from waferlab.reports.tables import results_table, table_markdown, write_per_class_table
+from waferlab.terminal import in_columns
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +103,7 @@ def test_per_class_table_is_csv_with_dashes_for_a_class_without_maps(tmp_path):
 
 def test_comparison_table_fits_80_columns_and_shows_intervals():
     console = Console(file=io.StringIO(), width=80)
-    console.print(comparison_table([*RESULTS, {"model_type": "vit[small]"}]))
+    console.print(in_columns(results_table([*RESULTS, {"model_type": "vit[small]"}])))
     text = console.file.getvalue()
     assert "0.851 [0.831, 0.866]" in text
     assert "2.4M" in text
@@ -113,7 +113,7 @@ def test_comparison_table_fits_80_columns_and_shows_intervals():
 
 def test_the_comparison_is_the_same_in_markdown_as_on_the_terminal():
     odd = {"model_type": "vit|small<b>", "macro_f1": 0.9}
-    lines = comparison_markdown([*RESULTS, odd]).splitlines()
+    lines = table_markdown(results_table([*RESULTS, odd])).splitlines()
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
     assert lines[4] == "| torchvision_efficientnet | 0.881 | 0.851 [0.831, 0.866] | 2.4M | 41 | 1.25 |"
     assert lines[6] == "| **vit\\|small&lt;b&gt;** | **-** | **0.900** | **-** | **-** | **-** |"

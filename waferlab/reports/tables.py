@@ -178,6 +178,28 @@ def comparison_rows(results: Sequence[ModelResult]) -> list[dict[str, Any]]:
     ]
 
 
+def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """The models of a run; the best macro F1 in bold, what was not measured as a dash.
+
+    Args:
+        results: a dict for each model with model_type and any of accuracy, macro_f1, macro_f1_interval, n_parameters,
+            train_seconds, latency_ms.
+    """
+    rows = [
+        [
+            str(result["model_type"]),
+            format_number(result.get("accuracy")),
+            with_interval(result.get("macro_f1"), result.get("macro_f1_interval")),
+            format_number(result.get("n_parameters"), "{:.3g}M", factor=1e-6),
+            format_number(result.get("train_seconds"), "{:,.0f}"),
+            format_number(result.get("latency_ms"), "{:,.2f}"),
+        ]
+        for result in results
+    ]
+    headings = ("Model", "Accuracy", "Macro F1\n[95% interval]", "Params", "Time\n(s)", "Latency\n(ms)")
+    return Table(headings, rows, best=best_row([result.get("macro_f1") for result in results]))
+
+
 def models_table(record: Record) -> Table:
     """The models of a comparison, the best first."""
     models = by_score(record)
