@@ -60,7 +60,7 @@ from waferlab.records import (
     write_summary,
 )
 from waferlab.reports.run_report import draw_run, pictures_of_model, write_pages
-from waferlab.reports.tables import comparison_rows
+from waferlab.reports.tables import comparison_rows, results_table, table_markdown
 from waferlab.search.budget import SearchBudget, seconds_by_merit
 from waferlab.search.study import (
     interrupts_kept,
@@ -73,7 +73,7 @@ from waferlab.search.study import (
     study_storage,
 )
 from waferlab.search.trials import TrialWeights, better_of, search_record, trial_line, worth_training
-from waferlab.terminal import Terminal, comparison_markdown, quiet_libraries
+from waferlab.terminal import Terminal, quiet_libraries
 from waferlab.tracking.processes import this_process
 from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.tracking.wandb_runs import WandbTree
@@ -81,8 +81,8 @@ from waferlab.training.callbacks import EpochLines, History, KeepInterrupt, Seed
 from waferlab.training.checkpoints import (
     CheckpointFiles,
     TrainingFolder,
-    checkpoint_digest,
     hold_folders,
+    load_trained,
     record_training,
 )
 from waferlab.training.precision import native_precision
@@ -408,9 +408,7 @@ class IntegratedMLPipeline:
             DamagedFileError: the checkpoint is damaged, or another training's.
         """
         file = self.config.checkpoints_dir / record.model_type / record.checkpoint
-        checkpoint_digest(file, expected=record.checkpoint_sha256)
-        model_class = find_model(record.model_type).model
-        return model_class.load_from_checkpoint(file, map_location="cpu", weights_only=True).eval()
+        return load_trained(find_model(record.model_type).model, file, expected=record.checkpoint_sha256)
 
     def _start_without_search(self, model_type: str) -> WaferClassifier:
         """The model as it starts with its default parameters; made once, for all trials."""
@@ -729,7 +727,7 @@ class IntegratedMLPipeline:
         self.runs.tags(parent, best_model=summary["best_model"], seed=str(self.config.seed))
         written = ("experiment_summary.json", "report.html", "MODEL_CARD.md", "model_card.html")
         self.runs.files(parent, [*sorted(folder.glob("*.png")), *(folder / name for name in written)])
-        self.runs.note(parent, comparison_markdown(comparison_rows(results)))
+        self.runs.note(parent, table_markdown(results_table(comparison_rows(results))))
 
     # --- after training
 

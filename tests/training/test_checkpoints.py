@@ -1,5 +1,6 @@
 """Promises about what a training leaves on disk: whole or named as damaged, never another run's, one run a folder."""
 
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from waferlab.training.checkpoints import (
     TrainingFolder,
     checkpoint_digest,
     hold_folder,
+    load_trained,
     read_checkpoint,
 )
 
@@ -77,6 +79,14 @@ def test_any_damage_to_a_checkpoint_is_noticed_and_the_remedy_named(damage, chec
 def test_another_trainings_checkpoint_is_told_from_ones_own(checkpoint):
     with pytest.raises(DamagedFileError, match="another run has replaced it"):
         checkpoint_digest(checkpoint, expected="0" * 64)
+
+
+def test_a_whole_file_that_no_training_wrote_is_one_sentence_too(tmp_path):
+    file = tmp_path / "best.ckpt"
+    CheckpointFiles().save_checkpoint({"state_dict": {"no such layer": torch.zeros(1)}}, file)
+    with pytest.raises(DamagedFileError, match=r"best\.ckpt cannot be loaded safely .* Delete it") as error:
+        load_trained(Scripted, file, expected=checkpoint_digest(file))
+    assert "\n" not in str(error.value)
 
 
 def test_lightning_refuses_to_go_on_from_a_damaged_checkpoint(checkpoint):
@@ -148,9 +158,22 @@ def rubbish(file):
     file.write_text('{"half')
 
 
+def without(key):
+    """Takes an entry out of a record, as one of another version may lack it."""
+
+    def damage(file):
+        record = json.loads(file.read_text())
+        del record[key]
+        file.write_text(json.dumps(record))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
+        ("finished.json", without("starting_weights")),
+        ("started.json", without("learning_rate")),
         ("finished.json", rubbish),
         ("finished.json", lambda file: file.write_text("")),
         ("finished.json", lambda file: file.write_text("[]")),

@@ -110,10 +110,33 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         DamagedFileError: it is damaged, or holds anything else than tensors and plain values.
     """
     checkpoint_digest(file)
-    try:
+    with _or_damaged(file):
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # its check sum is right, so whoever made it put something else than tensors into it
-        reason = str(error).strip().splitlines()[0]
+
+
+def load_trained(model_class: type[WaferClassifier], file: Path, *, expected: str) -> WaferClassifier:
+    """The model of a checkpoint, on the CPU, in evaluation mode; Lightning rebuilds it without running code from it.
+
+    Args:
+        model_class: of the model.
+        file: written by `CheckpointFiles`.
+        expected: the check sum that it must have, as its training noted it.
+
+    Raises:
+        DamagedFileError: it is damaged, another training's, or not of this class.
+    """
+    checkpoint_digest(file, expected=expected)
+    with _or_damaged(file):
+        return model_class.load_from_checkpoint(file, map_location="cpu", weights_only=True).eval()
+
+
+@contextmanager
+def _or_damaged(file: Path) -> Iterator[None]:
+    """Its check sum is right, so whoever made it put something else into it than a training does."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DamagedFileError(f"{file} cannot be loaded safely ({reason}). {_remedy(file)}") from error
 
 
@@ -157,7 +180,8 @@ class TrainingFolder:
         if not (self._finished.exists() and self.best.exists()):
             return None
         record = self._read(self._finished)
-        return None if record is None else TrainingRecord.from_json(record)
+        with _or_damaged(self._finished):
+            return None if record is None else TrainingRecord.from_json(record)
 
     def resume_point(self) -> Path | None:
         """The checkpoint to go on from, or None if there is none."""
@@ -179,8 +203,9 @@ class TrainingFolder:
     def restore_start(self, model: WaferClassifier) -> None:
         """Tells a model that goes on from a checkpoint, which cannot know it, what its training started from."""
         started = self._read(self._started) or {}
-        model.set_learning_rate(started["learning_rate"])
-        model.starting_weights = StartingWeights(**started["weights"])
+        with _or_damaged(self._started):
+            model.set_learning_rate(float(started["learning_rate"]))
+            model.starting_weights = StartingWeights(**started["weights"])
 
     def finish(self, record: TrainingRecord) -> None:
         """Notes that the training came to its end, with its record."""
