@@ -770,6 +770,7 @@ class IntegratedMLPipeline:
                 decision=decision_of(result),
                 model_type=model_type,
                 split=self.split.fingerprint,
+                prediction_sets=result.sets["floors"],
             )
 
         outcome = promote(

@@ -99,10 +99,11 @@ def test_the_top_level_holds_what_it_is_meant_to():
     assert {top for top in tops if not top.startswith(".")} <= TOP_LEVEL
 
 
-def test_the_init_files_hold_a_docstring_and_nothing_else():
+def test_the_init_files_hold_a_docstring_and_nothing_else_but_the_predictor_that_users_import():
     for name in ROOMS:
         if name.endswith("__init__.py"):
-            assert ast.get_docstring(tree(name)) and len(tree(name).body) == 1, name
+            names_predictor = name == "waferlab/deployment/__init__.py"
+            assert ast.get_docstring(tree(name)) and len(tree(name).body) == 1 + names_predictor, name
 
 
 STATE = """

@@ -23,6 +23,10 @@ class DataError(UserError):
     """Data that cannot be used."""
 
 
+class ModelError(UserError):
+    """A model that cannot be had, or whose file cannot be used."""
+
+
 class FolderInUseError(UserError):
     """Another run works in the same folder."""
 

@@ -211,6 +211,8 @@ class ModelResult(TrainedModel):
         latency_ms: median to answer one map on the CPU.
         left_out: numbers of the classes that it does not answer with.
         decision: the rule that was fitted on validation, with scores before and after.
+        sets: how often prediction sets fitted on validation hold the true class of test maps; see
+            `evaluation.conformal.evaluate_sets`, with `floors` to make them again.
     """
 
     validation: dict[str, Any]
@@ -218,6 +220,7 @@ class ModelResult(TrainedModel):
     latency_ms: float
     left_out: tuple[int, ...] = ()
     decision: dict[str, Any] | None = None
+    sets: dict[str, Any] | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ writing

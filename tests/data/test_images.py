@@ -8,7 +8,7 @@ from waferlab.data.images import augment, encode, resize_maps, symmetries
 from waferlab.data.maps import CLASS_NAMES, pack_maps
 from waferlab.data.reading import load_wafer_maps
 from waferlab.deployment.onnx_export import export_onnx
-from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.deployment.predictor import Predictor
 from waferlab.errors import DataError
 
 
@@ -69,12 +69,12 @@ class GreyLevels(torch.nn.Module):
 @pytest.fixture(scope="module")
 def file_of_grey_levels(tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "m.onnx"
-    return OnnxClassifier(export_onnx(GreyLevels(), path, image_size=24, class_names=["pixel"] * 24 * 24))
+    return Predictor(export_onnx(GreyLevels(), path, image_size=24, class_names=["pixel"] * 24 * 24))
 
 
 def test_a_file_resizes_maps_exactly_as_training_does(generated, file_of_grey_levels):
     some = generated.select(np.arange(0, len(generated), 6))
-    answered = file_of_grey_levels.predict([some[i] for i in range(len(some))])
+    answered = file_of_grey_levels.probabilities([some[i] for i in range(len(some))])
     expected = GreyLevels()(encode(resize_maps(some, 24))).softmax(-1).numpy()
     np.testing.assert_allclose(answered, expected, rtol=1e-3, atol=0)
 
@@ -86,7 +86,7 @@ def test_a_map_without_a_die_is_refused_by_reading_and_by_a_file(tmp_path, shape
     with pytest.raises(DataError, match=f"a map of {shape[0]}x{shape[1]} dies"):
         load_wafer_maps(file)
     with pytest.raises(ValueError, match=r"map 1 is .* without a die"):
-        file_of_grey_levels.predict([np.ones((4, 4), np.uint8), np.zeros(shape, np.uint8)])
+        file_of_grey_levels.probabilities([np.ones((4, 4), np.uint8), np.zeros(shape, np.uint8)])
 
 
 def test_the_order_of_maps_survives_resizing_by_size(generated):

@@ -14,7 +14,7 @@ from waferlab.data.images import resize_maps
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.data.reading import load_wafer_maps
 from waferlab.deployment.onnx_export import RawMapClassifier, export_onnx
-from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.deployment.predictor import Predictor
 from waferlab.evaluation.decision import Decision
 from waferlab.evaluation.inference import predict_probabilities
 
@@ -37,7 +37,7 @@ def test_the_file_answers_as_the_model_does_for_maps_of_all_sizes(model_type, ti
     assert len({one.shape for one in some}) > 3
     expected = predict_probabilities(model, resize_maps(maps, 32)[::9])
     file = export_onnx(model, tmp_path / "model.onnx", image_size=32)
-    answered = OnnxClassifier(file).predict(some, batch_size=3)
+    answered = Predictor(file).probabilities(some)
     np.testing.assert_allclose(answered, expected, atol=1e-4)
     assert (answered.argmax(1) == expected.argmax(1)).mean() > 0.98
     np.testing.assert_allclose(answered.sum(1), 1, atol=1e-5)
@@ -50,18 +50,18 @@ def test_the_decision_is_in_the_file(tiny_npz, tmp_path):
     expected = predict_probabilities(model, resize_maps(maps, 32)[::9], decision)
     plain = predict_probabilities(model, resize_maps(maps, 32)[::9])
     file = export_onnx(model, tmp_path / "model.onnx", image_size=32, decision=decision)
-    answered = OnnxClassifier(file).predict([maps[i] for i in range(0, len(maps), 9)], batch_size=3)
+    answered = Predictor(file).probabilities([maps[i] for i in range(0, len(maps), 9)])
     np.testing.assert_allclose(answered, expected, atol=1e-4)
     assert np.abs(plain - expected).max() > 0.05
 
 
 def test_one_map_large_or_small_goes_through(tmp_path):
     model = model_of("lightning_cnn")
-    classifier = OnnxClassifier(export_onnx(model, tmp_path / "model.onnx", image_size=32))
+    classifier = Predictor(export_onnx(model, tmp_path / "model.onnx", image_size=32))
     for shape in ((1, 22, 15), (1, 212, 204), (5, 32, 32)):
         maps = np.random.default_rng(0).integers(0, 3, shape, dtype=np.uint8)
-        expected = RawMapClassifier(model, 32)(torch.from_numpy(maps)).detach()
-        np.testing.assert_allclose(classifier.predict(list(maps)), expected, atol=1e-4)
+        expected = RawMapClassifier(model, 32)(torch.from_numpy(maps))[0].detach()
+        np.testing.assert_allclose(classifier.probabilities(list(maps)), expected, atol=1e-4)
 
 
 def test_the_file_says_what_it_is_and_holds_no_other_file(tmp_path):
@@ -70,17 +70,31 @@ def test_the_file_says_what_it_is_and_holds_no_other_file(tmp_path):
     about = {p.key: p.value for p in onnx.load(file).metadata_props}
     assert about["split"] == "abc"
     assert "uint8 [N, rows, columns]" in about["contract"]
-    assert OnnxClassifier(file).class_names == tuple(CLASS_NAMES)
+    assert Predictor(file).class_names == tuple(CLASS_NAMES)
+
+
+@pytest.mark.parametrize("model_type", ["lightning_cnn", "torchvision_resnet", "yolo_inspired"])
+def test_the_features_are_what_the_last_layer_makes_the_answer_of(model_type, tiny_npz, tmp_path):
+    model, maps = model_of(model_type), load_wafer_maps(tiny_npz)
+    some = [maps[i] for i in range(0, len(maps), 40)]
+    predictor = Predictor(export_onnx(model, tmp_path / "model.onnx", image_size=32))
+    probabilities, features = predictor.outputs(some)
+    np.testing.assert_array_equal(probabilities, predictor.probabilities(some))
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    np.testing.assert_allclose(last(torch.from_numpy(features)).softmax(-1).detach(), probabilities, atol=1e-4)
+    with_views = export_onnx(model, tmp_path / "views.onnx", image_size=32, decision=Decision(views=8))
+    _, turned = Predictor(with_views).outputs([some[0], np.ascontiguousarray(np.rot90(some[0]))])
+    np.testing.assert_allclose(turned[0], turned[1], atol=1e-3)  # a wafer turned has the same eight views
 
 
 def test_rubbish_is_named(tmp_path):
-    classifier = OnnxClassifier(export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32))
+    classifier = Predictor(export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32))
     for wrong in (np.full((4, 4), 7, np.uint8), np.zeros((4, 4)), np.zeros(4, np.uint8), np.zeros((0, 0), np.uint8)):
         with pytest.raises(ValueError, match="Wanted: "):
-            classifier.predict([np.ones((4, 4), np.uint8), wrong])
+            classifier.probabilities([np.ones((4, 4), np.uint8), wrong])
     (tmp_path / "no.onnx").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="no exported classifier"):
-        OnnxClassifier(tmp_path / "no.onnx")
+        Predictor(tmp_path / "no.onnx")
 
 
 def test_the_same_model_gives_the_same_file_and_it_names_no_folder_of_this_machine(tmp_path):
@@ -104,7 +118,7 @@ def test_a_network_that_cannot_be_exported_is_named_with_the_reason(tmp_path, ca
 def test_a_file_whose_columns_are_not_its_classes_is_refused(tmp_path):
     file = export_onnx(model_of("lightning_cnn"), tmp_path / "model.onnx", image_size=32, class_names=CLASS_NAMES[:-1])
     with pytest.raises(ValueError, match="for the 8 classes that it names"):
-        OnnxClassifier(file)
+        Predictor(file)
 
 
 @pytest.mark.parametrize("where", ["../secret.bin", "/secret.bin", "link.bin"])
@@ -116,13 +130,13 @@ def test_a_file_from_a_stranger_reads_no_other_file(tmp_path, where):
     location = str(tmp_path / "secret.bin") if where.startswith("/") else where
     write_stranger(folder / "model.onnx", [helper.make_node("Mul", ["maps", "w"], ["probabilities"])], location)
     with pytest.raises(ValueError, match=r"no exported classifier.*xternal data"):
-        OnnxClassifier(folder / "model.onnx")
+        Predictor(folder / "model.onnx")
 
 
 def test_a_file_from_a_stranger_brings_no_operators_of_its_own(tmp_path):
     write_stranger(tmp_path / "model.onnx", [helper.make_node("Own", ["maps"], ["probabilities"], domain="stranger")])
     with pytest.raises(ValueError, match=r"no exported classifier.*not a registered function"):
-        OnnxClassifier(tmp_path / "model.onnx")
+        Predictor(tmp_path / "model.onnx")
 
 
 def write_stranger(path, nodes, location=None):

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from waferlab.data.maps import CLASS_NAMES, pack_maps
 from waferlab.data.splitting import Split
 from waferlab.deployment import promotion
-from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.promotion import CannotCompareError, MapsSeen, NotRegistered, Promotion, judge, promote
 from waferlab.errors import RegistryError
 from waferlab.evaluation.predictions import Predictions
@@ -175,7 +175,7 @@ def write_file(path, *, shift=0.0, names=CLASS_NAMES, roll=0, scale=2000.0, **ab
 
 
 def answers(file, split):
-    probabilities = OnnxClassifier(file).predict([MAPS[i] for i in split.test])
+    probabilities = Predictor(file).probabilities([MAPS[i] for i in split.test])
     return Predictions(probabilities, MAPS.labels[split.test], MAPS.groups[split.test], CLASS_NAMES)
 
 
@@ -289,7 +289,7 @@ def test_a_file_that_answers_otherwise_than_its_checkpoint_is_not_registered(tmp
 def test_a_file_that_answers_with_nothing_is_not_registered(tmp_path):
     registry, right = Registry(), write_file(tmp_path / "right.onnx")
     broken = write_file(tmp_path / "broken.onnx", scale=np.inf)
-    assert np.isnan(OnnxClassifier(broken).predict([MAPS[0]])).any()
+    assert np.isnan(Predictor(broken).probabilities([MAPS[0]])).any()
     said = offer(registry, broken, checkpoint=answers(right, FIRST))
     assert isinstance(said, NotRegistered) and registry.kept == []
 
@@ -307,12 +307,12 @@ def test_the_verdict_quotes_the_score_of_the_file(tmp_path):
     tied[0, :2] = tied[0, :2].sum() / 2 + np.array([-2e-5, 2e-5])  # a tie, which the checkpoint breaks the other way
     leaning = tied.copy()
     leaning[0, :2] += (4e-5, -4e-5)
-    classifier = OnnxClassifier.predict
+    classifier = Predictor.probabilities
     try:
-        OnnxClassifier.predict = lambda *_: leaning
+        Predictor.probabilities = lambda *_: leaning
         said = offer(Registry(), file, checkpoint=dataclasses.replace(checkpoint, probabilities=tied))
     finally:
-        OnnxClassifier.predict = classifier
+        Predictor.probabilities = classifier
     assert isinstance(said, Promotion) and said.test_macro_f1 == 1.0
     assert "test macro F1 1.0000" in said.verdict and said.largest_difference_to_checkpoint == pytest.approx(4e-5)
 

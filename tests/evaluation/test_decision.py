@@ -12,7 +12,7 @@ from waferlab.config import ExperimentConfig
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.data.reading import load_wafer_maps
 from waferlab.deployment.onnx_export import export_onnx
-from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.deployment.predictor import Predictor
 from waferlab.evaluation.decision import Decision, choose_decision, fit_temperature
 from waferlab.evaluation.inference import decision_of
 
@@ -132,9 +132,9 @@ def test_eight_of_nine_classes_are_trained_scored_and_exported(tiny_arrays, tmp_
     decision = decision_of(result)
     assert decision.left_out == (CLASS_NAMES.index("Donut"),)
     file = export_onnx(pipeline.load_model(result), tmp_path / "m.onnx", image_size=16, decision=decision)
-    classifier = OnnxClassifier(file)
+    classifier = Predictor(file)
     assert list(classifier.class_names) == eight
-    answered = classifier.predict([maps[i] for i in pipeline.split.test])
+    answered = classifier.probabilities([maps[i] for i in pipeline.split.test])
     np.testing.assert_allclose(answered, predictions.probabilities, atol=1e-5)
 
 

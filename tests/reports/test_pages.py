@@ -581,7 +581,7 @@ def test_the_code_on_the_model_card_can_be_compiled(folder):
         usage = markdown.read_text().split("## How to use it")[1].split("## Data")[0]
         code = "\n".join(line[4:] for line in usage.splitlines() if line.startswith("    "))
         compile(code, "MODEL_CARD.md", "exec")
-        assert ("OnnxClassifier(" in code) is (registered is not None)
+        assert ("Predictor.load(" in code) is (registered is not None)
     assert "not registered" in markdown.read_text()
 
 

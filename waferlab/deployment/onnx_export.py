@@ -33,13 +33,29 @@ class RawMapClassifier(nn.Module):
         super().__init__()
         self.model, self.image_size, self.decision = model, image_size, decision or Decision()
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, rows, columns] to probabilities float32 [N, classes], without those that are left out."""
+    def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [N, rows, columns] to probabilities float32 [N, classes], without those that are left out.
+
+        And the features, float32 [N, F]: what the network's last linear layer is given, the mean over the views.
+        """
         images = encode(resize_dies(maps, self.image_size))
         views = list(symmetries(images)) if self.decision.views == 8 else [images]
-        outputs = self.model(torch.cat(views)).softmax(-1)
-        probabilities = self.decision.apply(outputs.unflatten(0, (len(views), -1)).mean(0))
-        return probabilities[:, self.decision.answered(probabilities.shape[-1])]
+        logits, features = self._with_features(torch.cat(views))
+        outputs, features = (
+            of_views.unflatten(0, (len(views), -1)).mean(0) for of_views in (logits.softmax(-1), features)
+        )
+        probabilities = self.decision.apply(outputs)
+        return probabilities[:, self.decision.answered(probabilities.shape[-1])], features
+
+    def _with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, and what the last linear layer makes them of; of a network without one, the logits again."""
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        given: list[torch.Tensor] = []
+        hooks = [one.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])) for one in linear[-1:]]
+        logits = self.model(images)
+        for hook in hooks:
+            hook.remove()
+        return logits, (given or [logits])[-1].flatten(1)
 
 
 def export_onnx(
@@ -73,6 +89,8 @@ def export_onnx(
     program = _traced(RawMapClassifier(model, image_size, decision).eval())
     answered = [class_names[label] for label in decision.answered(len(class_names))]
     about = {"class_names": json.dumps(answered), "contract": CONTRACT, "image_size": str(image_size)}
+    # The features stay in the graph, by name: whoever asks for them has them computed out of it, and nobody else.
+    about["features"] = program.model.graph.outputs.pop().name
     ClearMetadataAndDocStringPass()(program.model)
     program.model.metadata_props.update(about | metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +110,7 @@ def _traced(whole: RawMapClassifier) -> torch.onnx.ONNXProgram:
         try:
             return torch.onnx.export(
                 whole, (example,), dynamo=True, dynamic_shapes=(sizes,), opset_version=18, verbose=False,
-                input_names=["maps"], output_names=["probabilities"],
+                input_names=["maps"], output_names=["probabilities", "features"],
             )  # fmt: skip
         except Exception as error:  # the exporter's own kind says how to debug it; what was wrong is its cause
             cause = error.__cause__ or error

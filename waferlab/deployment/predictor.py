@@ -1,34 +1,105 @@
-"""Answers of an exported file: ONNX Runtime on raw die maps, without PyTorch."""
+"""Answers of an exported file: ONNX Runtime on raw die maps, without PyTorch. All that answers goes through here."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from waferlab.evaluation.conformal import DEFAULT_COVERAGE, PredictionSets, answered_alone
 
-class OnnxClassifier:
+REGISTERED = "models:/"
+DEFAULT_MODEL = "models:/wafer_defect_classifier@champion"
+DIES_AT_ONCE = 2**20  # of the maps that are answered in one call of ONNX Runtime, which bounds the memory it takes
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of N maps.
+
+    Attributes:
+        class_names: C names, in the order of the columns.
+        probabilities: float32 [N, C], rows sum to 1.
+        sets: bool [N, C], the classes that are in each map's set at `coverage`; None if the file has no sets.
+        coverage: that the sets promise, 0..1.
+    """
+
+    class_names: tuple[str, ...]
+    probabilities: np.ndarray
+    sets: np.ndarray | None
+    coverage: float
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """int64 [N], the column of each map's likeliest class."""
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def classes(self) -> list[str]:
+        """The name of each map's likeliest class."""
+        return [self.class_names[column] for column in self.predicted]
+
+    @cached_property
+    def abstains(self) -> np.ndarray:
+        """Bool [N], True where the set does not leave the likeliest class alone: somebody should look at the map."""
+        if self.sets is None:
+            return np.zeros(len(self), dtype=bool)
+        return ~answered_alone(self.sets, self.predicted)
+
+    def set_names(self) -> list[tuple[str, ...]]:
+        """The classes in each map's set, the likeliest first."""
+        if self.sets is None:
+            return [()] * len(self)
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")
+        return [
+            tuple(self.class_names[column] for column in columns if held[column])
+            for columns, held in zip(order, self.sets, strict=True)
+        ]
+
+
+class Predictor:
     """Runs an exported file with ONNX Runtime on the CPU.
 
     Attributes:
         class_names: what the columns of the probabilities mean.
+        about: what the file says of itself: model_type, image_size, contract, split.
+        name: of the model, for people: the file, or the registered model and version.
+        sets: its prediction sets; None for a file that was exported without.
+        folder: that the file lies in, with what is kept beside it.
+
+    Args:
+        path: of the file.
+        threads: that one call may use; None for one a core.
+        name: None for that of the file.
 
     Raises:
         ValueError: the file is no exported classifier, or its answer has other columns than it has class names.
     """
 
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
+    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or self.path.name
+        self._threads = threads
+        self._session = self._open(self.path)
+        about = self._session.get_modelmeta().custom_metadata_map
         try:
-            self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            about = self._session.get_modelmeta().custom_metadata_map
             self.class_names = tuple(json.loads(about["class_names"]))
-        except Exception as error:  # ONNX Runtime has many kinds; each means that this file cannot be used
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ValueError(f"{path} is no exported classifier ({reason}). Export the model anew.") from error
+            text = about.get("prediction_sets")
+            self.sets = None if text is None else PredictionSets.from_text(text)
+        except (KeyError, ValueError, TypeError) as error:
+            raise self._unusable(error) from error
+        self.about: Mapping[str, str] = {k: v for k, v in about.items() if k not in ("class_names", "prediction_sets")}
         shape = self._session.get_outputs()[0].shape
         if len(shape) != 2 or shape[1] != len(self.class_names):
             raise ValueError(
@@ -36,26 +107,136 @@ class OnnxClassifier:
                 f"[maps, {len(self.class_names)}]. Export the model anew."
             )
 
-    def predict(self, maps: Sequence[np.ndarray], *, batch_size: int = 256) -> np.ndarray:
-        """Probabilities float32 [N, classes] of raw die maps, each uint8 [rows, columns]; sizes may differ.
+    @classmethod
+    def load(
+        cls, source: str | os.PathLike[str] = DEFAULT_MODEL, *, threads: int | None = None,
+        tracking_uri: str | None = None,
+    ) -> Predictor:  # fmt: skip
+        """A predictor of a file or of a registered model.
+
+        Args:
+            source: a .onnx file; or "models:/<name>@<alias>", "models:/<name>/<version>".
+            threads: that one call may use; None for one a core.
+            tracking_uri: of the registry; None for MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in this folder.
 
         Raises:
-            ValueError: a map is empty, not uint8, not two-dimensional, or has values other than 0, 1 and 2.
+            ModelError: there is no such model, or its file cannot be used.
         """
-        for i, one in enumerate(maps):
-            if 0 in one.shape:
-                raise ValueError(f"map {i} is {one.shape}, without a die. Wanted: at least one row and one column.")
-            if one.ndim != 2 or one.dtype != np.uint8 or one.max(initial=0) > 2:
-                raise ValueError(
-                    f"map {i} is {one.dtype} {one.shape} with values up to {one.max(initial=0)}. Wanted: uint8 "
-                    "[rows, columns] with 0 no die, 1 pass, 2 fail."
-                )
+        from waferlab.errors import ModelError
+
+        text, folder = os.fspath(source), None
+        try:
+            if not text.startswith(REGISTERED):
+                if not Path(text).is_file():
+                    raise ModelError(
+                        f"--model {text}: no such file. Give a .onnx file, or models:/<name>@champion; training leaves "
+                        "the file at checkpoints/<experiment>/<model>/model.onnx."
+                    )
+                return cls(text, threads=threads)
+            from waferlab.tracking.registered import fetch_registered
+
+            folder = tempfile.TemporaryDirectory(prefix="wafer-model-")
+            registered = fetch_registered(text, into=Path(folder.name), tracking_uri=tracking_uri)
+            predictor = cls(registered.file, threads=threads, name=f"{registered.name} version {registered.version}")
+        except ValueError as error:
+            raise error if isinstance(error, ModelError) else ModelError(str(error)) from error
+        predictor._keep = folder  # the files stay as long as the predictor
+        return predictor
+
+    @property
+    def folder(self) -> Path:
+        """Where the file lies, and what is kept beside it."""
+        return self.path.parent
+
+    @cached_property
+    def sha256(self) -> str:
+        """The file's digest, by which a model is known for sure."""
+        with self.path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    def predict(self, maps: Sequence[np.ndarray], *, coverage: float = DEFAULT_COVERAGE) -> Answers:
+        """Class, probabilities and prediction set of raw die maps, each uint8 [rows, columns]; sizes may differ.
+
+        Args:
+            maps: with 0 no die, 1 pass, 2 fail.
+            coverage: how often the sets shall hold the true class, 0.50 to 0.99.
+
+        Raises:
+            ValueError: a map is empty, not uint8, not two-dimensional, or has values other than 0, 1 and 2; or there
+                are no sets of this coverage.
+        """
+        probabilities = self.probabilities(maps)
+        sets = None if self.sets is None else self.sets.sets(probabilities, coverage)
+        return Answers(self.class_names, probabilities, sets, coverage)
+
+    def probabilities(self, maps: Sequence[np.ndarray]) -> np.ndarray:
+        """Class probabilities float32 [N, C] alone; see `predict`."""
         out = np.empty((len(maps), len(self.class_names)), dtype=np.float32)
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for i, one in enumerate(maps):
-            by_size.setdefault(one.shape, []).append(i)
-        for members in by_size.values():
-            for start in range(0, len(members), batch_size):
-                some = members[start : start + batch_size]
-                out[some] = self._session.run(None, {"maps": np.stack([maps[i] for i in some])})[0]
+        for some, batch in _batches(maps):
+            out[some] = self._session.run(["probabilities"], {"maps": batch})[0]
         return out
+
+    def outputs(self, maps: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities float32 [N, C] and the network's features float32 [N, F], before its last layer.
+
+        Raises:
+            ValueError: as `predict`; or the file does not say where its features are.
+        """
+        probabilities, features = np.empty((len(maps), len(self.class_names)), dtype=np.float32), None
+        for some, batch in _batches(maps):
+            probabilities[some], found = self._with_features.run(None, {"maps": batch})
+            features = np.empty((len(maps), found.shape[1]), dtype=np.float32) if features is None else features
+            features[some] = found
+        return probabilities, np.empty((0, 0), np.float32) if features is None else features
+
+    @cached_property
+    def _with_features(self) -> Any:
+        """A session whose second output is the tensor that the file names as its features."""
+        import onnx
+
+        if "features" not in self.about:
+            raise ValueError(f"{self.path} does not say where its features are. Export the model anew.")
+        model = onnx.load(self.path)
+        model.graph.output.append(onnx.ValueInfoProto(name=self.about["features"]))
+        return self._open(model.SerializeToString())
+
+    def _open(self, model: Path | bytes) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads or len(os.sched_getaffinity(0))
+        options.log_severity_level = 3  # its warnings are for those who write graphs
+        try:
+            return onnxruntime.InferenceSession(
+                model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime has many kinds; each means that this file cannot be used
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> ValueError:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return ValueError(f"{self.path} is no exported classifier ({reason}). Export the model anew.")
+
+
+def check_map(one: np.ndarray, what: str) -> None:
+    """Raises ValueError, which calls the map `what`, unless it is uint8 [rows, columns] of 0, 1 and 2."""
+    if 0 in one.shape:
+        raise ValueError(f"{what} is {one.shape}, without a die. Wanted: at least one row and one column.")
+    if one.ndim != 2 or one.dtype != np.uint8 or one.max(initial=0) > 2:
+        raise ValueError(
+            f"{what} is {one.dtype} {one.shape} with values up to {one.max(initial=0)}. Wanted: uint8 [rows, columns] "
+            "with 0 no die, 1 pass, 2 fail."
+        )
+
+
+def _batches(maps: Sequence[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The places of maps of one size and the maps, uint8 [n, rows, columns], as many as are answered together."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for i, one in enumerate(maps):
+        check_map(one, f"map {i}")
+        by_size.setdefault(one.shape, []).append(i)
+    for (rows, columns), members in by_size.items():
+        at_once = max(1, min(256, DIES_AT_ONCE // (rows * columns)))
+        for start in range(0, len(members), at_once):
+            some = members[start : start + at_once]
+            yield some, np.stack([maps[i] for i in some])

@@ -24,7 +24,7 @@ import numpy as np
 
 from waferlab.data.maps import WaferMaps, pack_maps
 from waferlab.data.splitting import Split
-from waferlab.deployment.predictor import OnnxClassifier
+from waferlab.deployment.predictor import Predictor
 from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics
 from waferlab.evaluation.predictions import Predictions
 from waferlab.tracking.registry import Champion, ModelVersion
@@ -322,13 +322,13 @@ def _export_and_check(export: Callable[[], Path], checkpoint: Predictions, test_
     with _or_refuse("the export"):
         file = export()
     with _or_refuse("running the exported file on the test maps"):
-        classifier = OnnxClassifier(file)
+        classifier = Predictor(file)
         if classifier.class_names != checkpoint.class_names:
             raise _RefusedError(
                 f"the exported file names the classes {', '.join(classifier.class_names)}, the checkpoint "
                 f"{', '.join(checkpoint.class_names)}"
             )
-        answers = replace(checkpoint, probabilities=classifier.predict(test_maps))
+        answers = replace(checkpoint, probabilities=classifier.probabilities(test_maps))
         apart = _difference(answers, checkpoint, test_maps)
         score = compute_metrics(answers)["macro_f1"]
         with file.open("rb") as opened:
@@ -394,10 +394,10 @@ def _champions_answers(
         raise CannotCompareError("it does not say which maps it was trained on")
     try:
         seen = MapsSeen.load(kept)
-        classifier = OnnxClassifier(file)
+        classifier = Predictor(file)
         if classifier.class_names != new.class_names:
             raise ValueError(f"it tells {', '.join(classifier.class_names)} from each other")
-        return replace(new, probabilities=classifier.predict(test_maps)), seen
+        return replace(new, probabilities=classifier.probabilities(test_maps)), seen
     except Exception as error:  # a file of somebody else's: ONNX Runtime may refuse it, or our maps, in its own ways
         raise CannotCompareError(_in_a_line(error)) from error
 

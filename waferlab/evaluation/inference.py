@@ -16,6 +16,7 @@ from waferlab.data.images import encode, symmetries
 from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps
 from waferlab.data.splitting import Split
 from waferlab.errors import DamagedFileError
+from waferlab.evaluation.conformal import PredictionSets, evaluate_sets
 from waferlab.evaluation.decision import VIEWS, Decision, choose_decision
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.evaluation.predictions import Predictions
@@ -115,7 +116,9 @@ def score_model(
         before = {part: compute_metrics(predictions(part, untuned.of_views(v))) for part, v in by_views.items()}
         rule = _decision_record(decision, before, scores)
     latency = measure_latency(model, data.image_size, views=decision.views)
-    more = {"latency_ms": latency, "left_out": decision.left_out, "decision": rule}
+    sets = PredictionSets.fit(predicted["validation"])
+    held = evaluate_sets(sets, predicted["test"]) | {"floors": sets.as_text()}
+    more = {"latency_ms": latency, "left_out": decision.left_out, "decision": rule, "sets": held}
     return ModelResult(**vars(record), **scores, **more), predicted["test"]
 
 

@@ -202,6 +202,12 @@ def _score_interval(score: np.ndarray, without: np.ndarray, *, n_lots: int | np.
     return np.stack([low, high], axis=-1)
 
 
+def share_interval(shares: np.ndarray) -> list[float]:
+    """95% interval of a mean of shares in 0..1, one a lot, float64 [G] of two lots or more; see `compute_metrics`."""
+    mean, n_lots = shares.mean(), len(shares)
+    return _score_interval(mean, (shares.sum() - shares) / (n_lots - 1), n_lots=n_lots).tolist()
+
+
 def _calibration_interval(error: float, without: np.ndarray) -> list[float]:
     """95% interval of a calibration error: a t interval, lengthened downwards by the jackknife's estimate of the bias.
 
