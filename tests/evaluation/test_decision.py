@@ -1,5 +1,6 @@
 """Promises about the decision: chosen on validation only, never blind to what it costs, the same in every form."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -50,6 +51,33 @@ def test_eight_views_are_taken_only_where_they_gain():
     other = (one + np.eye(4)[labels] * 0.2) / 1.2
     assert choose_decision({1: one, 8: other}, labels, COUNTS).views == 8
     assert choose_decision({1: other, 8: one}, labels, COUNTS).views == 1
+
+
+def test_seven_views_are_spared_where_the_first_is_sure_and_no_answer_changes_for_it():
+    one, labels = made_up([500] * 4, sharpness=2)
+    doubt = np.roll(one, 1, axis=0) * (one.max(1, keepdims=True) < 0.6)  # eight views differ where one is not sure
+    eight = (one + np.eye(4)[labels] * (doubt > 0).any(1, keepdims=True)) / (1 + (doubt > 0).any(1, keepdims=True))
+    decision = choose_decision({1: one, 8: eight}, labels, np.full(4, 500))
+    assert decision.views == 8 and 0.6 <= decision.sure_at < np.quantile(one.max(1), 0.55)
+    assert decision.needs == (1, 8)
+    answered = decision.of_views({1: one, 8: eight}).argmax(1)
+    always = dataclasses.replace(decision, sure_at=None).of_views({1: one, 8: eight}).argmax(1)
+    assert (answered != always).mean() <= 0.001 and (answered != one.argmax(1)).mean() > 0.05
+
+
+def test_where_one_view_is_sure_of_what_eight_deny_it_is_not_believed():
+    one, labels = made_up([500] * 4, sharpness=5)
+    eight = (np.eye(4)[labels] + 0.1) / 1.4
+    assert choose_decision({1: one, 8: eight}, labels, np.full(4, 500)).sure_at is None
+
+
+def test_the_answer_does_not_jump_where_the_views_change_over():
+    one, eight = np.array([[0.9, 0.1]]), np.array([[0.2, 0.8]])
+    decision = Decision(views=8, sure_at=0.9 + 1e-6)
+    beside = dataclasses.replace(decision, sure_at=0.9)
+    np.testing.assert_allclose(decision.of_views({1: one, 8: eight}), beside.of_views({1: one, 8: eight}), atol=1e-4)
+    far = dataclasses.replace(decision, sure_at=0.96)
+    np.testing.assert_allclose(far.of_views({1: one, 8: eight}), eight)
 
 
 def test_the_temperature_undoes_overconfidence_and_changes_no_answer():

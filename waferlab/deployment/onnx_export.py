@@ -36,16 +36,29 @@ class RawMapClassifier(nn.Module):
     def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [N, rows, columns] to probabilities float32 [N, classes], without those that are left out.
 
-        And the features, float32 [N, F]: what the network's last linear layer is given, the mean over the views.
+        And the features, float32 [N, F]: what the network's last linear layer is given of the map as it is.
         """
         images = encode(resize_dies(maps, self.image_size))
-        views = list(symmetries(images)) if self.decision.views == 8 else [images]
-        logits, features = self._with_features(torch.cat(views))
-        outputs, features = (
-            of_views.unflatten(0, (len(views), -1)).mean(0) for of_views in (logits.softmax(-1), features)
-        )
+        logits, features = self._with_features(images)
+        outputs = logits.softmax(-1)
+        if self.decision.views == 8:
+            outputs = self._with_eight_views(images, outputs)
         probabilities = self.decision.apply(outputs)
         return probabilities[:, self.decision.answered(probabilities.shape[-1])], features
+
+    def _with_eight_views(self, images: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+        """The network's probabilities of the first view where that is sure, else of eight; see `Decision.blend`."""
+        if self.decision.sure_at is None:
+            return self._mean_of_eight(images, one)
+        unsure = (one.amax(-1) < self.decision.sure_at).nonzero().squeeze(1)
+        # One map more goes along and is dropped: a network is not made for no image at all.
+        some, said = (torch.cat([of_all[unsure], of_all[:1]]) for of_all in (images, one))
+        torch._check(some.shape[0] >= 1)
+        return one.index_copy(0, unsure, self.decision.blend(said, self._mean_of_eight(some, said))[:-1])
+
+    def _mean_of_eight(self, images: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+        _, *turned = symmetries(images)
+        return (one + self.model(torch.cat(turned)).softmax(-1).unflatten(0, (7, -1)).sum(0)) / 8
 
     def _with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, and what the last linear layer makes them of; of a network without one, the logits again."""

@@ -201,6 +201,7 @@ class Predictor:
         return self._open(model.SerializeToString())
 
     def _open(self, model: Path | bytes) -> Any:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its Linux builds would collect, too
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -15,6 +15,9 @@ import torch
 VIEWS = (1, 8)
 STRENGTHS = np.arange(-6, 7) / 8
 VIEWS_MUST_GAIN = 0.002  # macro F1; eight views cost eight times the time
+SHARES_OF_SURE = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the maps, that one view may answer; tried in this order
+MAY_DIFFER = 0.001  # of the maps may be answered otherwise than by eight views
+RAMP = 0.05  # of the probability, below that at which one view is sure, over which the eight take over
 NEVER = -1e4  # a log probability that softmax turns into exactly 0, in float32 as in float64
 
 
@@ -24,6 +27,8 @@ class Decision:
 
     Attributes:
         views: 1, or 8 for the mean over the symmetries of the square: a wafer turned is the same wafer.
+        sure_at: with 8 views, the probability of the likeliest class at which the first view answers alone, so that the
+            other seven are spent on the maps that need them; None: all eight, always.
         prior_strength: how far `offsets` lean to the frequent classes of the training part (above 0), or to the rare.
         offsets: added to the log probabilities, one a class; empty for none.
         temperature: divides the log probabilities (Guo et al. 2017, arXiv:1706.04599); above 1 means less confident.
@@ -31,6 +36,7 @@ class Decision:
     """
 
     views: int = 1
+    sure_at: float | None = None
     prior_strength: float = 0.0
     offsets: tuple[float, ...] = ()
     temperature: float = 1.0
@@ -47,17 +53,37 @@ class Decision:
             scores = scores + torch.tensor(never, dtype=scores.dtype, device=scores.device)
         return scores.softmax(-1)
 
+    def blend(self, one: torch.Tensor, eight: torch.Tensor) -> torch.Tensor:
+        """The network's probabilities [N, C] of the first view where it is sure, else the mean over eight.
+
+        In between they change over without a jump, so that a difference in rounding stays one in the answer.
+        """
+        if self.sure_at is None:
+            return eight
+        unsure = ((self.sure_at - one.amax(-1, keepdim=True)) / RAMP).clamp(0, 1)
+        return one + unsure * (eight - one)
+
+    @property
+    def needs(self) -> tuple[int, ...]:
+        """The numbers of views that the network's probabilities are wanted of."""
+        return (self.views,) if self.sure_at is None else VIEWS
+
     def answered(self, n_classes: int) -> list[int]:
         """The classes, by number, that can be answered."""
         return [label for label in range(n_classes) if label not in self.left_out]
 
     def of_views(self, by_views: Mapping[int, np.ndarray]) -> np.ndarray:
         """The answered probabilities float32 [N, C], from those of the network by number of views."""
-        return self.apply(torch.from_numpy(by_views[self.views])).numpy()
+        of_views = torch.from_numpy(by_views[self.views])
+        if self.sure_at is not None:
+            of_views = self.blend(torch.from_numpy(by_views[1]), of_views)
+        return self.apply(of_views).numpy()
 
 
 def choose_decision(by_views: Mapping[int, np.ndarray], labels: np.ndarray, train_counts: np.ndarray) -> Decision:
     """Chooses on validation: views and prior correction by macro F1, then the temperature by likelihood.
+
+    Of eight views, the largest share of maps is spared seven that changes hardly an answer (`MAY_DIFFER`).
 
     The correction adds `prior_strength` times the log frequency of each class in training (Menon et al. 2021,
     arXiv:2007.07314): sampling or weighting by the inverse square root of the frequency makes rare classes come too
@@ -71,19 +97,32 @@ def choose_decision(by_views: Mapping[int, np.ndarray], labels: np.ndarray, trai
     """
     trained = train_counts > 0
     left_out = tuple(np.flatnonzero(~trained).tolist())
-    by_views = {views: Decision(left_out=left_out).apply(torch.from_numpy(p)).numpy() for views, p in by_views.items()}
+    known = {views: Decision(left_out=left_out).apply(torch.from_numpy(p)).numpy() for views, p in by_views.items()}
     # The mean is taken out, so that offsets say how a class stands to the others; a class left out stands nowhere.
     log_frequency = np.log(np.maximum(train_counts, 1) / train_counts.sum())
     log_frequency = np.where(trained, log_frequency - log_frequency[trained].mean(), 0.0)
-    smoothed = {views: _smoothed_scores(p, labels, log_frequency) for views, p in by_views.items()}
+    smoothed = {views: _smoothed_scores(p, labels, log_frequency) for views, p in known.items()}
     views = 8 if smoothed[8].max() > smoothed[1].max() + VIEWS_MUST_GAIN else 1
     # Among equals, the one nearest to no correction.
     best = max(range(len(STRENGTHS)), key=lambda i: (round(smoothed[views][i], 6), -abs(STRENGTHS[i])))
     strength = float(STRENGTHS[best])
     offsets = tuple((strength * log_frequency).tolist()) if strength else ()
     decision = Decision(views=views, prior_strength=strength, offsets=offsets, left_out=left_out)
-    corrected = decision.apply(torch.from_numpy(by_views[views]).double()).numpy()
+    if views == 8:
+        decision = replace(decision, sure_at=_sure_at(decision, by_views))
+    corrected = decision.of_views({count: p.astype(np.float64) for count, p in by_views.items()})
     return replace(decision, temperature=fit_temperature(corrected, labels))
+
+
+def _sure_at(decision: Decision, by_views: Mapping[int, np.ndarray]) -> float | None:
+    """Where one view is sure enough to answer for the eight; None if that changes answers however sure it is."""
+    by_eight = decision.of_views(by_views).argmax(1)
+    for share in SHARES_OF_SURE:
+        sure_at = float(np.quantile(by_views[1].max(1), 1 - share))
+        answered = replace(decision, sure_at=sure_at).of_views(by_views).argmax(1)
+        if (answered != by_eight).mean() <= MAY_DIFFER:
+            return sure_at
+    return None
 
 
 def _smoothed_scores(probabilities: np.ndarray, labels: np.ndarray, log_frequency: np.ndarray) -> np.ndarray:

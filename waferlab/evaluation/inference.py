@@ -31,7 +31,7 @@ def predict_probabilities(
 ) -> np.ndarray:
     """Class probabilities float32 [N, 9] for resized maps, uint8 [N, 1, S, S], computed in full precision."""
     decision = decision or Decision()
-    by_views = probabilities_by_views(model, images.split(batch_size), (decision.views,))
+    by_views = probabilities_by_views(model, images.split(batch_size), decision.needs)
     return decision.of_views(by_views)
 
 
