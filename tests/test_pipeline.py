@@ -43,10 +43,11 @@ def finished(tiny_arrays, tmp_path_factory):
     return pipeline, pipeline.run_complete_pipeline()
 
 
-def test_a_run_leaves_the_summary_the_four_pictures_and_the_checkpoints(finished):
+def test_a_run_leaves_the_summary_the_five_pictures_and_the_checkpoints(finished):
     pipeline, summary = finished
     results = pipeline.config.results_dir
-    for name in ("confusion_matrix", "sample_predictions", "model_comparison", "training_history"):
+    pictures = ("confusion_matrix", "risk_coverage", "sample_predictions", "model_comparison", "training_history")
+    for name in pictures:
         with Image.open(results / f"{name}.png") as picture:
             assert min(picture.size) > 300
     written = json.loads((results / "experiment_summary.json").read_text())
