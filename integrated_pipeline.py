@@ -31,7 +31,7 @@ from waferlab.config import OBJECTIVES, ExperimentConfig
 from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.data.maps import CLASS_NAMES, WaferMaps
 from waferlab.data.reading import load_wafer_maps
-from waferlab.data.splitting import Split, split_by_lot
+from waferlab.data.splitting import Split, split_maps
 from waferlab.deployment.onnx_export import export_onnx
 from waferlab.deployment.promotion import NotRegistered, Promotion, promote
 from waferlab.errors import (
@@ -332,7 +332,7 @@ class IntegratedMLPipeline:
     def prepare_data(self, maps: WaferMaps | None = None, split: Split | None = None) -> None:
         """Loads and splits the maps, or takes those that it is given; models and trainings need them."""
         self.maps = maps or load_wafer_maps(**self.config.data_options(), seed=self.config.seed, say=self.say)
-        self.split = split or split_by_lot(self.maps, seed=self.config.seed)
+        self.split = split or split_maps(self.maps, how=self.config.split, seed=self.config.seed)
         self._data = None
         self.terminal.print_data(self.maps, self.split)
 

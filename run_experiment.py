@@ -74,6 +74,7 @@ ONLY_FOR = {  # flags that mean nothing in the other modes
     "data": TRAININGS,
     "trials": TRAININGS,
     "epochs": TRAININGS,
+    "split": TRAININGS,
     "seeds": SERIES,
     "time_limit": TRAININGS,
     "max_samples_per_class": TRAININGS,
@@ -117,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of comparison and ablation (default 0 1 2 3 4)",
     )
+    add("--split", choices=("lots", "ordered"), help="lots at random (default), or ordered: the last 20%% are the test")
     add("--time-limit", type=float, metavar="S", help="seconds for the whole experiment")
     add(
         "--max-samples-per-class",
@@ -184,6 +186,7 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, object]:
         "num_optuna_trials": arguments.trials,
         "max_epochs": arguments.epochs,
         "time_limit": arguments.time_limit,
+        "split": arguments.split,
         "max_samples_per_class": arguments.max_samples_per_class,
         "image_size": arguments.image_size,
     }

@@ -433,8 +433,44 @@ def interval_coverage(record: dict) -> list[str]:
     )  # fmt: skip
 
 
+def set_coverage(record: dict) -> list[str]:
+    def cells(row: dict) -> list[str]:
+        ways = (row["pooled"], row["by_lot"])
+        means = [f"{way['coverage']:.3f} ± {way['standard_error']:.3f}" for way in ways]
+        return [
+            str(row["lots"]),
+            "yes" if row["promised"] else "no",
+            *means,
+            f"{ways[1]['of_the_worst_5_percent']:.3f}",
+        ]
+
+    heading = f"lots, {record['coverage']:.0%} promised, all maps pooled, each lot the same weight (ours)"
+    return rows(f"{heading}, of the worst 5% of fits", [cells(row) for row in record["simulated"]])
+
+
+def set_coverage_real(record: dict) -> list[str]:
+    from waferlab.reports.tables import sets_in_words, with_interval
+
+    if "real" not in record:
+        return ["Not measured yet."]
+    real = record["real"]
+    both = zip(real["test"]["per_class"].items(), real["divided_again"].values(), strict=True)
+    table = rows(
+        "class, lots fitted on, coverage on the test part, its lots, coverage over all divisions, its lots, divisions",
+        [
+            [name, str(row["lots_fitted"]) + ("" if row["promised"] else " (no promise)"),
+             with_interval(row["covered"], row["interval"]), str(row["lots"]),
+             with_interval(again["coverage"], again["interval"]), str(again["lots"]), str(again["fits"])]
+            for (name, row), again in both
+        ],
+    )  # fmt: skip
+    return [*table, "", f"{sets_in_words(real['test'])} In brackets: 95% intervals over lots."]
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "interval_coverage": interval_coverage,
+    "set_coverage": set_coverage,
+    "set_coverage_real": set_coverage_real,
     "production": production,
     "champion": champion,
     "comparison_generated": comparison_models,
@@ -456,12 +492,13 @@ TABLES: dict[str, Callable[..., list[str]]] = {
 }
 RECORDS_OF = {
     "champion": ("production",),
+    "set_coverage_real": ("set_coverage",),
     "quick_start": ("start_up",),
     "runs": ("time_to_f1",),
     "levels": ("time_to_f1",),
     "against": ("against_ultralytics", "against_recipe"),
 }
-AS_ABOVE = ("champion", "levels")  # what they say of themselves refers to the table before them
+AS_ABOVE = ("champion", "levels", "set_coverage_real")  # what they say of themselves refers to the table before them
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -435,3 +435,27 @@ def test_pruning_scores_what_was_found_on_the_test_lots_and_a_second_call_adds_t
     none, halving = ([r["test_macro_f1"] for r in both["runs"] if r["pruner"] == name] for name in ("none", "halving"))
     mean = sum(b - a for a, b in zip(none, halving, strict=True)) / 2
     assert found["test_macro_f1"]["mean"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_set_coverage_counts_simulated_lots_and_the_lots_that_a_model_was_not_trained_on(tmp_path):
+    import set_coverage
+
+    exact = set_coverage.true_coverage(0.5 / (1 - set_coverage.MARGIN))  # a right answer: log odds above 0
+    assert exact == pytest.approx(0.97725, abs=1e-4)  # two standard deviations of them
+    run("set_coverage.py", "--repeats", 40, "--lots", 8, 30, "--output", tmp_path / "sets.json")
+    record = json.loads((tmp_path / "sets.json").read_text())
+    few, many = record["simulated"]
+    assert (few["promised"], many["promised"]) == (False, True)
+    assert many["by_lot"]["coverage"] > max(0.9 - 3 * many["by_lot"]["standard_error"], many["pooled"]["coverage"])
+
+    rng = np.random.default_rng(0)
+    labels, groups = np.tile([0, 1], 800), np.repeat(np.arange(80), 20)
+    right = rng.uniform(0.2, 1, 1600)
+    said = np.where(np.eye(2)[labels] > 0, right[:, None], 1 - right[:, None])
+    parts = {
+        part: set_coverage.Predictions(said[some], labels[some], groups[some], ("a", "b"))
+        for part, some in (("validation", groups < 40), ("test", groups >= 40))
+    }
+    for row in set_coverage.divided_again(parts, divisions=20, seed=0).values():
+        assert row["lots"] == 80 and row["fits"] == 20
+        assert row["interval"][0] < row["coverage"] < row["interval"][1] and abs(row["coverage"] - 0.91) < 0.03

@@ -23,6 +23,7 @@ from integrated_pipeline import IntegratedMLPipeline
 from waferlab import command_line, errors
 from waferlab.config import ExperimentConfig
 from waferlab.data.maps import CLASS_NAMES
+from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError, DataError, RunError, TrainingDivergedError
 from waferlab.records import TrainingRecord
 
@@ -43,10 +44,11 @@ def finished(tiny_arrays, tmp_path_factory):
     return pipeline, pipeline.run_complete_pipeline()
 
 
-def test_a_run_leaves_the_summary_the_four_pictures_and_the_checkpoints(finished):
+def test_a_run_leaves_the_summary_the_five_pictures_and_the_checkpoints(finished):
     pipeline, summary = finished
     results = pipeline.config.results_dir
-    for name in ("confusion_matrix", "sample_predictions", "model_comparison", "training_history"):
+    pictures = ("confusion_matrix", "risk_coverage", "sample_predictions", "model_comparison", "training_history")
+    for name in pictures:
         with Image.open(results / f"{name}.png") as picture:
             assert min(picture.size) > 300
     written = json.loads((results / "experiment_summary.json").read_text())
@@ -76,6 +78,25 @@ def test_a_run_leaves_a_report_and_a_card_of_its_best_model(finished):
     for text in (page, card):
         assert f"{best['test']['macro_f1']:.3f}" in text and summary["best_model"] in text
     assert summary["verdict"] in page and summary["split"]["fingerprint"] in page
+    assert all("Split: lots at random, 70 / 15 / 15% of the maps" in text for text in (page, card))
+    sets = best["sets"]
+    assert all(f"{sets['alone']:.1%} of the test maps are answered alone" in text for text in (page, card))
+
+
+def test_a_run_in_order_is_tested_on_the_last_lots_and_is_another_run(tiny_npz, tmp_path):
+    made = {
+        how: IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, split=how, max_epochs=1)))
+        for how in SPLITS
+    }
+    made["lots"].prepare_data()
+    ordered = made["ordered"]
+    summary = ordered.run_complete_pipeline()
+    lots = {part: ordered.maps.groups[i] for part, i in ordered.split.parts().items()}
+    assert lots["test"].min() > max(lots["train"].max(), lots["validation"].max())
+    assert summary["models"][0]["test"]["n_samples"] == len(lots["test"])
+    assert ordered._fingerprint() != made["lots"]._fingerprint()
+    card = (ordered.config.results_dir / "MODEL_CARD.md").read_text()
+    assert f"Split: {SPLITS['ordered']}" in card and ordered.split.notes[0] in card
 
 
 def test_the_best_model_is_chosen_on_validation_not_on_test(finished):

@@ -87,6 +87,7 @@ def test_flags_of_run_experiment_set_the_field_that_they_name(configured):
     config = configured("run_experiment", *flags)
     assert (config.num_optuna_trials, config.max_epochs, config.max_samples_per_class) == (2, 3, 4)
     assert config.model_type == ["yolo_inspired", "lightning_cnn"]
+    assert config.split == "lots" and configured("run_experiment", "--split", "ordered").split == "ordered"
     assert config.time_limit is None  # so many epochs, however long they take
     assert configured("run_experiment", *flags, "--time-limit", 60).time_limit == 60
     assert configured("run_experiment", "--mode", "ablation", "--models", "all").model_type == "all"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from waferlab.data.reading import IMAGE_LEVELS, SYNTHETIC
+from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError
 from waferlab.models.registry import MODEL_REGISTRY, find_model
 
@@ -87,6 +88,7 @@ class ExperimentConfig:
         data: "synthetic", or a path: LSWMD.pkl, .npz or a folder of class folders (see `load_wafer_maps`).
         samples_per_class: generated maps of each class.
         max_samples_per_class: keep at most so many of each class.
+        split: how: "lots" at random, or "ordered": the last 20% of the lots are the test (see `split_in_order`).
         image_levels: how images of a folder are read: "auto", "three" or "binary".
         image_size: side in pixels to which maps are resized; most die grids are 25 to 40 dies wide, and on real maps
             40 scored higher than 48 at equal training time.
@@ -134,6 +136,7 @@ class ExperimentConfig:
     data: str | Path = field(default=SYNTHETIC, metadata=FREE)
     samples_per_class: int = whole(150, 1, 1_000_000)
     max_samples_per_class: int | None = whole(None, 1, 100_000_000)
+    split: str = one_of("lots", tuple(SPLITS))
     image_levels: str = one_of("auto", IMAGE_LEVELS)
     image_size: int = whole(40, 16, 512)
     seed: int = whole(0, 0, 2**31 - 1)

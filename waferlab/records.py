@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps
-from waferlab.data.splitting import Split
+from waferlab.data.splitting import SPLITS, Split
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_SCHEMA_VERSION = 1
@@ -317,7 +317,7 @@ def summarise(
             "maps": len(maps),
             "lots": maps.n_lots,
         },
-        "split": {"fingerprint": split.fingerprint, "class_counts": counts},
+        "split": {"how": SPLITS[config.split], "fingerprint": split.fingerprint, "class_counts": counts},
         "models": [result.as_json() for result in results],
         "failed_models": [
             {"model_type": name, "reason": f"{type(error).__name__}: {error}"} for name, error in failed.items()

@@ -23,7 +23,7 @@ from waferlab.data.maps import WaferMaps
 from waferlab.data.splitting import Split
 from waferlab.records import ModelResult, SearchRecord, StartingWeights
 from waferlab.reports import tables as reports
-from waferlab.reports.tables import comparison_rows, results_table
+from waferlab.reports.tables import comparison_rows, results_table, sets_in_short
 from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.training.progress import ProgressBar
 
@@ -154,6 +154,8 @@ class Terminal:
         out = Console(highlight=False) if self.quiet else self.console
         out.print()
         out.print(in_columns(results_table(comparison_rows(results)), title="Model comparison"))
+        for best in (result for result in results if result.model_type == summary["best_model"] and result.sets):
+            self.say(f"{best.model_type}: {sets_in_short(best.sets)}")
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())
         self.say(f"Best on validation: {summary['best_model']}. Time spent: {spent}.")
         for failed in summary["failed_models"]:

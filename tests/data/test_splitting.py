@@ -8,7 +8,7 @@ import pytest
 
 from waferlab.data.maps import CLASS_NAMES, pack_maps
 from waferlab.data.reading import load_wafer_maps
-from waferlab.data.splitting import split_by_lot
+from waferlab.data.splitting import split_by_lot, split_in_order, split_maps
 from waferlab.errors import DataError
 
 
@@ -296,3 +296,85 @@ def test_a_class_that_the_data_lack_is_named_not_refused(generated):
 def test_what_cannot_be_split_is_refused_with_the_reason(labels, lots, message):
     with pytest.raises(DataError, match=message):
         split_by_lot(made_up(np.array(labels), np.array(lots)))
+
+
+# In order
+
+
+def in_order(n_lots=50, maps_a_lot=20, *, seed=0):
+    """Nine classes in every lot; lots are numbered from 7 and lie in no order."""
+    lots = np.random.default_rng(seed).permutation(np.repeat(7 + np.arange(n_lots), maps_a_lot))
+    return made_up(np.random.default_rng(seed + 1).integers(0, 9, len(lots)), lots, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_order_the_last_fifth_of_the_lots_is_the_test_part_and_only_the_others_are_dealt(seed):
+    maps = in_order()
+    split = split_in_order(maps, seed=seed)
+    lots = [set(maps.groups[part]) for part in split.parts().values()]
+    assert lots[2] == set(range(47, 57)) and lots[0] | lots[1] == set(range(7, 47)) and not lots[0] & lots[1]
+    assert sorted(np.concatenate(list(split.parts().values()))) == list(range(len(maps)))
+    assert len(split.train) >= 0.6 * len(maps) and len(split.validation) >= 0.1 * len(maps)
+    assert (shares_of(maps, split) > 0).all()
+    assert split.notes == ("Test: the last 10 of 50 lots, 20% of the maps; no lot or map of them is before.",)
+    assert all((np.diff(part) > 0).all() for part in split.parts().values())
+
+
+def test_in_order_the_seed_deals_the_earlier_lots_and_the_test_part_stays():
+    maps = in_order()
+    first, again, other = (split_in_order(maps, seed=seed) for seed in (0, 0, 1))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert np.array_equal(first.test, other.test) and not np.array_equal(first.validation, other.validation)
+    assert first.fingerprint == split_maps(maps, how="ordered").fingerprint != split_maps(maps).fingerprint
+    assert split_maps(maps).fingerprint == split_by_lot(maps).fingerprint
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_in_order_earlier_copies_of_test_maps_are_in_no_part_and_counted(view):
+    maps = in_order()
+    early, late = np.flatnonzero(maps.groups < 47), np.flatnonzero(maps.groups >= 47)
+    copied = [maps[i] for i in range(len(maps))]
+    for one, other in zip(early[:12], late[:12], strict=True):
+        copied[one] = np.ascontiguousarray(VIEWS[view](maps[other]))
+    perfect = np.ones((6, 6), np.uint8)  # a copy of itself by nature, in early and late lots
+    copied[early[20]] = copied[late[20]] = perfect
+    maps = pack_maps(copied, maps.labels, groups=maps.groups, source="with copies")
+    split = split_in_order(maps)
+    kept = np.concatenate([split.train, split.validation])
+    assert sorted(np.setdiff1d(early, kept)) == sorted(early[:12]) and np.array_equal(split.test, late)
+    assert "12 earlier maps are in no part: the test part has a copy of each." in split.notes
+
+
+def test_in_order_a_class_that_only_the_last_lots_have_is_named_and_in_no_part():
+    maps = in_order()
+    labels = np.where((maps.labels == 3) & (maps.groups < 47), 4, maps.labels)
+    labels = np.where((labels == 5) & (maps.groups >= 47), 4, labels)
+    labels[np.flatnonzero(labels == 6)] = 7
+    split = split_in_order(replace(maps, labels=labels))
+    late = (labels == 3).sum()
+    assert f"Edge-Ring: its {late} maps are in no part, since all come from the last lots or have a" in split.notes[1]
+    assert split.notes[2:] == (
+        "Near-full: none in test, since lots keep their order.",
+        "Random: no map in these data. The class is left out of the answers and the scores.",
+    )
+    assert not (labels[np.concatenate(list(split.parts().values()))] == 3).any()
+    assert len(split.test) == (maps.groups >= 47).sum() - late
+
+
+def test_in_order_maps_without_a_lot_keep_the_order_of_the_data():
+    maps = made_up(np.arange(200) % 4, np.arange(200))
+    assert split_in_order(maps).test.tolist() == list(range(160, 200))
+
+
+def test_in_order_a_training_part_that_is_small_is_told():
+    lots = np.concatenate([np.repeat(np.arange(40), 10), np.repeat(np.arange(40, 50), 40)])
+    split = split_in_order(made_up(np.arange(800) % 4, lots))
+    assert "Test: the last 10 of 50 lots, 50% of the maps" in split.notes[0]
+    assert split.notes[-1].startswith(f"Training has {len(split.train) / 800:.1%} of all maps, less than 60%")
+
+
+def test_what_cannot_be_split_in_order_is_refused_with_the_reason():
+    with pytest.raises(DataError, match="the last 10 lots have no class that earlier ones have"):
+        split_in_order(made_up(np.where(np.arange(50) < 40, np.arange(50) % 2, 5), np.arange(50)))
+    with pytest.raises(DataError, match="1 class"):
+        split_in_order(made_up((np.arange(50) >= 40).astype(int), np.arange(50)))

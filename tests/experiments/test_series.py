@@ -142,6 +142,18 @@ def test_the_training_of_an_experiment_searches_trains_and_scores_on_the_maps_it
     assert found.test["n_samples"] == len(split.test) and found.validation["n_samples"] == len(split.validation)
 
 
+def test_an_experiment_in_order_hands_all_its_trainings_the_last_lots_to_test_on(tiny_npz, tmp_path):
+    tested = []
+
+    def train(config, maps, split):
+        tested.append(split.test.tolist())
+        return made_up(config, maps, split)
+
+    config = configured(tiny_npz, tmp_path, model_type=MODELS, split="ordered")
+    compare_architectures(config, seeds=(0, 1), train=train, **MEANS)
+    assert len(tested) == 2 * len(MODELS) and all(part == tested[0] for part in tested)
+
+
 def test_a_training_that_diverges_is_named_and_the_others_are_compared(tiny_npz, tmp_path):
     config = configured(tiny_npz, tmp_path, model_type=MODELS)
     record = compare_architectures(config, seeds=(0, 1), train=diverging, **MEANS)

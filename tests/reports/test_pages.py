@@ -19,6 +19,7 @@ import optuna
 import pytest
 from made_up_predictions import CLASSES, LONG_NAME, assert_is_a_picture, make_predictions
 
+from waferlab.evaluation.conformal import PredictionSets, evaluate_sets
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.reports import experiment_figures
 from waferlab.reports.experiment_figures import (
@@ -144,6 +145,7 @@ def make_summary(**changes) -> dict:
     for (name, sharpness), rule in zip((("lightning_cnn", 3.0), ("yolo_inspired", 2.0)), rules, strict=True):
         predictions = make_predictions(sharpness=sharpness)
         metrics = json.loads(json.dumps(compute_metrics(predictions)))
+        fitted = PredictionSets.fit(make_predictions(sharpness=sharpness, seed=1, n=200))
         models.append(
             {
                 "model_type": name, "parameters": {"batch_size": 32, "learning_rate": 0.004, "class_weights": None},
@@ -160,6 +162,7 @@ def make_summary(**changes) -> dict:
                     "validation_macro_f1_before": 0.811, "validation_macro_f1_after": 0.822,
                     "calibration_error_before": 0.0931, "calibration_error_after": 0.0317,
                 },
+                "sets": json.loads(json.dumps(evaluate_sets(fitted, predictions))),
             }
         )  # fmt: skip
     counts = {part: dict.fromkeys(CLASSES, n) for part, n in (("train", 1501), ("validation", 33), ("test", 44))}
@@ -514,6 +517,46 @@ def test_every_figure_of_a_run_is_on_its_page(folder):
     ):
         assert figure in text, figure
     assert "models:/wafer_classifier@champion, version 4. Better than version 3." in text
+
+
+def test_report_and_card_show_what_became_of_the_promise_for_each_class(folder):
+    summary = make_summary()
+    sets = summary["models"][0]["sets"]
+    sets["per_class"]["Donut"] |= {"promised": False, "lots_fitted": 8}
+    sets["per_class"]["Loc"] |= {"covered": None, "interval": None, "lots": 0, "maps": 0}
+    sets |= {"alone": 0.9125, "error_alone": 0.0123, "error": 0.0345, "several": 0.0625, "none": 0.0125}
+    _, card = write_model_card(summary, folder=folder)
+    for page in (Parsed(write_page(summary, folder)), Parsed(card.read_text())):
+        assert (
+            "91.2% of the test maps are answered alone, 1.2% of them wrongly (all maps, each answered: 3.5%); of the "
+            "rest 71% have several classes in their set, 14% none and 14% one that is not the likeliest."
+        ) in page.text
+        row = sets["per_class"]["Center"]
+        covered = f"{row['covered']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]"
+        at = page.cells.index("Promised coverage") - 1
+        rows = {page.cells[i]: page.cells[i + 1 : i + 6] for i in range(at + 6, at + 6 * 10, 6)}
+        assert rows["Center"] == ["90%", str(row["lots_fitted"]), covered, str(row["lots"]), str(row["maps"])]
+        assert rows["Donut"][:2] == ["no promise: 8 of 9 lots", "8"]
+        assert rows["Loc"][2:] == ["-", "0", "0"]
+    assert "--coverage 0.95" in Parsed(card.read_text()).text
+
+
+@pytest.mark.parametrize(("alone", "error", "said"), [(1.0, 0.0, "alone, 0.0% of them"), (0.0, None, "alone; of the")])
+def test_sets_that_answer_all_maps_or_none_are_put_in_words_too(folder, alone, error, said):
+    summary = make_summary()
+    summary["models"][0]["sets"] |= {"alone": alone, "error_alone": error, "several": 1 - alone, "none": 0.0}
+    assert said in Parsed(write_page(summary, folder)).text
+
+
+def test_a_summary_from_before_there_were_sets_is_shown_without_them(folder):
+    summary = make_summary()
+    del summary["models"][0]["sets"]
+    summary["models"][1]["sets"] = None
+    for best in ("lightning_cnn", "yolo_inspired"):
+        older = summary | {"best_model": best}
+        _, card = write_model_card(older, folder=folder)
+        for page in (write_page(older, folder), card.read_text()):
+            assert "Promised coverage" not in page and "abstains" not in Parsed(page).text.partition("How to use")[0]
 
 
 @pytest.mark.parametrize("kind", ["comparison of one seed", "ablation of one seed"])

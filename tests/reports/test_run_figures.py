@@ -14,6 +14,7 @@ from waferlab.reports.run_figures import (
     _wafer_image,
     plot_confusion_matrix,
     plot_model_comparison,
+    plot_risk_coverage,
     plot_sample_predictions,
     plot_training_history,
 )
@@ -131,3 +132,25 @@ def test_empty_reports_are_refused(tmp_path):
 def test_the_same_figure_is_the_same_file(tmp_path):
     first = plot_model_comparison(RESULTS, path=tmp_path / "a.png")
     assert first.read_bytes() == plot_model_comparison(RESULTS, path=tmp_path / "b.png").read_bytes()
+
+
+SETS = {"coverage": 0.9, "alone": 0.625, "error_alone": 0.25}
+
+
+@pytest.mark.parametrize("sets", [SETS, SETS | {"error_alone": None, "alone": 0.0}, None])
+@pytest.mark.parametrize("n_lots", [1, 20])
+def test_the_risk_coverage_curve_is_drawn_with_and_without_sets_and_for_a_single_lot(tmp_path, sets, n_lots):
+    predictions = make_predictions(n_lots=n_lots)
+    path = plot_risk_coverage(predictions, sets=sets, path=tmp_path / "r.png", title=LONG_NAME)
+    assert_is_a_picture(path)
+
+
+def test_the_point_of_the_sets_and_that_of_all_maps_are_where_they_belong(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("waferlab.reports.run_figures.save", lambda figure, path: figures.append(figure) or path)
+    predictions = make_predictions()
+    plot_risk_coverage(predictions, sets=SETS, path=tmp_path / "r.png")
+    curve, *points = figures[0].axes[0].lines
+    everything = (1.0, (predictions.predicted != predictions.labels).mean())
+    assert [(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in points] == [everything, (0.625, 0.25)]
+    assert (curve.get_xdata()[-1], curve.get_ydata()[-1]) == everything

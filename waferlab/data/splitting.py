@@ -1,4 +1,4 @@
-"""Three parts of which no two share a lot or a copy of a map."""
+"""Three parts of which no two share a lot or a copy of a map: lots at random, or the last lots as the test."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ PARTS = ("train", "validation", "test")
 SHARES = np.array([0.70, 0.15, 0.15])
 LEAST_FOR_TRAINING = 0.60  # of all maps
 NEAR = 0.05  # a share that is further off is named in a note
+LAST_LOTS = 0.20  # of all lots: the test part, where they are split in order
+SPLITS = {  # how, and what that means, for people
+    "lots": "lots at random, 70 / 15 / 15% of the maps, class by class",
+    "ordered": f"in order: the last {100 * LAST_LOTS:.0f}% of the lots are the test part",
+}
 
 # What the search for a good split weighs against each other. A class costs the sum over the parts of (share - what it
 # should be) squared, all maps together this many times as much, and then come the things that are far worse:
@@ -44,6 +49,70 @@ class Split:
     def parts(self) -> dict[str, np.ndarray]:
         """The three parts by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+def split_maps(maps: WaferMaps, *, how: str = "lots", seed: int = 0) -> Split:
+    """`split_by_lot` or `split_in_order`, by a name of `SPLITS`."""
+    return {"lots": split_by_lot, "ordered": split_in_order}[how](maps, seed=seed)
+
+
+def split_in_order(maps: WaferMaps, *, seed: int = 0) -> Split:
+    """The last 20% of the lots are the test part, as tomorrow's wafers would be; the others are dealt at random.
+
+    Lots come in the order of their numbers: whole numbers as the data have them, WM-811K's in the order of its rows,
+    names in the order of the alphabet; where no lot is known, maps in the order of the data. Earlier maps of which the
+    test part has a copy, turned and mirrored ones included, are in no part; maps without a failing die are copies of
+    each other by nature and stay. The earlier lots are split by `split_by_lot`, whose validation part (15% of them) is
+    the validation; the rest is for training. A class that first appears in the last lots cannot be answered, so its
+    maps are in no part either. Notes tell of all this.
+
+    Raises:
+        DataError: the earlier lots have fewer than two classes, or too few units for three parts; or no class of theirs
+            is in the last lots.
+    """
+    lots = np.unique(maps.groups)
+    n_last = max(1, round(LAST_LOTS * len(lots)))
+    last = maps.groups >= lots[-n_last]
+    failing, digests = np.maximum.reduceat(maps.maps_flat, maps.offsets[:-1]) == 2, maps.digests()
+    copies = ~last & failing & np.isin(digests, digests[last & failing])
+    earlier = np.flatnonzero(~last & ~copies)
+    dealt = split_by_lot(maps.select(earlier), seed=seed)
+    train, validation = earlier[np.union1d(dealt.train, dealt.test)], earlier[dealt.validation]
+    known = np.bincount(maps.labels[train], minlength=NUM_CLASSES) > 0
+    test = np.flatnonzero(last & known[maps.labels])
+    if not len(test):
+        raise DataError(
+            f"{maps.source}: the last {n_last:,} lots have no class that earlier ones have, so nothing is left to test "
+            "on. Choose split='lots', or bring the lots into their order."
+        )
+    share = f"{len(test) / len(maps):.0%} of the maps"
+    notes = [f"Test: the last {n_last:,} of {len(lots):,} lots, {share}; no lot or map of them is before."]
+    if copies.any():
+        notes.append(f"{copies.sum():,} earlier maps are in no part: the test part has a copy of each.")
+    notes += _notes_on_order(maps, (train, validation, test))
+    return Split(train, validation, test, _fingerprint(maps, (train, validation, test)), tuple(notes))
+
+
+def _notes_on_order(maps: WaferMaps, parts: Sequence[np.ndarray]) -> list[str]:
+    """Which classes some part lacks, a sentence each, and whether training is small."""
+    counts, notes = np.stack([np.bincount(maps.labels[part], minlength=NUM_CLASSES) for part in parts]), []
+    for name, held, n_maps in zip(CLASS_NAMES, counts.T, maps.class_counts, strict=True):
+        lacking = " and ".join(part for part, count in zip(PARTS, held, strict=True) if count == 0)
+        if n_maps == 0:
+            notes.append(f"{name}: no map in these data. The class is left out of the answers and the scores.")
+        elif held[0] == 0:
+            notes.append(
+                f"{name}: its {n_maps:,} maps are in no part, since all come from the last lots or have a copy there. "
+                "The class is left out of the answers and the scores."
+            )
+        elif lacking:
+            notes.append(f"{name}: none in {lacking}, since lots keep their order.")
+    share = len(parts[0]) / len(maps)
+    if share < LEAST_FOR_TRAINING:
+        notes.append(
+            f"Training has {share:.1%} of all maps, less than {LEAST_FOR_TRAINING:.0%}, as the last lots are large."
+        )
+    return notes
 
 
 def split_by_lot(maps: WaferMaps, *, seed: int = 0) -> Split:

@@ -6,6 +6,10 @@ Random World"; Sadinle, Lei & Wasserman 2019, arXiv 1609.00451). Maps of a lot a
 is exchangeable: each lot of a class has the same weight, shared out among its maps, and so has the lot that is still to
 come (Dunn, Wasserman & Ramdas 2023, arXiv 1809.07441; Lee, Barber & Willett 2023, arXiv 2306.06342). Then K lots can
 promise a coverage of K / (K + 1) at the most, and where more is asked of a class, there is no promise for it.
+
+What is promised is a mean, over validation parts and over new lots: a single fit may hold less or more. And it is of
+lots from where the others came: `evaluate_sets` tells what became of it. Validation has also chosen the epoch and, if
+asked to, the decision rule, which makes its own answers look a little better than those on new lots.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from waferlab.evaluation.predictions import Predictions
 
 DEFAULT_COVERAGE = 0.9
 COVERAGES = tuple(percent / 100 for percent in range(50, 100))  # those that floors are kept for
-MAX_DIFFERENCE = 1e-4  # by which a file may answer otherwise than the checkpoint that the floors were fitted with
+# A file answers a little otherwise than the checkpoint that the floors were fitted with, in proportion to a small
+# probability. A fixed margin would lie above the floor of a class with one very unlikely map, and put it in every set.
+MARGIN = 1e-3  # of a floor
 MORE_THAN_ALL_OTHERS = 0.5  # the floor of a class of which validation had no map
 
 
@@ -61,7 +67,7 @@ class PredictionSets:
 
     def sets(self, probabilities: np.ndarray, coverage: float = DEFAULT_COVERAGE) -> np.ndarray:
         """Bool [N, C], which classes are in the set of each map, from its probabilities, float [N, C]."""
-        return probabilities >= self.floors_at(coverage) - MAX_DIFFERENCE
+        return probabilities >= (1 - MARGIN) * self.floors_at(coverage)
 
     def promised(self, coverage: float = DEFAULT_COVERAGE) -> np.ndarray:
         """Bool [C], for which classes the lots suffice for this coverage."""

@@ -208,6 +208,21 @@ def share_interval(shares: np.ndarray) -> list[float]:
     return _score_interval(mean, (shares.sum() - shares) / (n_lots - 1), n_lots=n_lots).tolist()
 
 
+def ratio_intervals(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    """95% intervals of shares, each a ratio of two sums over lots; see `compute_metrics`.
+
+    Args:
+        parts: [G, P], what is counted, of each lot.
+        wholes: [G, P], out of how many; their sum over lots is above 0.
+
+    Returns:
+        float64 [P, 2] in 0..1; NaN where fewer than two lots have a whole above 0.
+    """
+    part, whole, n_lots = parts.sum(axis=0), wholes.sum(axis=0), (wholes > 0).sum(axis=0)
+    intervals = _score_interval(part / whole, divide(part - parts, whole - wholes), n_lots=n_lots)
+    return np.where((n_lots > 1)[:, None], intervals, np.nan)
+
+
 def _calibration_interval(error: float, without: np.ndarray) -> list[float]:
     """95% interval of a calibration error: a t interval, lengthened downwards by the jackknife's estimate of the bias.
 

@@ -20,7 +20,7 @@ from typing import Any
 from waferlab.config import ExperimentConfig
 from waferlab.data.maps import WaferMaps
 from waferlab.data.reading import load_wafer_maps
-from waferlab.data.splitting import Split, split_by_lot
+from waferlab.data.splitting import Split, split_maps
 from waferlab.errors import ConfigError, RunError, ends_one_model
 from waferlab.records import ModelResult, command_line_used, environment, write_summary
 from waferlab.reports.pages import write_report
@@ -195,7 +195,7 @@ class TrainingSeries:
         """Maps and split of a seed, which all of its variants share; those of the last seed are kept."""
         if seed not in self._data:
             maps = load_wafer_maps(**self.config.data_options(), seed=seed, say=self.terminal.say)
-            self._data = {seed: (maps, split_by_lot(maps, seed=seed))}
+            self._data = {seed: (maps, split_maps(maps, how=self.config.split, seed=seed))}
         return self._data[seed]
 
     def _track(self, run: Run, variant: Variant, record: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from waferlab.reports.tables import Record
 from waferlab.reports.templating import best_model, classes_absent, fill_in
 
 FEW_MAPS = 30  # a class with fewer in the test part: one map more or less moves its recall by over 3 points
-PICTURES = ("confusion_matrix.png", "sample_predictions.png")
+PICTURES = ("confusion_matrix.png", "risk_coverage.png", "sample_predictions.png")
 
 
 def write_model_card(summary: Record, *, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -24,7 +24,7 @@ def write_model_card(summary: Record, *, folder: str | os.PathLike[str]) -> tupl
 
     Args:
         summary: of the pipeline (`experiment_summary.json`).
-        folder: where the cards go; `confusion_matrix.png` and `sample_predictions.png` there are shown.
+        folder: where the cards go; those of `PICTURES` that are there are shown.
 
     Returns:
         The Markdown and the HTML file.

@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from waferlab.evaluation.metrics import divide
 from waferlab.evaluation.predictions import Predictions
+from waferlab.evaluation.risk_coverage import risk_coverage
 from waferlab.reports.style import (
     FAIL_COLOUR,
     GRID,
@@ -36,6 +37,7 @@ from waferlab.reports.style import (
     shorten,
     style,
     theme,
+    wrap,
     wrap_name,
 )
 
@@ -176,6 +178,50 @@ def _caption_wafer(sheet: Axes, predictions: Predictions, index: int, *, x: floa
     )
     for number, (line, shade) in enumerate(lines):
         sheet.text(x, y + 0.17 * number, line, fontsize=9, color=shade, ha="center", va="center")
+
+
+@theme()
+def plot_risk_coverage(
+    predictions: Predictions,
+    *,
+    path: str | os.PathLike[str],
+    sets: Mapping[str, Any] | None = None,
+    title: str = "Answering only the surest maps",
+) -> Path:
+    """Draws the error of the answered maps against the share that is answered, the surest first (PNG).
+
+    Args:
+        predictions: of one model on the test part.
+        path: the PNG to write.
+        sets: what `conformal.evaluate_sets` found for its prediction sets, drawn as a point; None leaves it out.
+        title: the figure's title.
+    """
+    curve, colour = risk_coverage(predictions), PALETTE[0]
+    figure = new_figure(9.0, 5.0, wrap(title, 52))
+    axes = figure.subplots()
+    axes.fill_between(curve.answered, *curve.interval.T, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(curve.answered, curve.error, color=colour, linewidth=1.8)
+    signs = [Patch(facecolor=colour, alpha=0.15, label="95% interval over lots, of each point by itself")]
+    signs.append(_mark(axes, 1.0, curve.error[-1], "o", PALETTE[6], f"all answered: {curve.error[-1]:.1%} wrong"))
+    if sets is not None and sets["error_alone"] is not None:
+        text = f"prediction sets at {sets['coverage']:.0%}: {sets['alone']:.1%} alone, {sets['error_alone']:.1%} wrong"
+        signs.append(_mark(axes, sets["alone"], sets["error_alone"], "D", PALETTE[1], text))
+    # The first few maps decide nothing, and their interval is as wide as it can be: they may leave the picture.
+    highest = max(curve.error[curve.answered > 0.05].max(), np.nan_to_num(curve.interval[-1, 1]))
+    axes.set(xlim=(0, 1.02), ylim=(0, min(1.02, max(0.02, 1.2 * highest))), ylabel="Wrong among the answered maps")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+    style(axes, "Answered maps", grid="both")
+    legend_below(figure, {"answered in the order of confidence, surest first": colour}, *signs)
+    return save(figure, path)
+
+
+def _mark(axes: Axes, x: float, y: float, marker: str, colour: str, label: str) -> Line2D:
+    """A single point, for the legend."""
+    (point,) = axes.plot(
+        x, y, marker, color=colour, markersize=9, markeredgecolor="white", clip_on=False, zorder=4, label=label
+    )
+    return point
 
 
 @theme()

@@ -16,13 +16,17 @@ from waferlab.reports.pages import write_report
 from waferlab.reports.run_figures import (
     plot_confusion_matrix,
     plot_model_comparison,
+    plot_risk_coverage,
     plot_sample_predictions,
     plot_training_history,
     save_study_plots,
 )
 from waferlab.reports.tables import comparison_rows, write_per_class_table
 
-FIRST = ("model_comparison.png", "confusion_matrix.png", "sample_predictions.png", "training_history.png")
+FIRST = (
+    "model_comparison.png", "confusion_matrix.png", "risk_coverage.png", "sample_predictions.png",
+    "training_history.png",
+)  # fmt: skip
 
 
 def draw_run(
@@ -49,6 +53,10 @@ def draw_run(
     folder, name, n_test = config.results_dir, results[best].model_type, len(split.test)
     title = f"{name}: {n_test:,} test maps"
     plot_confusion_matrix(predictions[best], path=folder / "confusion_matrix.png", title=title)
+    plot_risk_coverage(
+        predictions[best], sets=results[best].sets, path=folder / "risk_coverage.png",
+        title=f"{name}: risk-coverage curve",
+    )  # fmt: skip
     plot_sample_predictions(
         [maps[i] for i in split.test], predictions[best], path=folder / "sample_predictions.png",
         title=f"{name}: test maps, right and wrong", seed=config.seed,

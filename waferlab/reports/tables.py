@@ -17,6 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from waferlab.evaluation.conformal import least_lots
 from waferlab.records import ModelResult, write_atomically
 
 Record = Mapping[str, Any]
@@ -69,6 +70,44 @@ def p_value(p: float | None) -> str:
 
 
 # What records say
+
+
+def sets_in_short(sets: Record) -> str:
+    """What prediction sets leave to answer alone, and how often that is wrong; see `conformal.evaluate_sets`."""
+    wrong = format_number(sets["error_alone"], "{:.1%}")
+    return f"{sets['alone']:.1%} answered alone, {wrong} of them wrong (prediction sets at {sets['coverage']:.0%})"
+
+
+def sets_in_words(sets: Record) -> str:
+    """How many test maps are answered alone, how well, and why the rest are not."""
+    first = f"{sets['alone']:.1%} of the test maps are answered alone"
+    if sets["error_alone"] is not None:
+        first += f", {sets['error_alone']:.1%} of them wrongly (all maps, each answered: {sets['error']:.1%})"
+    rest = 1 - sets["alone"]
+    if rest < 1e-9:
+        return f"{first}."
+    another = max(0.0, rest - sets["several"] - sets["none"])
+    parts = [f"{sets['several'] / rest:.0%} have several classes in their set", f"{sets['none'] / rest:.0%} none"]
+    if another > 1e-9:
+        parts.append(f"{another / rest:.0%} one that is not the likeliest")
+    return f"{first}; of the rest {', '.join(parts[:-1])} and {parts[-1]}."
+
+
+def sets_table(model: Record) -> Table:
+    """The promise for each class, and what became of it on lots that nobody had seen."""
+    sets, rows = model["sets"], []
+    needed = least_lots(sets["coverage"])
+    for name, row in sets["per_class"].items():
+        promise = f"{sets['coverage']:.0%}" if row["promised"] else f"no promise: {row['lots_fitted']} of {needed} lots"
+        counts = [f"{row[key]:,}" for key in ("lots_fitted", "lots", "maps")]
+        rows.append([name, promise, counts[0], with_interval(row["covered"], row["interval"]), *counts[1:]])
+    headings = ("Class", "Promised coverage", "Lots fitted on", "Coverage on test lots", "Test lots", "Test maps")
+    note = (
+        "Coverage: how often a map's set holds its true class, as the mean over lots, since lots and not maps are what "
+        "the promise is of; in brackets its 95% interval over test lots. The promise is a mean over validation parts, "
+        "too: a single one may fall short of it or hold more."
+    )
+    return Table(headings, rows, note=note)
 
 
 def by_score(record: Record) -> list[Record]:

@@ -51,7 +51,8 @@ def templates() -> Environment:
         "class_offsets": _class_offsets, "class_scores": _class_scores, "classes_absent": classes_absent,
         "costs": tables.costs, "counted": _counted, "differences_table": tables.differences_table,
         "effect_bars": tables.effect_bars, "models_table": tables.models_table, "picture": _picture,
-        "row": tables.markdown_row, "score_bars": tables.score_bars, "trial_counts": _trial_counts,
+        "row": tables.markdown_row, "score_bars": tables.score_bars, "sets_in_words": tables.sets_in_words,
+        "sets_table": tables.sets_table, "trial_counts": _trial_counts,
         "variants_table": tables.variants_table, "what_bars_join": tables.what_bars_join,
     }  # fmt: skip
     environment.filters |= {
