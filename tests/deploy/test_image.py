@@ -185,6 +185,4 @@ def test_the_service_starts_is_healthy_and_leaves_no_file_behind(image, exported
         finally:
             service.terminate()
     assert sorted(image.root.rglob("*")) == before
-    assert (
-        subprocess.run(check, capture_output=True, **image.options).returncode == 1
-    )  # it notices that nobody is there
+    assert subprocess.run(check, capture_output=True, **image.options).returncode == 1  # nobody is there
