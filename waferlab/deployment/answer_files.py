@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from waferlab.data.streaming import MapChunk
 from waferlab.deployment.predictor import Answers
 from waferlab.errors import RunError, UserError
@@ -119,7 +121,8 @@ def _columns(chunk: MapChunk, answers: Answers) -> Columns:
 def _rounded(columns: Columns) -> Iterator[tuple[Any, ...]]:
     """Row by row, probabilities as numbers of six decimals."""
     plain = (
-        [round(float(x), 6) for x in column] if name.startswith("p_") else column for name, column in columns.items()
+        np.round(column.astype(np.float64), 6).tolist() if isinstance(column, np.ndarray) else column
+        for column in columns.values()
     )
     return zip(*plain, strict=True)
 

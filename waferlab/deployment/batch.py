@@ -118,12 +118,12 @@ def stream_answers(
     tallies = Tallies(predictor.class_names, labelled=options.report)
     with answer_file(options.output, predictor.class_names) as file:
         answered = _answered(predictor, stream, options.coverage)
-        first = next(((chunk, answers) for chunk, answers in answered if len(answers)), None)
-        if first is None:
+        first = _until_an_answer(answered)
+        if not len(first[-1][1]):
             raise DataError(f"{stream.source}: no map of it can be answered: all have values other than 0 to 2.")
-        say(_in_words(*first))
+        say(_in_words(*first[-1]))
         with counting(console, stream.total, quiet=quiet) as done:
-            for chunk, answers in chain([first], answered):
+            for chunk, answers in chain(first, answered):
                 file.write(chunk, answers)
                 tallies.add(chunk, answers)
                 done(tallies.maps + tallies.left_out)
@@ -133,6 +133,14 @@ def stream_answers(
 def _answered(predictor: Predictor, stream: MapStream, coverage: float) -> Iterator[tuple[MapChunk, Answers]]:
     for chunk in stream:
         yield chunk, predictor.predict(chunk.maps, coverage=coverage)
+
+
+def _until_an_answer(answered: Iterator[tuple[MapChunk, Answers]]) -> list[tuple[MapChunk, Answers]]:
+    """The first chunks, up to one that holds a map: a reader may have left out all maps of a chunk."""
+    first = [next(answered)]
+    while not len(first[-1][1]) and (more := next(answered, None)):
+        first.append(more)
+    return first
 
 
 def _in_words(chunk: MapChunk, answers: Answers) -> str:
@@ -192,7 +200,8 @@ def _write(
     from waferlab.reports.run_figures import plot_confusion_matrix, plot_least_certain
     from waferlab.reports.tables import write_per_class_table
 
-    captions = [(one.id, one.called, one.probability, "|".join(one.among)) for one in least_certain]
+    has_sets = summary["coverage"] is not None
+    captions = [(one.title, one.called, one.probability, one.set_text if has_sets else "") for one in least_certain]
     maps = [one.wafer_map for one in least_certain]
     written = [options.output, write_summary(options.beside("summary.json"), summary)]
     written.append(plot_least_certain(maps, captions, path=options.beside("least_certain.png")))

@@ -29,6 +29,16 @@ class Example:
     probability: float
     among: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """Id and, if known, lot."""
+        return f"{self.id}, lot {self.lot}" if self.lot else self.id
+
+    @property
+    def set_text(self) -> str:
+        """The set's classes, for people."""
+        return "|".join(self.among) or "empty set"
+
     def as_json(self) -> dict[str, Any]:
         """All but the dies."""
         among = "|".join(self.among)
@@ -84,18 +94,13 @@ class Tallies:
         return numbers
 
     def _keep_examples(self, chunk: MapChunk, answers: Answers, confidence: np.ndarray) -> None:
-        order, predicted, sets = np.argsort(confidence, kind="stable"), answers.predicted, None
+        order, predicted = np.argsort(confidence, kind="stable"), answers.predicted
 
         def examples(indices: np.ndarray) -> list[Example]:
-            nonlocal sets
-            sets = answers.set_names() if sets is None else sets
             return [
-                Example(
-                    chunk.ids[i], chunk.lots[i], chunk.maps[i].copy(), answers.class_names[predicted[i]],
-                    float(confidence[i]), sets[i],
-                )
-                for i in indices
-            ]  # fmt: skip
+                Example(chunk.ids[i], chunk.lots[i], chunk.maps[i].copy(), called, float(confidence[i]), among)
+                for i, called, among in zip(indices, *_names(answers, indices), strict=True)
+            ]
 
         some = self._doubtful + examples(order[:LEAST_CERTAIN])
         self._doubtful = sorted(some, key=lambda one: one.probability)[:LEAST_CERTAIN]
@@ -170,3 +175,10 @@ class Tallies:
             "listed": listed,
             "rest": {"lots": len(rest), "maps": n_rest, "defect_share": share},
         }
+
+
+def _names(answers: Answers, indices: np.ndarray) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The likeliest class and the set of some maps."""
+    sets = None if answers.sets is None else answers.sets[indices]
+    some = Answers(answers.class_names, answers.probabilities[indices], sets, answers.coverage)
+    return some.classes, some.set_names()
