@@ -17,11 +17,23 @@ from waferlab.deployment.batch import BatchOptions, answer_maps
 from waferlab.errors import DataError, RunError, UserError
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.evaluation.predictions import Predictions
+from waferlab.reports import run_figures
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(streaming, "MAPS_AT_ONCE", 50)
+
+
+@pytest.fixture
+def drawn():
+    """For tests that need the picture itself."""
+
+
+@pytest.fixture(autouse=True)
+def without_picture(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(run_figures, "plot_least_certain", lambda maps, captions, *, path: path)
 
 
 def answer(source, output, *, predictor=None, quiet=False, **options):
@@ -119,7 +131,7 @@ def test_twenty_lots_are_listed_and_the_rest_counted(tmp_path):
     assert lots["lots"] == 100 and [row["lot"] for row in lots["listed"]] == list(map(str, range(20)))
 
 
-def test_the_least_certain_maps_of_all_chunks_are_drawn_and_listed(tmp_path, tiny_npz):
+def test_the_least_certain_maps_of_all_chunks_are_drawn_and_listed(tmp_path, tiny_npz, drawn):
     whole = load_wafer_maps(tiny_npz)
     sure = ByShare().predict([whole[i] for i in range(len(whole))], coverage=0.9).probabilities.max(1)
     answer(tiny_npz, tmp_path / "out.csv")
