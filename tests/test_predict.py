@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up_models import export_small
+from made_up_models import SETS, write_file
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return export_small(tmp_path_factory.mktemp("model") / "model.onnx")
+    return write_file(tmp_path_factory.mktemp("model") / "model.onnx", scale=200.0, prediction_sets=SETS.as_text())
 
 
 def start(*arguments, folder, code=None, **more):
