@@ -218,16 +218,17 @@ def test_sizes_that_are_made_up_and_files_that_inflate_far_are_refused(tmp_path,
         stream_wafer_maps(save(tmp_path / "a.npz", squeeze=True, maps=np.zeros((4096, 64, 64), np.uint8)))
 
 
-@pytest.mark.parametrize("squeeze", [False, True])
-def test_maps_before_a_damage_are_given_and_then_it_is_named(tmp_path, squeeze):
-    source = save(
-        tmp_path / "a.npz", squeeze=squeeze, maps=np.random.default_rng(0).integers(0, 3, (400, 30, 30), np.uint8)
-    )
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_maps_before_a_damage_are_given_and_then_it_is_named(tmp_path, method):
+    maps, source = io.BytesIO(), tmp_path / "a.npz"
+    np.save(maps, np.random.default_rng(0).integers(0, 2, (400, 30, 30), np.uint8))
+    with zipfile.ZipFile(source, "w", method, compresslevel=0) as archive:
+        archive.writestr("maps.npy", maps.getvalue())
     data = bytearray(source.read_bytes())
-    data[len(data) * 3 // 4] ^= 1  # a stored 0 becomes a 1, which the check sum tells at the end only
+    data[len(data) * 3 // 4] ^= 1  # a die that fails no more, which nothing but the check sum can tell
     source.write_bytes(data)
     given = 0
-    with pytest.raises(DataError, match=r"cannot be read|die value"):
+    with pytest.raises(DataError, match="cannot be read"):
         for chunk in stream_wafer_maps(source):
             given += len(chunk.maps)
     assert 0 < given < 400
