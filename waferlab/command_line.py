@@ -90,10 +90,14 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         server.stop()
 
 
-def run(work: Callable[[], object]) -> int:
+def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
     """Calls `work`; turns a user's mistake into one message and status 2, Ctrl-C into a hint and status 130.
 
     SIGTERM, and SIGHUP of a terminal that closes, stop it like Ctrl-C, with status 143 and 129.
+
+    Args:
+        work: what the script does. A KeyboardInterrupt that it raises anew may say what is kept.
+        when_stopped: how to go on; None for a training, which goes on with --resume.
     """
     stopped_by = [signal.SIGINT]
 
@@ -107,11 +111,12 @@ def run(work: Callable[[], object]) -> int:
             signal.signal(number, stop)
     try:
         work()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         again = [Path(sys.argv[0]).name, *sys.argv[1:]]
         again += [] if "--resume" in again else ["--resume"]
+        hint = when_stopped or f"Finished epochs are kept. To go on: python {shlex.join(again)}"
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"\nStopped. Finished epochs are kept. To go on: python {shlex.join(again)}", file=sys.stderr)
+            print(" ".join(["\nStopped.", *map(str, stopped.args), hint]), file=sys.stderr)
         return 128 + stopped_by[-1]
     except ModuleNotFoundError as error:
         print(f"error: {error}. Install what is needed: pip install -r requirements.txt", file=sys.stderr)

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from waferlab.data.reading import IMAGE_LEVELS, SYNTHETIC
+from waferlab.data.image_files import IMAGE_LEVELS
+from waferlab.data.reading import SYNTHETIC
 from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError
 from waferlab.models.registry import MODEL_REGISTRY, find_model

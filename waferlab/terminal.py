@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
 from waferlab.config import ExperimentConfig
 from waferlab.data.maps import WaferMaps
 from waferlab.data.splitting import Split
 from waferlab.records import ModelResult, SearchRecord, StartingWeights
 from waferlab.reports import tables as reports
+from waferlab.reports.columns import in_columns
 from waferlab.reports.tables import comparison_rows, results_table, sets_in_short
 from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.training.progress import ProgressBar
@@ -174,15 +172,3 @@ class Terminal:
         else:
             where = "" if uri else f" in {Path(config['output_dir']).resolve()}"
             self.say(f"MLflow: run `mlflow ui`{where} and open http://127.0.0.1:5000/{page}")
-
-
-def in_columns(table: reports.Table, *, title: str | None = None) -> Table:
-    """A table of a report as the terminal shows it, compact: numbers to the right, the best row bold."""
-    shown = Table(title=title, box=SIMPLE, show_edge=False, pad_edge=False, collapse_padding=True)
-    for column, heading in enumerate(table.headings):
-        number = table.is_number(column)
-        # Text, because rich would read brackets in a plain string, as in "resnet[small]", as markup.
-        shown.add_column(Text(heading), justify="right" if number else "left", no_wrap=number, overflow="fold")
-    for index, row in enumerate(table.rows):
-        shown.add_row(*map(Text, row), style="bold" if index == table.best else None)
-    return shown

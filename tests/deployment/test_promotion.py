@@ -1,14 +1,12 @@
 """Promises about the gate: who becomes champion, on which maps that is decided, and that the reason is written."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from made_up_models import write_file
 
 from waferlab.data.maps import CLASS_NAMES, pack_maps
 from waferlab.data.splitting import Split
@@ -21,7 +19,6 @@ from waferlab.tracking.registry import Champion, ModelVersion
 from waferlab.tracking.runs import RunTree
 
 CLASSES = len(CLASS_NAMES)
-CENTRES = np.arange(1, CLASSES + 1) / 12  # of the share of failing dies, by which the made-up classes differ
 
 
 # --- the rule, on made-up answers
@@ -146,32 +143,6 @@ def test_digests_that_are_damaged_or_made_in_another_way_are_refused(tmp_path, m
 
 
 # --- files, without a network
-
-
-def write_file(path, *, shift=0.0, names=CLASS_NAMES, roll=0, scale=2000.0, **about):
-    """A classifier that goes by the share of failing dies: perfect, or with its classes' centres shifted."""
-    centres = CENTRES + shift + 1  # the mean of a map, whose dies are 1 or 2
-    order = np.roll(np.arange(CLASSES), roll)[: len(names)]
-    weights, offsets = (a[order].astype(np.float32)[None] for a in (2 * scale * centres, -scale * centres**2))
-    nodes = [
-        helper.make_node("Cast", ["maps"], ["dies"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["dies", "axes"], ["mean"], keepdims=0),
-        helper.make_node("Unsqueeze", ["mean", "last"], ["column"]),
-        helper.make_node("Mul", ["column", "weights"], ["weighted"]),
-        helper.make_node("Add", ["weighted", "offsets"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
-    ]
-    constants = {"axes": np.array([1, 2]), "last": np.array([1]), "weights": weights, "offsets": offsets}
-    graph = helper.make_graph(
-        nodes, "made_up",
-        [helper.make_tensor_value_info("maps", TensorProto.UINT8, ["maps", "rows", "columns"])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["maps", len(names)])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, {"class_names": json.dumps(list(names))} | about)
-    onnx.save(model, path)
-    return path
 
 
 def answers(file, split):

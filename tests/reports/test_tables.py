@@ -16,8 +16,8 @@ from rich.console import Console
 
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.records import SUMMARY_SCHEMA_VERSION, write_summary
+from waferlab.reports.columns import in_columns
 from waferlab.reports.tables import results_table, table_markdown, write_per_class_table
-from waferlab.terminal import in_columns
 
 ROOT = Path(__file__).resolve().parents[2]
 

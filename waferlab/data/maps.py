@@ -105,18 +105,28 @@ def _check_layout(maps: WaferMaps) -> None:
         )
     if maps.maps_flat.dtype != np.uint8:
         raise DataError(f"{maps.source}: maps are {maps.maps_flat.dtype}, not uint8. Save them with .astype('uint8').")
-    sides_ok = (maps.shapes >= 1).all() and (maps.shapes <= MAX_MAP_SIDE).all()
-    if not sides_ok:
-        bad = maps.shapes[((maps.shapes < 1) | (maps.shapes > MAX_MAP_SIDE)).any(1)][0]
-        raise DataError(f"{maps.source}: a map of {bad[0]}x{bad[1]} dies. Sides must be 1 to {MAX_MAP_SIDE} dies.")
-    areas_match = (np.diff(maps.offsets) == maps.shapes.prod(1)).all()
-    if not areas_match or maps.offsets[0] != 0 or maps.offsets[-1] != len(maps.maps_flat):
-        raise DataError(
-            f"{maps.source}: offsets do not fit the shapes. offsets[i+1] - offsets[i] must be rows*columns."
-        )
+    check_places(maps.shapes, maps.offsets, dies=len(maps.maps_flat), source=maps.source)
     top = int(maps.maps_flat.max())
     if top > 2:
         raise DataError(f"{maps.source}: die value {top}. Only 0 (no die), 1 (pass) and 2 (fail) are allowed.")
+
+
+def check_sides(shapes: np.ndarray, *, source: str) -> None:
+    """Raises DataError unless all rows and columns, int64 [N, 2], are such as a map may have."""
+    odd = ((shapes < 1) | (shapes > MAX_MAP_SIDE)).any(1)
+    if odd.any():
+        rows, columns = shapes[odd][0]
+        raise DataError(f"{source}: a map of {rows}x{columns} dies. Sides must be 1 to {MAX_MAP_SIDE} dies.")
+
+
+def check_places(shapes: np.ndarray, offsets: np.ndarray, *, dies: int, source: str) -> None:
+    """Raises DataError unless maps of these shapes, int64 [N, 2], follow each other at these offsets, int64 [N+1].
+
+    The last one ends at the last of so many dies.
+    """
+    check_sides(shapes, source=source)
+    if not (np.diff(offsets) == shapes.prod(1)).all() or offsets[0] != 0 or offsets[-1] != dies:
+        raise DataError(f"{source}: offsets do not fit the shapes. offsets[i+1] - offsets[i] must be rows*columns.")
 
 
 def pack_maps(

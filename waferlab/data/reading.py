@@ -9,13 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from waferlab.data.generator import generate_wafer_maps
-from waferlab.data.maps import CLASS_NAMES, MAX_MAP_SIDE, NUM_CLASSES, WaferMaps, pack_maps
+from waferlab.data.image_files import (
+    IMAGE_SUFFIXES,
+    choose_levels,
+    class_of_folder,
+    images_in,
+    levels_in_words,
+    read_image,
+)
+from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps, pack_maps
 from waferlab.data.npz import names_in_npz, read_npz
 from waferlab.errors import DataError
 
 SYNTHETIC = "synthetic"
-IMAGE_SUFFIXES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"}
-IMAGE_LEVELS = ("auto", "three", "binary")
 
 ARRAY_NAMES = ("maps_flat", "offsets", "shapes", "labels", "group", "maps", "arr_0", "arr_1")  # read from an .npz
 
@@ -112,8 +118,8 @@ def _read_npz(path: Path) -> WaferMaps:
         )
     return WaferMaps(
         maps_flat=arrays["maps_flat"],
-        offsets=_whole_numbers(arrays["offsets"], name="offsets", source=path.name),
-        shapes=_whole_numbers(arrays["shapes"], name="shapes", source=path.name),
+        offsets=whole_numbers(arrays["offsets"], name="offsets", source=path.name),
+        shapes=whole_numbers(arrays["shapes"], name="shapes", source=path.name),
         labels=labels,
         groups=groups,
         source=path.name,
@@ -121,7 +127,8 @@ def _read_npz(path: Path) -> WaferMaps:
     )
 
 
-def _whole_numbers(values: np.ndarray, *, name: str, source: str) -> np.ndarray:
+def whole_numbers(values: np.ndarray, *, name: str, source: str) -> np.ndarray:
+    """The values as int64; raises DataError if they are of another kind."""
     if values.dtype.kind not in "iu":
         raise DataError(f"{source}: {name} are {values.dtype}, not whole numbers. Save them with .astype('int64').")
     return values.astype(np.int64)
@@ -210,56 +217,22 @@ def _label_indices(labels: np.ndarray, *, source: str) -> np.ndarray:
 
 def _read_image_folder(folder: Path, *, levels: str) -> WaferMaps:
     """One sub-folder for each class, named like the class; each image is one map, a pixel a die."""
-    by_name = {name.lower(): index for index, name in enumerate(CLASS_NAMES)}
-    images, labels = [], []
+    files, labels = [], []
     sub_folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not sub_folders:
         raise DataError(f"{folder}: no class folders in it. Expected sub-folders named {', '.join(CLASS_NAMES)}.")
     for sub in sub_folders:
-        label = by_name.get(sub.name.lower().replace("_", "-").replace(" ", "-"))
-        if label is None:
+        name = class_of_folder(sub.name)
+        if name is None:
             raise DataError(f"{folder}: unknown class folder {sub.name!r}. Allowed: {', '.join(CLASS_NAMES)}.")
-        files = sorted(p for p in sub.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        images += [_read_grey(p) for p in files]
-        labels += [label] * len(files)
-    if not images:
+        found = images_in(sub)
+        files += found
+        labels += [CLASS_NAMES.index(name)] * len(found)
+    if not files:
         raise DataError(f"{folder}: no images in the class folders. Supported: {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    if levels == "auto":
-        has_middle = any(((g > 63) & (g < 192)).mean() > 0.05 for g in images)
-        levels = "three" if has_middle else "binary"
-    read = _three_levels if levels == "three" else _two_levels
-    how = {
-        "three": "three grey levels: below 64 no die, 64-191 pass, 192 and above fail",
-        "binary": "two levels: 128 and above fail, the rest pass, no die outside the inscribed ellipse",
-    }[levels]
-    note = f"Images read as {how} (image_levels={levels!r}). Lots are not known: each image is its own."
-    return pack_maps([read(g) for g in images], np.array(labels), source=folder.name, notes=(note,))
-
-
-def _read_grey(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if max(image.size) > MAX_MAP_SIDE:
-                raise DataError(
-                    f"{path}: {image.size[0]}x{image.size[1]} pixels. At most {MAX_MAP_SIDE}: a pixel a die."
-                )
-            return np.asarray(image.convert("L"))
-    except (UnidentifiedImageError, OSError, ImportError) as error:  # ultralytics, once loaded, asks for a plugin
-        raise DataError(f"{path}: not a readable image ({error}). Remove it or save it as .png.") from error
-
-
-def _three_levels(grey: np.ndarray) -> np.ndarray:
-    return np.digitize(grey, (64, 192)).astype(np.uint8)
-
-
-def _two_levels(grey: np.ndarray) -> np.ndarray:
-    rows, columns = grey.shape
-    y, x = np.ogrid[:rows, :columns]
-    outside = ((y + 0.5) / rows * 2 - 1) ** 2 + ((x + 0.5) / columns * 2 - 1) ** 2 > 1
-    fails = grey >= 128
-    return np.where(fails, 2, np.where(outside, 0, 1)).astype(np.uint8)
+    levels = choose_levels(files, levels)
+    note = f"Images read as {levels_in_words(levels)}. Lots are not known: each image is its own."
+    return pack_maps([read_image(p, levels) for p in files], np.array(labels), source=folder.name, notes=(note,))
 
 
 def _at_most(maps: WaferMaps, limit: int, *, seed: int) -> WaferMaps:

@@ -41,6 +41,9 @@ from waferlab.reports.style import (
     wrap_name,
 )
 
+TILES_IN_A_ROW = 6
+Caption = Sequence[tuple[str, str]]  # lines, each with its colour
+Tile = tuple[np.ndarray, Caption]  # a wafer map and what stands below it
 TRAIN_LINE = (0, (4, 2))  # dashes; validation is solid
 
 
@@ -102,17 +105,60 @@ def plot_sample_predictions(
     """
     if len(wafer_maps) != len(predictions.labels):
         raise ValueError(f"{len(wafer_maps)} wafer maps for {len(predictions.labels)} predictions: pass one for each")
-    n_columns, tile_width, tile_height, header, heading = 6, 2.1, 2.5, 0.8, 0.45  # sizes in inches
-    right, wrong = _pick_samples(predictions, limit=2 * n_columns, seed=seed)
+    right, wrong = _pick_samples(predictions, limit=2 * TILES_IN_A_ROW, seed=seed)
     n_right = int((predictions.predicted == predictions.labels).sum())
     n_wrong = len(predictions.labels) - n_right
-    sections = (
-        (f"Right: {len(right)} of {n_right:,}" if right else "Right: none", PALETTE[0], right),
-        (f"Wrong: {len(wrong)} of {n_wrong:,}, most confident first" if wrong else "Wrong: none", FAIL_COLOUR, wrong),
-    )
-    n_rows = sum(math.ceil(len(chosen) / n_columns) for _, _, chosen in sections)
-    width, height = n_columns * tile_width + 0.3, header + 2 * heading + n_rows * tile_height + 0.1
 
+    def tiles(chosen: Sequence[int], colour: str) -> list[Tile]:
+        return [(wafer_maps[index], _caption(predictions, index, colour)) for index in chosen]
+
+    sections = (
+        (f"Right: {len(right)} of {n_right:,}" if right else "Right: none", PALETTE[0], tiles(right, PALETTE[0])),
+        (
+            f"Wrong: {len(wrong)} of {n_wrong:,}, most confident first" if wrong else "Wrong: none",
+            FAIL_COLOUR,
+            tiles(wrong, FAIL_COLOUR),
+        ),
+    )
+    return save(_draw_sheet(title, sections), path)
+
+
+@theme()
+def plot_least_certain(
+    wafer_maps: Sequence[np.ndarray],
+    captions: Sequence[tuple[str, str, float, str]],
+    *,
+    path: str | os.PathLike[str],
+    title: str = "Least certain maps",
+) -> Path:
+    """Draws wafers, the least certain first, with what was said of them (PNG).
+
+    Args:
+        wafer_maps: uint8 [h, w], 0 no die / 1 pass / 2 fail, any sizes.
+        captions: of each its name, its likeliest class, that class's probability, its prediction set or "".
+        path: the PNG to write.
+        title: the figure's title.
+    """
+    tiles = [
+        (
+            one,
+            (
+                (shorten(name, 24), INK),
+                (f"{shorten(called, 18)} {_percent(probability)}", PALETTE[0]),
+                (shorten(among, 26), MUTED),
+            ),
+        )
+        for one, (name, called, probability, among) in zip(wafer_maps, captions, strict=True)
+    ]
+    return save(_draw_sheet(title, [("By the probability of the likeliest class, least first", MUTED, tiles)]), path)
+
+
+def _draw_sheet(title: str, sections: Sequence[tuple[str, str, Sequence[Tile]]]) -> Figure:
+    """Wafers in rows of six, in sections with a heading and its colour."""
+    tile_width, tile_height, header, heading = 2.1, 2.5, 0.8, 0.45  # inches
+    n_rows = sum(math.ceil(len(tiles) / TILES_IN_A_ROW) for _, _, tiles in sections)
+    width = TILES_IN_A_ROW * tile_width + 0.3
+    height = header + len(sections) * heading + n_rows * tile_height + 0.1
     figure = Figure((width, height))
     # One sheet measured in inches, y downwards, for all wafers: two dozen axes would take much longer to draw.
     sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
@@ -122,15 +168,16 @@ def plot_sample_predictions(
     place = {"loc": "center right", "bbox_to_anchor": (width - 0.1, 0.4), "bbox_transform": sheet.transData}
     sheet.legend(handles=dies, ncols=2, **place)
     top = header
-    for text, colour, chosen in sections:
+    for text, colour, tiles in sections:
         sheet.text(0.25, top + 0.12, text, fontsize=12, fontweight="bold", color=colour, va="center")
-        for position, index in enumerate(chosen):
-            row, column = divmod(position, n_columns)
+        for position, (wafer_map, caption) in enumerate(tiles):
+            row, column = divmod(position, TILES_IN_A_ROW)
             x, y = 0.15 + (column + 0.5) * tile_width, top + heading + row * tile_height + 0.85
-            _draw_wafer(sheet, np.asarray(wafer_maps[index]), x=x, y=y, radius=0.83)
-            _caption_wafer(sheet, predictions, index, x=x, y=y + 1.03, colour=colour)
-        top += heading + math.ceil(len(chosen) / n_columns) * tile_height
-    return save(figure, path)
+            _draw_wafer(sheet, np.asarray(wafer_map), x=x, y=y, radius=0.83)
+            for number, (line, shade) in enumerate(caption):
+                sheet.text(x, y + 1.03 + 0.17 * number, line, fontsize=9, color=shade, ha="center", va="center")
+        top += heading + math.ceil(len(tiles) / TILES_IN_A_ROW) * tile_height
+    return figure
 
 
 def _pick_samples(predictions: Predictions, *, limit: int, seed: int) -> tuple[list[int], list[int]]:
@@ -168,16 +215,17 @@ def _wafer_image(wafer_map: np.ndarray, *, pixels: int = 400) -> np.ndarray:
     return image
 
 
-def _caption_wafer(sheet: Axes, predictions: Predictions, index: int, *, x: float, y: float, colour: str) -> None:
-    names, confidence = predictions.class_names, predictions.confidence[index]
-    share = ">99%" if confidence > 0.995 else f"{confidence:.0%}"  # a rounded 100% would claim certainty
-    lines = (
+def _caption(predictions: Predictions, index: int, colour: str) -> Caption:
+    names = predictions.class_names
+    return (
         (f"true {shorten(names[predictions.labels[index]], 18)}", INK),
         (f"predicted {shorten(names[predictions.predicted[index]], 18)}", colour),
-        (f"confidence {share}", MUTED),
+        (f"confidence {_percent(float(predictions.confidence[index]))}", MUTED),
     )
-    for number, (line, shade) in enumerate(lines):
-        sheet.text(x, y + 0.17 * number, line, fontsize=9, color=shade, ha="center", va="center")
+
+
+def _percent(share: float) -> str:
+    return ">99%" if share > 0.995 else f"{share:.0%}"  # a rounded 100% would claim certainty
 
 
 @theme()

@@ -1,0 +1,83 @@
+"""Wafer maps that are kept as images: a pixel a die, its brightness what became of the die."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from waferlab.data.maps import CLASS_NAMES, MAX_MAP_SIDE
+from waferlab.errors import DataError
+
+IMAGE_SUFFIXES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"}
+IMAGE_LEVELS = ("auto", "three", "binary")
+IMAGES_LOOKED_AT = 256  # to find out how a folder is to be read
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images that lie in a folder itself, by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def class_of_folder(name: str) -> str | None:
+    """The class that a folder's name means, as "edge_ring" does Edge-Ring; None if it means none."""
+    meant = name.lower().replace("_", "-").replace(" ", "-")
+    return next((one for one in CLASS_NAMES if one.lower() == meant), None)
+
+
+def choose_levels(files: Sequence[Path], levels: str) -> str:
+    """How images are read: `levels` itself, or for "auto" what some of the images, spread over all, look like.
+
+    Returns:
+        "three" if mid-greys are more than 5% of an image, else "binary".
+    """
+    if levels != "auto":
+        return levels
+    places = np.unique(np.linspace(0, len(files) - 1, min(len(files), IMAGES_LOOKED_AT)).astype(np.int64))
+    greys = (_read_grey(files[place]) for place in places)
+    return "three" if any(((grey > 63) & (grey < 192)).mean() > 0.05 for grey in greys) else "binary"
+
+
+def levels_in_words(levels: str) -> str:
+    """For people, what "three" and "binary" make of the pixels."""
+    how = {
+        "three": "three grey levels: below 64 no die, 64-191 pass, 192 and above fail",
+        "binary": "two levels: 128 and above fail, the rest pass, no die outside the inscribed ellipse",
+    }[levels]
+    return f"{how} (image_levels={levels!r})"
+
+
+def read_image(path: Path, levels: str) -> np.ndarray:
+    """The map, uint8 [rows, columns], that an image shows; `levels` is "three" or "binary".
+
+    Raises:
+        DataError: it is no image, or larger than a map may be.
+    """
+    return _three_levels(_read_grey(path)) if levels == "three" else _two_levels(_read_grey(path))
+
+
+def _read_grey(path: Path) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if max(image.size) > MAX_MAP_SIDE:
+                raise DataError(
+                    f"{path}: {image.size[0]}x{image.size[1]} pixels. At most {MAX_MAP_SIDE}: a pixel a die."
+                )
+            return np.asarray(image.convert("L"))
+    except (UnidentifiedImageError, OSError, ImportError) as error:  # ultralytics, once loaded, asks for a plugin
+        raise DataError(f"{path}: not a readable image ({error}). Remove it or save it as .png.") from error
+
+
+def _three_levels(grey: np.ndarray) -> np.ndarray:
+    return np.digitize(grey, (64, 192)).astype(np.uint8)
+
+
+def _two_levels(grey: np.ndarray) -> np.ndarray:
+    rows, columns = grey.shape
+    y, x = np.ogrid[:rows, :columns]
+    outside = ((y + 0.5) / rows * 2 - 1) ** 2 + ((x + 0.5) / columns * 2 - 1) ** 2 > 1
+    fails = grey >= 128
+    return np.where(fails, 2, np.where(outside, 0, 1)).astype(np.uint8)
