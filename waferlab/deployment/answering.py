@@ -54,6 +54,9 @@ class Answering:
         self.workers = len(os.sched_getaffinity(0))
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="predict")
         self.in_work, self.ready, sets = 0, False, predictor.sets
+        self.metrics.in_work.set_function(lambda: self.in_work)
+        if sets is not None:
+            sets.floors_at(coverage)  # raises where there are none
         kept = () if sets is None else zip(predictor.class_names, sets.promised(coverage), strict=True)
         self.about = {
             "model": {"name": predictor.name, "sha256": predictor.sha256},

@@ -35,6 +35,7 @@ class Metrics:
         self.disagreements = counter("wafer_shadow_disagreements", "Maps that the shadow gave another class")
         self.shadow_dropped = counter("wafer_shadow_dropped", "Maps that the shadow was too busy for")
         self.shadow_failures = counter("wafer_shadow_failures", "Requests at which the shadow failed")
+        self.in_work = prometheus.Gauge("wafer_in_work", "Requests read or answered now", registry=self.registry)
         self.seconds = prometheus.Histogram(
             "wafer_seconds", "From the head of a request to /predict to its answer", buckets=SECONDS,
             registry=self.registry,
