@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400, help="of each client in a turn")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="without MLflow's server beside it")
     parser.add_argument("--fuzz", type=int, metavar="N", help="send so many senseless requests instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -90,19 +91,23 @@ def untrained(path: Path) -> Path:
 
 def compare(model: Path, folder: Path, arguments: argparse.Namespace) -> dict:
     lot = one_lot(25, arguments.seed)
-    with started(ours(model)) as (_, port, seconds), started(mlflows(model, folder)) as (_, other, other_seconds):
-        ways = {}
+    ways, commands = {}, {"service": ours(model)}
+    if not arguments.alone:
+        commands["mlflow models serve"] = mlflows(model, folder)
+    with contextlib.ExitStack() as stack:
+        up = {name: stack.enter_context(started(command)) for name, command in commands.items()}
         for maps in (lot[:1], lot):
             as_lists = [one.tolist() for one in maps]
             asked = {
-                "service, .npy": (port, ("/predict", NPY, as_npy(maps))),
-                "service, JSON": (port, ("/predict", JSON, json.dumps({"maps": as_lists}).encode())),
-                "mlflow models serve": (other, ("/invocations", JSON, json.dumps({"inputs": as_lists}).encode())),
+                "service, .npy": ("/predict", NPY, as_npy(maps)),
+                "service, JSON": ("/predict", JSON, json.dumps({"maps": as_lists}).encode()),
+                "mlflow models serve": ("/invocations", JSON, json.dumps({"inputs": as_lists}).encode()),
             }
             for clients in arguments.clients:
-                for name, (at, request) in asked.items():
-                    way = (name, len(maps), clients)
-                    ways[way] = partial(latencies, at, request, clients=clients, requests=arguments.requests)
+                for name, request in asked.items():
+                    if (server := name.partition(",")[0]) in up:
+                        call = partial(latencies, up[server][1], request, clients=clients, requests=arguments.requests)
+                        ways[name, len(maps), clients] = call
         turns = take_warm_turns(ways, repeats=arguments.repeats)
     rows = [
         {"server": name, "maps": maps, "clients": clients}
@@ -113,12 +118,11 @@ def compare(model: Path, folder: Path, arguments: argparse.Namespace) -> dict:
     for row in rows:
         who = f"{row['server']}, {row['maps']} map(s), {row['clients']} client(s)"
         print(f"{who:46} p50 {row['p50_ms']:7.1f} ms, p99 {row['p99_ms']:7.1f} ms, {row['requests_a_second']:7.1f}/s")
-    start = {"service": round(seconds, 2), "mlflow models serve": round(other_seconds, 2)}
     return {
         "map_size": list(lot[0].shape),
         "requests_of_a_client": arguments.requests,
         "rows": rows,
-        "up_seconds": start,
+        "up_seconds": {name: round(seconds, 2) for name, (_, _, seconds) in up.items()},
     }
 
 

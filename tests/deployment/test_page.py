@@ -89,7 +89,7 @@ def test_maps_lie_as_in_the_file(page, tmp_path):
     one[3] = 0
     for name in ("lot.json", "lot.npy", "columns_first.npy"):
         page.set_input_files("#file", write(tmp_path, name, [wafer(0.4, (4, 6)), one]))
-        page.wait_for_function("document.querySelectorAll('#maps li').length === 2")
+        page.locator("#maps li").nth(1).wait_for()
         colour = "(canvas, [x, y]) => [...canvas.getContext('2d').getImageData(x, y, 1, 1).data.slice(0, 3)].join()"
         canvas = page.locator("#maps li canvas").nth(1)
         assert [canvas.evaluate(colour, place) for place in ([340, 50], [340, 150], [40, 50])] == [FAIL, PASS, PASS]
@@ -112,7 +112,7 @@ def test_what_is_refused_is_said_in_a_sentence_and_the_next_file_is_answered(pag
 
 
 def test_the_page_tells_the_model_and_what_it_does_not_promise(page):
-    page.wait_for_function("document.getElementById('about').textContent.includes('model.onnx')")
+    page.get_by_text("model.onnx").wait_for()
     assert "90% of each class's maps (no promise for Near-full)" in page.locator("#about").inner_text()
 
 

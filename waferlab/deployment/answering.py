@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -26,7 +27,8 @@ from waferlab.deployment.request_maps import RefusedRequest, maps_from_body, rea
 from waferlab.deployment.shadow import Metrics, Shadow
 
 THREADS = 1  # of a predictor that is served: two threads that wait for one another are slower than two calls
-PIECE = 16  # maps in one call
+PIECE = 16  # maps in one call at the most
+WORTH_SHARING = 4  # maps; so few are left to one call
 MAX_IN_WORK = 16  # requests that are read or answered at a time; further ones are told to come again
 LOG = logging.getLogger(__name__)
 
@@ -107,9 +109,11 @@ class Answering:
         loop, answers = asyncio.get_running_loop(), []
         at_once = PIECE * self.workers
         for start in range(0, len(maps), at_once):  # no more, so that others get their turn in between
-            pieces = (maps[i : min(i + PIECE, start + at_once)] for i in range(start, start + at_once, PIECE))
-            calls = (loop.run_in_executor(self.pool, self._ask, piece) for piece in pieces if piece)
-            answers += [answer for some in await asyncio.gather(*calls) for answer in some]
+            some = maps[start : start + at_once]
+            size = max(WORTH_SHARING, math.ceil(len(some) / self.workers))
+            pieces = (some[i : i + size] for i in range(0, len(some), size))
+            calls = (loop.run_in_executor(self.pool, self._ask, piece) for piece in pieces)
+            answers += [answer for of_piece in await asyncio.gather(*calls) for answer in of_piece]
         return answers
 
     def _ask(self, maps: list[np.ndarray]) -> list[dict[str, Any]]:

@@ -92,9 +92,8 @@ def serve(
         app = create_app(predictor, coverage=coverage, shadow=shadow)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=128)
-        listening.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-        )  # else an answer's body waits 40 ms for its head
+        # asyncio forgets this for sockets that it has not made: the body of an answer would wait 40 ms for its head.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except ValueError as error:
         raise UserError(str(error)) from error
     except (OSError, OverflowError) as error:
