@@ -362,6 +362,25 @@ def tracking_cost(record: dict) -> list[str]:
     )  # fmt: skip
 
 
+def serving(record: dict) -> list[str]:
+    table = rows(
+        "server, maps in a request, clients, p50 (ms), p99 (ms), requests a second",
+        [[r["server"], str(r["maps"]), str(r["clients"]),
+          *(f"{r[key]:.1f}" for key in ("p50_ms", "p99_ms", "requests_a_second"))] for r in record["rows"]],
+    )  # fmt: skip
+    up = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record["up_seconds"].items())
+    return [*table, "", f"Maps of {record['map_size'][0]}x{record['map_size'][1]}. Until a server is up: {up}."]
+
+
+def serving_fuzz(record: dict) -> list[str]:
+    statuses = ", ".join(f"{status}: {number:,}" for status, number in record["statuses"].items())
+    memory = f"{record['memory_mib'][0]}, {max(record['memory_mib'])}, {record['memory_mib'][-1]}"
+    return rows(
+        "senseless requests, answers by status, then answered as before, memory before; highest; after (MiB)",
+        [[f"{record['fuzzed']:,}", statuses, f"{record['answered_after_each']:,}", memory]],
+    )
+
+
 def image_sizes(runs: list[dict]) -> list[str]:
     table = rows(
         "pixels, validation F1, test F1, of odd groups, epochs, latency (ms)",
@@ -484,6 +503,8 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "quick_start": quick_start,
     "image_sizes": image_sizes,
     "tracking_cost": tracking_cost,
+    "serving": serving,
+    "serving_fuzz": serving_fuzz,
     "scale": scale,
     "wafer_pretraining": pretraining,
     "pruning": pruning,

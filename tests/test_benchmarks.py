@@ -387,6 +387,21 @@ def test_tracking_cost_compares_tracked_with_untracked_and_times_the_storage(tin
     assert 0 < turn["storage_seconds"] < turn["search_seconds"] < turn["wall_seconds"]
 
 
+def test_serving_is_timed_and_fuzzed(tmp_path):
+    from deployment.made_up_model import write_model
+
+    model, output = write_model(tmp_path / "model.onnx"), tmp_path / "serving.json"
+    flags = ("--requests", 2, "--clients", 1, 2, "--repeats", 1, "--alone")
+    run("serving.py", "--model", model, *flags, "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert {(row["maps"], row["clients"]) for row in rows} == {(1, 1), (1, 2), (25, 1), (25, 2)}
+    assert len({row["server"] for row in rows}) == 2 and all(0 < row["p50_ms"] <= row["p99_ms"] for row in rows)
+    run("serving.py", "--model", model, "--fuzz", 40, "--output", output)
+    record = json.loads(output.read_text())
+    assert record["answered_after_each"] == sum(record["statuses"].values()) == 40
+    assert {*record["statuses"]} <= {"200", "400", "413", "415", "422"} and len(record["memory_mib"]) == 11
+
+
 def test_wafer_pretraining_compares_both_starts_on_the_same_few_maps(tiny_npz, tmp_path):
     from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
     from waferlab.training.pretraining import pretrain
