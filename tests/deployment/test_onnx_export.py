@@ -31,13 +31,12 @@ def model_of(model_type):
 
 
 @pytest.mark.parametrize("model_type", [*ExperimentConfig().model_types(), "vision_transformer"])
-def test_the_file_answers_as_the_model_does_for_maps_of_all_sizes(model_type, tiny_npz, tmp_path):
+def test_the_file_answers_as_the_model_does_for_maps_of_all_sizes(model_type, tiny_npz, exported):
     model, maps = model_of(model_type), load_wafer_maps(tiny_npz)
     some = [maps[i] for i in range(0, len(maps), 9)]
     assert len({one.shape for one in some}) > 3
     expected = predict_probabilities(model, resize_maps(maps, 32)[::9])
-    file = export_onnx(model, tmp_path / "model.onnx", image_size=32)
-    answered = Predictor(file).probabilities(some)
+    answered = Predictor(exported(model_type)).probabilities(some)
     np.testing.assert_allclose(answered, expected, atol=1e-4)
     assert (answered.argmax(1) == expected.argmax(1)).mean() > 0.98
     np.testing.assert_allclose(answered.sum(1), 1, atol=1e-5)
