@@ -1,5 +1,6 @@
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,20 @@ def tiny_npz(tmp_path, tiny_arrays):
     path = tmp_path / "tiny.npz"
     np.savez(path, **tiny_arrays)
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A function from a model type to the file that `test_onnx_export.model_of` gives for 32 pixels."""
+    from deployment.test_onnx_export import model_of
+
+    from waferlab.deployment.onnx_export import export_onnx
+
+    @cache
+    def export(model_type):
+        return export_onnx(model_of(model_type), tmp_path_factory.mktemp(model_type) / "model.onnx", image_size=32)
+
+    return export
 
 
 def tiny_settings(tiny_npz, tmp_path, **more):

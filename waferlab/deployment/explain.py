@@ -78,6 +78,32 @@ class Explainer:
         return self._session.run(["relevance"], {"maps": np.ascontiguousarray(one_map)[None], "wanted": wanted})[0]
 
 
+def explain_maps(predictor: Predictor, maps: Sequence[np.ndarray], *, folder: Path) -> list[Path]:
+    """Draws what the predictor looked at, for the likeliest class of each map; several maps to a page (PNG).
+
+    Returns:
+        The pages: relevance_1.png, relevance_2.png and so on.
+
+    Raises:
+        ModelError: the network cannot be explained.
+        ValueError: a map is none; see `Predictor.predict`.
+    """
+    from waferlab.reports.explain_figures import plot_relevance
+
+    explainer, probabilities = Explainer(predictor), predictor.probabilities(maps)
+    pages = []
+    for start in range(0, len(maps), MAPS_A_PAGE):
+        some, chances = maps[start : start + MAPS_A_PAGE], probabilities[start : start + MAPS_A_PAGE]
+        path = folder / f"relevance_{len(pages) + 1}.png"
+        relevance = [explainer.relevance(one, int(row.argmax())) for one, row in zip(some, chances, strict=True)]
+        captions = [
+            (predictor.class_names[row.argmax()], f"map {start + number}", float(row.max()))
+            for number, row in enumerate(chances)
+        ]
+        pages.append(plot_relevance(some, relevance, captions, path=path, title=f"What {predictor.name} looked at"))
+    return pages
+
+
 def _views(one_map: np.ndarray) -> Iterator[np.ndarray]:
     """The eight views of a map in the order of `waferlab.data.images.symmetries`."""
     for turned in (np.rot90(one_map, quarter) for quarter in range(4)):
@@ -115,7 +141,7 @@ def with_relevance(model: onnx.ModelProto, image_size: int) -> onnx.ModelProto:
 
 
 def _explained_layer(backward: Backward, logits: str, *, smallest: float) -> str:
-    """The last activation [N, C, h, w], h and w at least so many, without which nothing of the map gets to the logits."""
+    """The last activation [N, C, h, w] of so many pixels a side that all ways from map to logits go through."""
     nodes = backward.model.graph.node
     (images,) = (one.name for one in backward.model.graph.input)
     for node in reversed(nodes):

@@ -251,7 +251,7 @@ def _max_pool(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[
 
 RULES: dict[str, Rule] = {
     "Add": _add, "AveragePool": _average_pool, "Concat": _concat, "Conv": _conv, "Div": _div, "Flatten": _reshape,
-    "Gemm": _gemm, "Identity": _identity, "MatMul": _matmul, "MaxPool": _max_pool, "Mul": _mul, "ReduceMax": _reduce_max, "ReduceMean": _reduce_mean,
-    "Relu": _relu, "Reshape": _reshape, "Sigmoid": _sigmoid, "Softmax": _softmax, "Split": _split,
-    "Transpose": _transpose,
+    "Gemm": _gemm, "Identity": _identity, "MatMul": _matmul, "MaxPool": _max_pool, "Mul": _mul,
+    "ReduceMax": _reduce_max, "ReduceMean": _reduce_mean, "Relu": _relu, "Reshape": _reshape, "Sigmoid": _sigmoid,
+    "Softmax": _softmax, "Split": _split, "Transpose": _transpose,
 }  # fmt: skip
