@@ -10,15 +10,17 @@ import onnx.parser
 import pytest
 import torch
 from deployment.test_onnx_export import model_of
+from made_up_predictions import assert_is_a_picture
 from torch import nn
 
 from waferlab.config import ExperimentConfig
 from waferlab.data.images import encode, resize_dies, symmetries
-from waferlab.deployment.explain import Explainer
+from waferlab.deployment.explain import Explainer, explain_maps
 from waferlab.deployment.onnx_export import export_onnx
 from waferlab.deployment.predictor import Predictor
 from waferlab.errors import ModelError
 from waferlab.evaluation.decision import Decision
+from waferlab.evaluation.deletion import area_between, deletion_curves
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAYERS = {  # where the side is a quarter of the image's for the last time
@@ -163,6 +165,21 @@ def test_a_network_that_cannot_be_explained_is_named_with_the_reason_and_the_rem
 def test_a_map_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Wanted: "):
         explainer(write_corner(tmp_path / "model.onnx")).relevance(np.full((3, 3), 7, dtype=np.uint8), 0)
+
+
+def test_dies_taken_away_by_relevance_cost_the_answer_more_than_dies_at_random(tmp_path):
+    predictor, one_map = Predictor(write_corner(tmp_path / "model.onnx")), some_map(16, 16)
+    relevance = Explainer(predictor).relevance(one_map, 1)
+    by_relevance, at_random = deletion_curves(predictor.probabilities, one_map, relevance, 1)
+    assert area_between(by_relevance, at_random) > 0.1
+
+
+def test_maps_are_drawn_with_what_spoke_for_their_class_a_dozen_to_a_page(tmp_path):
+    maps = [some_map(16, 16, seed=seed) for seed in range(13)]
+    pages = explain_maps(Predictor(write_corner(tmp_path / "model.onnx")), maps, folder=tmp_path / "pages")
+    assert [page.name for page in pages] == ["relevance_1.png", "relevance_2.png"]
+    for page in pages:
+        assert_is_a_picture(page)
 
 
 def test_explaining_needs_no_torch():

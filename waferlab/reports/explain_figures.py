@@ -16,7 +16,6 @@ from matplotlib.patches import Patch
 
 from waferlab.reports.style import (
     FAIL_COLOUR,
-    INK,
     MUTED,
     PALETTE,
     PASS_COLOUR,
@@ -101,7 +100,7 @@ def plot_deletion(
     """
     columns = min(3, len(classes))
     rows = math.ceil(len(classes) / columns)
-    figure = new_figure(4.2 * columns + 0.4, 2.75 * rows + 1.5, title)
+    figure = new_figure(4.2 * columns + 0.4, 2.9 * rows + 1.4, title)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     colours = {"most relevant first": FAIL_COLOUR, "at random": MUTED}
     for axes, (name, found) in zip(panels.flat, classes.items(), strict=False):
@@ -109,17 +108,17 @@ def plot_deletion(
         axes.fill_between(shares, found["by_relevance"], found["at_random"], color=PALETTE[4], alpha=0.18, linewidth=0)
         axes.plot(shares, found["at_random"], color=MUTED, linewidth=2)
         axes.plot(shares, found["by_relevance"], color=FAIL_COLOUR, linewidth=2.5)
-        style(axes, "", grid="y")
+        style(axes, "failing dies made to pass (%)" if axes.get_subplotspec().is_last_row() else "", grid="y")
         axes.set(xlim=(0, 100), ylim=(0, 1.02))
-        axes.set_title(f"{name} ({found['maps']} maps, {found['lots']} lots)", loc="left")
         interval = found["area_interval"]
-        bounds = "one lot" if interval is None else "{:+.2f} to {:+.2f}".format(*interval)
-        text = f"area {found['area']:+.2f}\n({bounds})".replace("-", "−")
-        axes.text(0.97, 0.94, text, transform=axes.transAxes, ha="right", va="top", fontsize=10, color=INK)
+        bounds = "one lot, no interval" if interval is None else "{:+.2f} to {:+.2f}".format(*interval)
+        axes.set_title(f"{name}: {found['area']:+.2f} ({bounds})".replace("-0.", "−0."), loc="left", pad=18)
+        axes.text(0, 1.03, f"{found['maps']} maps, {found['lots']} lots", transform=axes.transAxes, color=MUTED)
     for axes in panels.flat[len(classes) :]:
         axes.set_axis_off()
-    figure.supxlabel("failing dies made to pass (%)", fontsize=11)
     figure.supylabel("mean probability of the predicted class", fontsize=11)
-    between = Line2D([], [], color=PALETTE[4], alpha=0.4, linewidth=8, label="area between (95% interval over lots)")
+    between = Line2D(
+        [], [], color=PALETTE[4], alpha=0.4, linewidth=8, label="area between, in the titles (95% interval over lots)"
+    )
     legend_below(figure, colours, between)
     return save(figure, path)

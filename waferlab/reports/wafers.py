@@ -37,7 +37,7 @@ def die_colours(wafer_map: np.ndarray, passed: str = PASS_COLOUR, failed: str = 
 
 
 def wafer_image(dies: np.ndarray, *, pixels: int = 400) -> np.ndarray:
-    """Dies uint8 [rows, columns, 4] as a picture [pixels, pixels, 4], with streets between dies that are large enough."""
+    """Dies uint8 [rows, columns, 4] as a picture [pixels, pixels, 4], with streets between dies of some size."""
     rows, columns = (np.flatnonzero(dies[..., 3].any(axis=axis)) for axis in (1, 0))
     if len(rows):  # some sources pad their maps; the circle is that of the dies
         dies = dies[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
