@@ -1,6 +1,5 @@
 import os
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +37,23 @@ def tiny_npz(tmp_path, tiny_arrays):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """A function from a model type to the file that `test_onnx_export.model_of` gives for 32 pixels."""
+    """A function from a model type to the file that `test_onnx_export.model_of` gives for 32 pixels.
+
+    Exporting takes longer than most tests, so all that run side by side share these files.
+    """
     from deployment.test_onnx_export import model_of
+    from filelock import FileLock
 
     from waferlab.deployment.onnx_export import export_onnx
 
-    @cache
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    folder.mkdir(exist_ok=True)
+
     def export(model_type):
-        return export_onnx(model_of(model_type), tmp_path_factory.mktemp(model_type) / "model.onnx", image_size=32)
+        file = folder / model_type / "model.onnx"
+        with FileLock(folder / f"{model_type}.lock"):
+            return file if file.exists() else export_onnx(model_of(model_type), file, image_size=32)
 
     return export
 

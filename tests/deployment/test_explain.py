@@ -70,40 +70,37 @@ def test_relevance_is_what_pytorchs_own_gradients_give(model_type, exported):
     assert_close(found, expected)
 
 
-def test_views_in_the_file_and_classes_that_are_left_out_change_nothing_of_it(exported, tmp_path):
-    model, one_map, decision = model_of("lightning_cnn"), some_map(30, 37), Decision(views=8, left_out=(0, 3))
-    file = export_onnx(model, tmp_path / "model.onnx", image_size=32, decision=decision)
-    assert_close(explainer(file).relevance(one_map, 2), explainer(exported("lightning_cnn")).relevance(one_map, 4))
-
-
 class Mixture(nn.Module):
     """What networks of others are made of: pools that overlap or leave a rest, branches, attention, broadcasts."""
 
     def __init__(self):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU())
-        self.strided = nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=3, dilation=2)
-        self.pools = nn.ModuleList(
-            [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(2, ceil_mode=True)]
+        self.coarser = nn.ModuleList(  # from 17 pixels to 4, less than a quarter
+            [
+                nn.Conv2d(6, 6, 3, stride=5, padding=2, groups=3, dilation=2),
+                nn.MaxPool2d(7, 5, 3),
+                nn.AvgPool2d(7, 5, 3, count_include_pad=False),
+                nn.AvgPool2d(5, ceil_mode=True),
+            ]
         )
         self.linear = nn.Linear(24, 9)
 
     def forward(self, images):
         first = self.first(images)
-        pooled = [pool(first) for pool in self.pools]
-        together = torch.cat([*pooled, nn.functional.pad(self.strided(first), (0, 1, 0, 1))], 1)
+        together = torch.cat([layer(first) for layer in self.coarser], 1)
         pixels = together.flatten(2)
         seen = (pixels.transpose(1, 2) @ pixels / 9).softmax(-1)
         attended = (pixels @ seen).reshape(together.shape) * together.mean((2, 3), keepdim=True).sigmoid()
         return self.linear(attended.amax((2, 3)) + together.mean((2, 3)))
 
 
-def test_networks_of_other_kinds_are_explained_too(tmp_path):
+def test_networks_of_other_kinds_are_explained_too_with_views_in_the_file_and_classes_left_out(tmp_path):
     torch.manual_seed(0)
-    model, one_map = Mixture().eval(), some_map(21, 21)
-    file = export_onnx(model, tmp_path / "model.onnx", image_size=17)
-    found = explainer(file).relevance(one_map, 7)
-    assert_close(found, upsampled(by_torch(model, model.first, one_map, output=7, image_size=17), one_map))
+    model, one_map, decision = Mixture().eval(), some_map(21, 24), Decision(views=8, left_out=(0, 3))
+    file = export_onnx(model, tmp_path / "model.onnx", image_size=17, decision=decision)
+    expected = by_torch(model, model.first, one_map, output=4, image_size=17)
+    assert_close(explainer(file).relevance(one_map, 2), upsampled(expected, one_map))
 
 
 def test_a_wafer_turned_has_its_relevance_turned(exported):
@@ -171,7 +168,7 @@ def test_dies_taken_away_by_relevance_cost_the_answer_more_than_dies_at_random(t
     predictor, one_map = Predictor(write_corner(tmp_path / "model.onnx")), some_map(16, 16)
     relevance = Explainer(predictor).relevance(one_map, 1)
     by_relevance, at_random = deletion_curves(predictor.probabilities, one_map, relevance, 1)
-    assert area_between(by_relevance, at_random) > 0.1
+    assert area_between(by_relevance, at_random) > 0.3 * (by_relevance[0] - by_relevance[-1])
 
 
 def test_maps_are_drawn_with_what_spoke_for_their_class_a_dozen_to_a_page(tmp_path):

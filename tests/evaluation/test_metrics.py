@@ -296,7 +296,5 @@ def test_the_mean_over_maps_varies_as_lots_do():
     mean, (low, high) = mean_over_lots(alone, lots)  # with one map a lot, it is the t interval
     half = stats.t.ppf(0.975, 3) * alone.std(ddof=1) / 2
     np.testing.assert_allclose([mean, low, high], [alone.mean(), alone.mean() - half, alone.mean() + half])
-    np.testing.assert_allclose(
-        mean_over_lots(alone.repeat(5), lots.repeat(5))[1], [low, high]
-    )  # copies say nothing new
+    np.testing.assert_allclose(mean_over_lots(alone.repeat(5), lots.repeat(5))[1], [low, high])
     assert mean_over_lots(alone, np.zeros(4)) == (mean, None)
