@@ -180,5 +180,6 @@ def test_maps_are_drawn_with_what_spoke_for_their_class_a_dozen_to_a_page(tmp_pa
 
 
 def test_explaining_needs_no_torch():
-    code = "import sys, waferlab.deployment.explain; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
+    code = "import sys, waferlab.deployment.explain, waferlab.reports.explain_figures;"
+    code += "sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
