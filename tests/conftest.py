@@ -13,17 +13,25 @@ from waferlab.data.generator import generate_wafer_maps  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def tiny_arrays():
-    """40 generated maps a class, in the arrays of the .npz layout."""
-    from waferlab.data.maps import CLASS_NAMES, pack_maps
+def tiny_maps():
+    """40 generated maps a class."""
+    from waferlab.data.maps import pack_maps
 
     drawn, labels, lots = generate_wafer_maps(40, seed=5)
-    maps = pack_maps(drawn, labels, groups=lots, source="tiny")
+    return pack_maps(drawn, labels, groups=lots, source="tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_arrays(tiny_maps):
+    """The tiny maps in the arrays of the .npz layout."""
+    from waferlab.data.maps import CLASS_NAMES
+
+    maps = tiny_maps
     return {
         "maps_flat": maps.maps_flat,
         "offsets": maps.offsets,
         "shapes": maps.shapes.astype(np.int16),
-        "labels": np.array(CLASS_NAMES)[labels],
+        "labels": np.array(CLASS_NAMES)[maps.labels],
         "group": maps.groups.astype(np.int32),
     }
 
@@ -33,6 +41,32 @@ def tiny_npz(tmp_path, tiny_arrays):
     path = tmp_path / "tiny.npz"
     np.savez(path, **tiny_arrays)
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, tiny_maps):
+    """A function from a model type to the file that `test_onnx_export.model_of` gives for 32 pixels, half sure.
+
+    Exporting takes longer than most tests, so all that run side by side share these files.
+    """
+    from deployment.test_onnx_export import half_sure, model_of
+    from filelock import FileLock
+
+    from waferlab.deployment.onnx_export import export_onnx
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    folder.mkdir(exist_ok=True)
+
+    def export(model_type):
+        file = folder / model_type / "model.onnx"
+        with FileLock(folder / f"{model_type}.lock"):
+            if not file.exists():
+                model = model_of(model_type)
+                export_onnx(model, file, image_size=32, decision=half_sure(model, tiny_maps))
+            return file
+
+    return export
 
 
 def tiny_settings(tiny_npz, tmp_path, **more):

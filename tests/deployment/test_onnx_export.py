@@ -30,14 +30,19 @@ def model_of(model_type):
     return model
 
 
+def half_sure(model, maps):
+    """A decision with which half of the maps are answered by one view."""
+    of_one_view = predict_probabilities(model, resize_maps(maps, 32)[::9])
+    return Decision(views=8, sure_at=float(np.median(of_one_view.max(1))), temperature=0.7)
+
+
 @pytest.mark.parametrize("model_type", [*ExperimentConfig().model_types(), "vision_transformer"])
-def test_the_file_answers_as_the_checkpoint_does_for_maps_of_all_sizes(model_type, tiny_npz, tmp_path):
+def test_the_file_answers_as_the_checkpoint_does_for_maps_of_all_sizes(model_type, tiny_npz, exported):
     model, maps = model_of(model_type), load_wafer_maps(tiny_npz)
     some, images = [maps[i] for i in range(0, len(maps), 9)], resize_maps(maps, 32)[::9]
     assert len({one.shape for one in some}) > 3
-    of_one_view = predict_probabilities(model, images)
-    decision = Decision(views=8, sure_at=float(np.median(of_one_view.max(1))), temperature=0.7)
-    predictor = Predictor(export_onnx(model, tmp_path / "model.onnx", image_size=32, decision=decision))
+    decision, of_one_view = half_sure(model, maps), predict_probabilities(model, images)
+    predictor = Predictor(exported(model_type))
     expected = predict_probabilities(model, images, decision)
     answered, features = predictor.outputs(some)
     np.testing.assert_allclose(answered, expected, atol=1e-4)

@@ -15,7 +15,7 @@ from made_up_predictions import CLASSES, from_hits, make_predictions
 from scipy import stats
 from sklearn import metrics as sk
 
-from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics
+from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics, mean_over_lots
 from waferlab.evaluation.predictions import Predictions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,3 +288,13 @@ def test_evaluation_knows_nothing_of_training_and_its_import_is_light():
     own = {"integrated_pipeline", "simple_model"}
     assert not loaded & (heavy | own)
     assert "matplotlib.pyplot" not in output
+
+
+def test_the_mean_over_maps_varies_as_lots_do():
+    rng, lots = np.random.default_rng(0), np.array([3, 9, 12, 40])
+    alone = rng.normal(size=4)
+    mean, (low, high) = mean_over_lots(alone, lots)  # with one map a lot, it is the t interval
+    half = stats.t.ppf(0.975, 3) * alone.std(ddof=1) / 2
+    np.testing.assert_allclose([mean, low, high], [alone.mean(), alone.mean() - half, alone.mean() + half])
+    np.testing.assert_allclose(mean_over_lots(alone.repeat(5), lots.repeat(5))[1], [low, high])
+    assert mean_over_lots(alone, np.zeros(4)) == (mean, None)

@@ -11,7 +11,6 @@ from made_up_predictions import CLASSES, LONG_NAME, RESULTS, assert_is_a_picture
 from waferlab.evaluation.predictions import Predictions
 from waferlab.reports.run_figures import (
     _pick_samples,
-    _wafer_image,
     plot_confusion_matrix,
     plot_model_comparison,
     plot_risk_coverage,
@@ -19,6 +18,7 @@ from waferlab.reports.run_figures import (
     plot_training_history,
 )
 from waferlab.reports.style import FAIL_COLOUR, PASS_COLOUR
+from waferlab.reports.wafers import die_colours, wafer_image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +65,7 @@ def test_samples_show_every_class_once_and_the_most_confident_errors_first():
 def test_wafer_image_keeps_the_dies_and_nothing_else():
     wafer_map = np.zeros((6, 7), dtype=np.uint8)  # padded: the dies are the 3 x 2 block
     wafer_map[1:4, 2:4] = [[1, 2], [1, 0], [2, 1]]
-    image = _wafer_image(wafer_map)
+    image = wafer_image(die_colours(wafer_map))
     rows, columns = (image.shape[0] * np.array([1, 3, 5]) // 6, image.shape[1] * np.array([1, 3]) // 4)
     passed, failed = (bytes.fromhex(c[1:]) + b"\xff" for c in (PASS_COLOUR, FAIL_COLOUR))
     centres = [[bytes(image[row, column]) for column in columns] for row in rows]

@@ -100,8 +100,9 @@ def export_onnx(
 
     decision = decision or Decision()
     program = _traced(RawMapClassifier(model, image_size, decision).eval())
-    answered = [class_names[label] for label in decision.answered(len(class_names))]
-    about = {"class_names": json.dumps(answered), "contract": CONTRACT, "image_size": str(image_size)}
+    answered = decision.answered(len(class_names))
+    about = {"class_names": json.dumps([class_names[label] for label in answered]), "answered": json.dumps(answered)}
+    about |= {"contract": CONTRACT, "image_size": str(image_size)}
     # The features stay in the graph, by name: whoever asks for them has them computed out of it, and nobody else.
     about["features"] = program.model.graph.outputs.pop().name
     ClearMetadataAndDocStringPass()(program.model)

@@ -91,7 +91,7 @@ class Predictor:
         self.path = Path(path)
         self.name = name or self.path.name
         self._threads = threads
-        self._session = self._open(self.path)
+        self._session = self.open(self.path)
         about = self._session.get_modelmeta().custom_metadata_map
         try:
             self.class_names = tuple(json.loads(about["class_names"]))
@@ -198,9 +198,14 @@ class Predictor:
             raise ValueError(f"{self.path} does not say where its features are. Export the model anew.")
         model = onnx.load(self.path)
         model.graph.output.append(onnx.ValueInfoProto(name=self.about["features"]))
-        return self._open(model.SerializeToString())
+        return self.open(model.SerializeToString())
 
-    def _open(self, model: Path | bytes) -> Any:
+    def open(self, model: Path | bytes) -> Any:
+        """A session of ONNX Runtime with this predictor's threads, of a file or a graph made of it.
+
+        Raises:
+            ValueError: ONNX Runtime does not take it.
+        """
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its Linux builds would collect, too
         import onnxruntime
 

@@ -223,6 +223,26 @@ def ratio_intervals(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
     return np.where((n_lots > 1)[:, None], intervals, np.nan)
 
 
+def mean_over_lots(values: np.ndarray, groups: np.ndarray) -> tuple[float, list[float] | None]:
+    """The mean of a number of each map, float64 [N], and its 95% interval: the jackknife over lots.
+
+    Args:
+        values: one a map, far from bounds.
+        groups: int64 [N], the lots.
+
+    Returns:
+        The mean, and [low, high]; None if all maps are of one lot.
+    """
+    lots, lot = np.unique(groups, return_inverse=True)
+    mean, n_lots = float(values.mean()), len(lots)
+    if n_lots < 2:
+        return mean, None
+    sums, counts = np.bincount(lot, weights=values), np.bincount(lot)
+    without = (values.sum() - sums) / (len(values) - counts)
+    half = float(_t_quantile(n_lots) * _jackknife_error(mean, without))
+    return mean, [mean - half, mean + half]
+
+
 def _calibration_interval(error: float, without: np.ndarray) -> list[float]:
     """95% interval of a calibration error: a t interval, lengthened downwards by the jackknife's estimate of the bias.
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, Patch
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from waferlab.evaluation.metrics import divide
@@ -27,7 +27,6 @@ from waferlab.reports.style import (
     MUTED,
     PALETTE,
     PASS_COLOUR,
-    WAFER_COLOUR,
     draw_estimate,
     legend_below,
     model_colours,
@@ -40,6 +39,7 @@ from waferlab.reports.style import (
     wrap,
     wrap_name,
 )
+from waferlab.reports.wafers import draw_wafer
 
 TILES_IN_A_ROW = 6
 Caption = Sequence[tuple[str, str]]  # lines, each with its colour
@@ -173,7 +173,7 @@ def _draw_sheet(title: str, sections: Sequence[tuple[str, str, Sequence[Tile]]])
         for position, (wafer_map, caption) in enumerate(tiles):
             row, column = divmod(position, TILES_IN_A_ROW)
             x, y = 0.15 + (column + 0.5) * tile_width, top + heading + row * tile_height + 0.85
-            _draw_wafer(sheet, np.asarray(wafer_map), x=x, y=y, radius=0.83)
+            draw_wafer(sheet, np.asarray(wafer_map), x=x, y=y, radius=0.83)
             for number, (line, shade) in enumerate(caption):
                 sheet.text(x, y + 1.03 + 0.17 * number, line, fontsize=9, color=shade, ha="center", va="center")
         top += heading + math.ceil(len(tiles) / TILES_IN_A_ROW) * tile_height
@@ -190,29 +190,6 @@ def _pick_samples(predictions: Predictions, *, limit: int, seed: int) -> tuple[l
     errors = np.flatnonzero(~hit)
     wrong = errors[np.argsort(-predictions.confidence[errors], kind="stable")][:limit]
     return right, wrong.tolist()
-
-
-def _draw_wafer(sheet: Axes, wafer_map: np.ndarray, *, x: float, y: float, radius: float) -> None:
-    """A round wafer with its dies as cells: dies are rarely square, so rows and columns are stretched to the circle."""
-    sheet.add_patch(Circle((x, y), radius * 1.04, facecolor="none", edgecolor=WAFER_COLOUR, linewidth=0.9))
-    extent = (x - radius, x + radius, y + radius, y - radius)
-    sheet.imshow(_wafer_image(wafer_map), extent=extent, aspect="auto", interpolation="antialiased", zorder=2)
-
-
-def _wafer_image(wafer_map: np.ndarray, *, pixels: int = 400) -> np.ndarray:
-    """RGBA picture of a map, uint8 [pixels, pixels, 4]: transparent off the dies and, if large, between them."""
-    rows, columns = np.flatnonzero(wafer_map.any(axis=1)), np.flatnonzero(wafer_map.any(axis=0))
-    if len(rows):  # some sources pad their maps; the circle is that of the dies
-        wafer_map = wafer_map[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    colours = np.zeros((3, 4), dtype=np.uint8)
-    for value, colour in ((1, PASS_COLOUR), (2, FAIL_COLOUR)):
-        colours[value] = [*bytes.fromhex(colour[1:]), 255]
-    y, x = (((np.arange(pixels) + 0.5) * size / pixels) for size in wafer_map.shape)
-    image = colours[wafer_map[np.ix_(y.astype(np.int64), x.astype(np.int64))]]
-    if max(wafer_map.shape) <= 64:  # streets between smaller dies would be thinner than a pixel of the figure
-        image[np.abs(y % 1 - 0.5) > 0.43] = 0
-        image[:, np.abs(x % 1 - 0.5) > 0.43] = 0
-    return image
 
 
 def _caption(predictions: Predictions, index: int, colour: str) -> Caption:
