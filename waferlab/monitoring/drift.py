@@ -102,9 +102,7 @@ class Drift:
         return next(one for one in self.signals if one.key == key)
 
 
-def compare(
-    reference: Reference, batch: Sample, *, permutations: int = PERMUTATIONS, seed: int = 0
-) -> Drift:
+def compare(reference: Reference, batch: Sample, *, permutations: int = PERMUTATIONS, seed: int = 0) -> Drift:
     """Tests a batch against the validation part.
 
     Args:
@@ -128,7 +126,9 @@ def compare(
     enough = min(n_batch, n_reference) >= LEAST_LOTS
     deals = _deal(n_batch, n_reference, permutations if enough else 0, rng)
     found = {key: _distances(key, table, deals) for key, table in tables.items()}
-    columns = [replace(_signal("scores", found["scores"][:, i]), key=name) for i, name in enumerate(reference.class_names)]
+    columns = [
+        replace(_signal("scores", found["scores"][:, i]), key=name) for i, name in enumerate(reference.class_names)
+    ]
     columns = _corrected(columns)
     signals = [_worst(columns), *(_signal(key, found[key][:, 0]) for key in SIGNALS if key != "scores")]
     signals = _corrected(signals)

@@ -191,7 +191,9 @@ class Reference:
         }  # fmt: skip
         held = {name: (getattr(sample, name).dtype.kind, getattr(sample, name).shape) for name in wanted}
         wanted |= {"labels": ("i", (n,)), "training_counts": ("i", (c,))}
-        held |= {name: (getattr(self, name).dtype.kind, getattr(self, name).shape) for name in wanted if name not in held}
+        held |= {
+            name: (getattr(self, name).dtype.kind, getattr(self, name).shape) for name in wanted if name not in held
+        }
         if wrong := [name for name in wanted if held[name] != wanted[name]]:
             raise ValueError(f"{wrong[0]} are {held[wrong[0]]}, wanted {wanted[wrong[0]]}")
         if n == 0 or sample.features.ndim != 2 or not all(isinstance(name, str) for name in self.class_names):
