@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,15 +175,13 @@ def _as_p(p: float | None) -> str:
     return text if text.startswith("<") else f"= {text}"
 
 
-def _new_grids(reference: Sample, batch: Sample, *, most: int = 8) -> list[dict[str, Any]]:
-    """Die grids of the batch that the validation part has no map of, the commonest first."""
-    grids, counts = np.unique(batch.grids, axis=0, return_counts=True)
-    known = {tuple(grid) for grid in reference.grids.tolist()}
-    new = [
-        (count, grid) for grid, count in zip(grids.tolist(), counts.tolist(), strict=True) if tuple(grid) not in known
-    ]
-    new.sort(key=lambda one: -one[0])
-    return [{"grid": f"{rows} x {columns}", "maps": count} for count, (rows, columns) in new[:most]]
+def _new_grids(reference: Sample, batch: Sample, *, most: int = 8) -> list[str]:
+    """Die grids of the batch that the validation part has no map of, the commonest first, with their number of maps."""
+    known = set(map(tuple, reference.grids.tolist()))
+    counts = Counter(grid for grid in map(tuple, batch.grids.tolist()) if grid not in known)
+    rest = f"{len(counts) - most} more" if len(counts) > most else ""
+    listed = [f"{rows} x {columns} ({n:,})" for (rows, columns), n in counts.most_common(most)]
+    return [*listed, *([rest] if rest else [])]
 
 
 def in_lines(record: dict[str, Any]) -> list[str]:
