@@ -8,7 +8,7 @@ from scipy.stats import binom, ks_2samp
 from waferlab.monitoring.drift import ALARM, NO_ALARM, NO_VERDICT, SIGNALS, compare
 from waferlab.monitoring.reference import Sample
 
-BATCHES = 120
+BATCHES = 80
 
 
 def most(rate, n=BATCHES):
@@ -16,7 +16,7 @@ def most(rate, n=BATCHES):
     return binom.ppf(0.999, n, rate)
 
 
-def compared(seed, *, lots=10, reference=None, permutations=199, **batch):
+def compared(seed, *, lots=10, reference=None, permutations=99, **batch):
     rng = np.random.default_rng(seed)
     return compare(
         make_reference(rng, 24, **(reference or {})), make_sample(rng, lots, **batch)[0],
@@ -39,15 +39,15 @@ def test_batches_like_the_validation_part_alarm_no_more_often_than_promised(refe
 def test_lots_and_not_maps_are_what_is_dealt():
     """Maps of these lots are much alike: taken one by one, they would alarm at most batches."""
     much = {"spread": 2.0, "size": 12}
-    found = [compared(seed, reference=much, **much) for seed in range(60)]
-    assert sum(one.verdict == ALARM for one in found) <= most(0.05, 60)
+    found = [compared(seed, reference=much, **much) for seed in range(40)]
+    assert sum(one.verdict == ALARM for one in found) <= most(0.05, 40)
     by_maps = 0
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         ours, theirs = make_reference(rng, 24, **much).sample, make_sample(rng, 10, **much)[0]
         columns = zip(ours.probabilities.T, theirs.probabilities.T, strict=True)
         by_maps += min(ks_2samp(*pair).pvalue for pair in columns) < 0.05 / 3
-    assert by_maps > 40
+    assert by_maps > 30
 
 
 @pytest.mark.parametrize(
