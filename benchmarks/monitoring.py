@@ -6,7 +6,7 @@
 The model must not have been trained on the validation and test parts of `split_by_lot(maps, seed=0)`. The test part is
 answered once, at most 4,000 maps of all its lots; then lots are drawn.
 
-False alarms: (a) batches of test lots against the validation part, as a user meets them; all of them come from the same
+False alarms: (a) as a user meets them, batches of test lots against the validation part; all of them come from the same
 few dozen lots and one reference, so they are not independent, and the share is that of this reference; (b) batch and
 reference both dealt anew from all held-out lots each time, which averages over references. Intervals are Clopper and
 Pearson's for the number of batches.
@@ -170,7 +170,7 @@ def false_alarms(
         dealt = replace(reference, sample=both.select(rest), labels=labels[rest])
         return watch.compare(dealt, both.select(inside))
 
-    ways: dict[str, Callable[[], Drift]] = {"test lots, one reference": as_met, "dealt anew": dealt_anew}
+    ways: dict[str, Callable[[], Drift]] = {"as a user meets them": as_met, "dealt anew": dealt_anew}
     return {name: alarm_rates([way() for _ in range(arguments.batches)]) for name, way in ways.items()}
 
 
