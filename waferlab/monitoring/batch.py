@@ -15,7 +15,7 @@ import numpy as np
 from waferlab.data.reading import load_wafer_maps
 from waferlab.errors import ModelError
 from waferlab.monitoring.class_mix import mix_with_intervals
-from waferlab.monitoring.drift import ALARM, NO_ALARM, Drift, compare
+from waferlab.monitoring.drift import ALARM, NO_ALARM, PERMUTATIONS, Drift, compare
 from waferlab.monitoring.page import write_batch_page
 from waferlab.monitoring.reference import Reference, Sample, at_most
 from waferlab.records import code_tags, command_line_used
@@ -134,6 +134,7 @@ def batch_record(predictor: Predictor, reference: Reference, batch: Batch, drift
         "model": {"name": predictor.name, "kind": _kind(predictor), "sha256": predictor.sha256},
         "data": {"source": batch.source, "maps": batch.maps, "compared": len(sample), "lots": drift.lots},
         "reference": {"maps": len(kept), "lots": drift.reference_lots},
+        "permutations": PERMUTATIONS,
         "verdict": drift.verdict,
         "headline": _headline(drift, batch),
         "caveats": list(drift.caveats),

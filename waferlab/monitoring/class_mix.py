@@ -102,8 +102,8 @@ def mix_with_intervals(likelihoods: np.ndarray, lots: np.ndarray) -> tuple[np.nd
     if n_groups == 1:
         return estimate_mix(likelihoods, everything)[0], None
     mixes = estimate_mix(likelihoods, np.hstack([everything, without]))
-    mixes = np.where(mixes * len(lots) < HALF_A_MAP, 0, mixes)
-    return mixes[0], jackknife_interval(mixes[0], mixes[1:])
+    none = np.where(mixes * len(lots) < HALF_A_MAP, 0, mixes)
+    return mixes[0], jackknife_interval(none[0], none[1:])
 
 
 def corrected_for_mix(probabilities: np.ndarray, reference_prior: np.ndarray, estimated_mix: np.ndarray) -> np.ndarray:

@@ -40,8 +40,8 @@ FREQUENCIES = 256
 MAPS_FOR_MEDIAN = 300
 HARDLY = 0.001  # a share of the validation part below which it had hardly any maps of a die grid
 SIGNALS = {
-    "scores": "Answers (probabilities of the classes)",
-    "features": "Features (what the network sees)",
+    "scores": "Answers",
+    "features": "Features",
     "class_mix": "Class mix",
     "density": "Fail density",
     "grids": "Die grids",
