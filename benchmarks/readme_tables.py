@@ -486,6 +486,62 @@ def set_coverage_real(record: dict) -> list[str]:
     return [*table, "", f"{sets_in_words(real['test'])} In brackets: 95% intervals over lots."]
 
 
+def monitoring(record: dict) -> list[str]:
+    ways = record["false_alarms"]
+    kinds = [("verdict: any alarm", "verdict"), *((name, f"{key}, alone") for key, name in monitored_signals(record))]
+    batch, reference = f"{record['lots_in_batch']} lots", f"{record['reference']['lots']} lots"
+    return [
+        *rows(
+            f"alarms of, {', '.join(ways)}",
+            [[label, *(alarm_text(found[key]) for found in ways.values())] for label, key in kinds],
+        ),
+        "",
+        f"Batches of {batch} out of {record['test']['lots']}, reference of {reference}; signals alone: p below 0.05, "
+        "without correction. In brackets: 95% interval for the number of batches, as if they shared no lots.",
+    ]
+
+
+def monitored_signals(record: dict) -> list[tuple[str, str]]:
+    """Keys and words of the signals."""
+    found = next(iter(record["false_alarms"].values()))
+    return [(key, key.replace("_", " ")) for key in found if key != "verdict" and not key.endswith(", alone")]
+
+
+def alarm_text(found: dict) -> str:
+    low, high = found["interval"]
+    return f"{found['share']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def monitoring_shifts(record: dict) -> list[str]:
+    signals = monitored_signals(record)
+    return rows(
+        f"change, strength, any alarm, {', '.join(name for _, name in signals)}",
+        [
+            [s["shift"], f"{s['strength']:.0%}", alarm_text(s["alarms"]["verdict"]),
+             *(f"{s['alarms'][key]['share']:.0%}" for key, _ in signals)]
+            for s in record["shifts"]
+        ],
+    )  # fmt: skip
+
+
+def monitoring_ordered(record: dict) -> list[str]:
+    last = record.get("ordered")
+    if last is None:
+        return ["Not measured yet."]
+    alarms = last["alarms"]
+    loudest = [f"{name} {alarms[key]['share']:.0%}" for key, name in monitored_signals(record)]
+    return [
+        *rows(
+            "answers, macro F1, accuracy",
+            [[name, f"{score:.3f}", f"{last['accuracy'][name]:.3f}"] for name, score in last["macro_f1"].items()],
+        ),
+        "",
+        f"{last['maps']:,} maps of the last {last['lots']} lots. Of {alarms['verdict']['n']} batches of "
+        f"{record['lots_in_batch']} lots or four fifths of them, {alarm_text(alarms['verdict'])} alarm "
+        f"({', '.join(loudest)}).",
+    ]
+
+
 TABLES: dict[str, Callable[..., list[str]]] = {
     "interval_coverage": interval_coverage,
     "set_coverage": set_coverage,
@@ -510,6 +566,9 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "pruning": pruning,
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,
+    "monitoring": monitoring,
+    "monitoring_shifts": monitoring_shifts,
+    "monitoring_ordered": monitoring_ordered,
 }
 RECORDS_OF = {
     "champion": ("production",),
@@ -518,8 +577,18 @@ RECORDS_OF = {
     "runs": ("time_to_f1",),
     "levels": ("time_to_f1",),
     "against": ("against_ultralytics", "against_recipe"),
+    "monitoring_shifts": ("monitoring",),
+    "monitoring_ordered": ("monitoring",),
 }
 AS_ABOVE = ("champion", "levels", "set_coverage_real")  # what they say of themselves refers to the table before them
+
+
+AS_ABOVE = (
+    "champion",
+    "levels",
+    "monitoring_shifts",
+    "monitoring_ordered",
+)  # what they say of themselves refers to the table before them
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -202,6 +202,11 @@ def _score_interval(score: np.ndarray, without: np.ndarray, *, n_lots: int | np.
     return np.stack([low, high], axis=-1)
 
 
+def jackknife_interval(scores: np.ndarray, without: np.ndarray) -> np.ndarray:
+    """95% intervals [..., 2] of scores [...] in 0..1, from the scores without each of two lots or more [G, ...]."""
+    return _score_interval(np.asarray(scores), without, n_lots=len(without))
+
+
 def share_interval(shares: np.ndarray) -> list[float]:
     """95% interval of a mean of shares in 0..1, one a lot, float64 [G] of two lots or more; see `compute_metrics`."""
     mean, n_lots = shares.mean(), len(shares)

@@ -1,0 +1,146 @@
+"""Promises of `--monitor`: from a file of maps to a verdict, a page that needs nothing else, and a finished run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_model import write_model
+
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.data.reading import load_wafer_maps
+from waferlab.data.splitting import split_by_lot
+from waferlab.deployment.predictor import Predictor
+from waferlab.errors import ModelError
+from waferlab.monitoring.batch import in_lines, monitor_batch, read_batch
+from waferlab.monitoring.reference import NO_LABEL, Reference
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(path, maps, labels, groups):
+    shapes = np.array([one.shape for one in maps])
+    np.savez(
+        path, maps_flat=np.concatenate([one.ravel() for one in maps]), labels=labels, group=groups,
+        offsets=np.concatenate([[0], np.cumsum(shapes.prod(axis=1))]), shapes=shapes.astype(np.int16),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tiny_arrays, tmp_path_factory):
+    """A folder with a model, its reference, and batches of the test part: as they are, and on new die grids."""
+    folder = tmp_path_factory.mktemp("monitored")
+    write_model(folder / "model.onnx")
+    lots = np.random.default_rng(0).permutation(len(tiny_arrays["labels"])) % 60
+    np.savez(folder / "tiny.npz", **(tiny_arrays | {"group": lots}))
+    maps = load_wafer_maps(folder / "tiny.npz")
+    split = split_by_lot(maps)
+    Reference.of(Predictor(folder / "model.onnx"), maps, split).save(folder / "reference.npz")
+    names, part = np.array(CLASS_NAMES)[maps.labels[split.test]], split.test
+    write(folder / "alike.npz", [maps[i] for i in part], names, maps.groups[part])
+    write(folder / "new<grid>.npz", [np.repeat(maps[i], 2, axis=0) for i in part], names, maps.groups[part])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def monitored(model, tmp_path_factory):
+    """What is said of both batches, and where."""
+    folder, said = tmp_path_factory.mktemp("out"), {}
+    predictor = Predictor(model / "model.onnx", threads=1)
+    pages = {}
+    for name in ("alike", "new<grid>"):
+        lines = said[name] = []
+        pages[name] = monitor_batch(
+            predictor, str(model / f"{name}.npz"), output_dir=folder, tracking_uri=None, say=lines.append
+        )
+    return folder, {name: page.read_text() for name, page in pages.items()}, said
+
+
+def test_the_reference_is_the_validation_part_as_the_model_answers_it(model):
+    maps, predictor = load_wafer_maps(model / "tiny.npz"), Predictor(model / "model.onnx")
+    split, reference = split_by_lot(maps), Reference.beside(predictor)
+    np.testing.assert_array_equal(
+        reference.sample.probabilities, predictor.probabilities([maps[i] for i in split.validation])
+    )
+    np.testing.assert_array_equal(reference.labels, maps.labels[split.validation])
+    np.testing.assert_array_equal(reference.sample.grids, maps.shapes[split.validation])
+    np.testing.assert_array_equal(reference.training_counts, np.bincount(maps.labels[split.train], minlength=9))
+    one = maps[split.validation[0]]
+    assert reference.sample.density[0] == pytest.approx((one == 2).sum() / (one > 0).sum())
+    assert NO_LABEL not in reference.labels
+
+
+def test_the_verdict_is_said_and_heads_the_page(monitored):
+    _, pages, said = monitored
+    assert said["alike"][0].startswith("No alarm:") and said["new<grid>"][0].startswith("Alarm:")
+    assert "new die grids" in said["new<grid>"][0]
+    assert any(line.startswith("  ALARM New die grids") for line in said["new<grid>"])
+    for name, page in pages.items():
+        quote = re.search(r"<blockquote>(.*?)</blockquote>", page, re.S)[1]
+        assert said[name][0].split(":")[0] in quote
+        assert page.index("<blockquote>") < page.index("<table>") < page.index("<img")
+    assert "New die grids." in pages["new<grid>"] and "Go on." in pages["alike"]
+
+
+def test_the_page_asks_nothing_of_the_network_and_shows_names_as_they_are(monitored):
+    for page in monitored[1].values():
+        assert "default-src 'none'" in page and "<script" not in page
+        assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+        assert len(re.findall(r'<img src="data:image/png;base64', page)) >= 2
+    assert "new&lt;grid&gt;.npz" in monitored[1]["new<grid>"]
+
+
+def test_each_batch_is_a_finished_run_with_figures_verdict_and_page(monitored):
+    from mlflow import MlflowClient
+
+    folder, pages, _ = monitored
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("lightning_cnn_monitoring")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"alike.npz", "new<grid>.npz"}
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    alarm = runs["new<grid>.npz"].data
+    assert alarm.tags["verdict"] == "alarm" and runs["alike.npz"].data.tags["verdict"] == "no alarm"
+    assert alarm.metrics["alarm"] == 1 and alarm.metrics["new_grids.effect"] == pytest.approx(1)
+    assert alarm.metrics["new_grids.p_corrected"] < 0.05
+    assert sum(value for name, value in alarm.metrics.items() if name.startswith("mix.")) == pytest.approx(1)
+    (page,) = client.list_artifacts(runs["alike.npz"].info.run_id)
+    assert page.path == "monitoring_alike.html"
+    assert (folder / "mlruns").is_dir() and len(pages) == 2
+
+
+def test_a_model_without_a_reference_or_with_anothers_is_named(model, tmp_path):
+    (tmp_path / "model.onnx").write_bytes((model / "model.onnx").read_bytes())
+    predictor = Predictor(tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match=r"has no reference\.npz"):
+        monitor_batch(predictor, "synthetic", output_dir=tmp_path, tracking_uri=None, say=print)
+    other = Reference.load(model / "reference.npz")
+    names = ("Donut", *other.class_names[1:])
+    Reference(other.sample, other.labels, names, other.training_counts).save(tmp_path / "reference.npz")
+    with pytest.raises(ModelError, match="is about the classes Donut"):
+        monitor_batch(predictor, "synthetic", output_dir=tmp_path, tracking_uri=None, say=print)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["model.onnx", "reference.npz"]
+
+
+def test_a_large_batch_is_thinned_by_lot_and_counted_whole(model, monkeypatch):
+    monkeypatch.setattr("waferlab.monitoring.batch.MOST_MAPS", 20)
+    predictor = Predictor(model / "model.onnx", threads=1)
+    batch = read_batch(predictor, str(model / "alike.npz"))
+    whole = load_wafer_maps(model / "alike.npz")
+    assert batch.maps == len(whole) and len(batch.sample) <= 20
+    assert len(batch.lot_names) == whole.n_lots
+
+
+def test_monitoring_loads_no_torch():
+    code = "import sys, waferlab.monitoring.batch; "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'mlflow')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_lines_say_what_was_not_tested():
+    signal = {"alarms": False, "p": None, "p_corrected": None, "usual": None, "name": "Fail density", "effect": 0.2}
+    mix = [{"name": "none", "estimated": 0.5, "reference": 0.4}]
+    lines = in_lines({"headline": "No verdict", "signals": [signal], "mix": mix, "caveats": ["Not enough lots."]})
+    assert lines[1].split() == ["-", "Fail", "density:", "0.200"] and "Not enough lots." in lines[-1]

@@ -1,0 +1,1 @@
+"""Whether new maps are like those that the model was validated on."""
