@@ -33,6 +33,7 @@ from waferlab.data.maps import CLASS_NAMES, WaferMaps
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import Split, split_maps
 from waferlab.deployment.onnx_export import export_onnx
+from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.promotion import NotRegistered, Promotion, promote
 from waferlab.errors import (
     ConfigError,
@@ -49,6 +50,7 @@ from waferlab.models.registry import MODEL_REGISTRY, ModelSpec, find_model, our_
 from waferlab.models.starting_weights import start_from
 from waferlab.models.torchvision_models import TorchvisionLightningModel
 from waferlab.models.yolo import YOLOLightningAdapter
+from waferlab.monitoring.reference import REFERENCE_FILE, Reference
 from waferlab.records import (
     ModelResult,
     SearchRecord,
@@ -762,16 +764,14 @@ class IntegratedMLPipeline:
         if reason := self.config.no_registry_because() or (self.runs.broken and "MLflow failed; a warning said why"):
             return NotRegistered(reason)
 
-        def export() -> Path:
-            return export_onnx(
-                self.load_model(result),
-                self.config.checkpoints_dir / model_type / "model.onnx",
-                image_size=self.config.image_size,
-                decision=decision_of(result),
-                model_type=model_type,
-                split=self.split.fingerprint,
-                prediction_sets=result.sets["floors"],
-            )
+        def export() -> list[Path]:
+            file = export_onnx(
+                self.load_model(result), self.config.checkpoints_dir / model_type / "model.onnx",
+                image_size=self.config.image_size, decision=decision_of(result),
+                model_type=model_type, split=self.split.fingerprint, prediction_sets=result.sets["floors"],
+            )  # fmt: skip
+            reference = Reference.of(Predictor(file), self.maps, self.split)
+            return [file, reference.save(file.with_name(REFERENCE_FILE))]
 
         outcome = promote(
             export,

@@ -52,8 +52,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--monitor", action="store_true", help="say whether these maps are like those it was validated on")
     add("--serve", action="store_true", help="answer over HTTP on 127.0.0.1 instead, until Ctrl-C")
     add("--port", type=int, help=f"of --serve (default {PORT})")
+    add("--host", metavar="ADDRESS", help="of --serve: where to listen, in a container 0.0.0.0 (default 127.0.0.1)")
     add("--shadow", metavar="MODEL", help="of --serve: a model that answers in the shadow, to be compared")
-    add("--threads", type=int, metavar="N", help="that one call of the model may use (default: one a core)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="that one call of the model may use (default: one a core; of --serve, whose calls share the cores, 1)",
+    )
     add("--quiet", action="store_true", help="print the outcome only")
     return parser
 
@@ -69,7 +75,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     else:
         if arguments.maps is None:
             parser.error("give MAPS to classify, or --serve")
-        for name in ("port", "shadow"):
+        for name in ("port", "host", "shadow"):
             if getattr(arguments, name) is not None:
                 parser.error(f"--{name} is for --serve alone")
     if arguments.port is not None and not 0 <= arguments.port <= 65535:
@@ -102,15 +108,17 @@ def classify(arguments: argparse.Namespace) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Answers over HTTP until Ctrl-C."""
     from waferlab.deployment import service
-    from waferlab.deployment.batch import check_coverage
+    from waferlab.deployment.answering import THREADS
     from waferlab.deployment.predictor import Predictor
 
-    where = {"threads": arguments.threads, "tracking_uri": arguments.tracking_uri}
-    predictor = Predictor.load(arguments.model, **where)
-    check_coverage(predictor, arguments.coverage)
-    shadow = None if arguments.shadow is None else Predictor.load(arguments.shadow, **where)
-    port = PORT if arguments.port is None else arguments.port
-    service.serve(predictor, port=port, shadow=shadow, coverage=arguments.coverage)
+    where = {"threads": arguments.threads or THREADS, "tracking_uri": arguments.tracking_uri}
+    service.serve(
+        Predictor.load(arguments.model, **where),
+        host=arguments.host or "127.0.0.1",
+        port=PORT if arguments.port is None else arguments.port,
+        shadow=None if arguments.shadow is None else Predictor.load(arguments.shadow, **where),
+        coverage=arguments.coverage,
+    )
 
 
 if __name__ == "__main__":

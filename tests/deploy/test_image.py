@@ -29,7 +29,6 @@ from waferlab.deployment.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy"
-with_predict = pytest.mark.skipif(not (ROOT / "predict.py").exists(), reason="predict.py is not there yet")
 DOCKERFILE = DockerfileParser(path=str(FOLDER / "Dockerfile"))
 STEPS = [(step["instruction"], step["value"]) for step in DOCKERFILE.structure if step["instruction"] != "COMMENT"]
 LAST_STAGE = STEPS[max(i for i, (instruction, _) in enumerate(STEPS) if instruction == "FROM") :]
@@ -109,7 +108,6 @@ def test_what_the_image_installs_is_a_part_of_requirements_txt_with_the_same_flo
     assert ours and ours.items() <= all_of_them.items()
 
 
-@with_predict
 def test_nothing_is_installed_that_predicting_does_not_import():
     imported = set()
     for file in (ROOT / "predict.py", *(ROOT / "waferlab/deployment").glob("*.py")):
@@ -155,7 +153,6 @@ print(json.dumps({"found": found, "classes": answers.classes, "probabilities": a
 """
 
 
-@with_predict
 def test_what_is_in_the_image_answers_a_map_without_torch_lightning_or_mlflow(image, exported):
     one = np.random.default_rng(0).integers(0, 3, (12, 9), dtype=np.uint8)
     command = ["python", "-c", ANSWER, exported, json.dumps(one.tolist())]
@@ -166,7 +163,6 @@ def test_what_is_in_the_image_answers_a_map_without_torch_lightning_or_mlflow(im
     np.testing.assert_allclose(answer["probabilities"], expected.probabilities, atol=1e-6)
 
 
-@with_predict
 def test_the_service_starts_is_healthy_and_writes_no_file_outside_of_tmp(image, exported, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

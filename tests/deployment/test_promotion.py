@@ -152,7 +152,7 @@ def answers(file, split):
 
 def offer(tracking, file, split=FIRST, *, checkpoint=None, name="model", run=None, export=None):
     return promote(
-        export or (lambda: file),
+        export or (lambda: [file]),
         checkpoint=checkpoint or answers(file, split),
         maps=MAPS, split=split, model_type="made_up", name=name, tracking=tracking, run=run, run_key="key",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -225,6 +225,7 @@ class _Candidate:
     """An exported file that answers as its checkpoint does, and what it answers on the test part."""
 
     file: Path
+    beside: list[Path]
     sha256: str
     answers: Predictions
     test_macro_f1: float
@@ -238,7 +239,7 @@ class _Candidate:
 
 
 def promote(
-    export: Callable[[], Path],
+    export: Callable[[], Sequence[Path]],
     *,
     checkpoint: Predictions,
     maps: WaferMaps,
@@ -254,7 +255,8 @@ def promote(
     A file that is registered already is not registered again, as when a run is resumed.
 
     Args:
-        export: writes the model as an ONNX file (`deployment.export_onnx`) and returns its path.
+        export: writes the model as an ONNX file (`deployment.export_onnx`) and what shall be kept beside it, and returns
+            their paths, that of the model first.
         checkpoint: what the checkpoint answers on the test part.
         maps: all maps of the run.
         split: its three parts.
@@ -298,7 +300,7 @@ def promote(
                     "maps_compared": str(judgement.maps_compared),
                     "run_key": run_key,
                 },
-                beside=[seen.save(Path(folder) / MAPS_SEEN)],
+                beside=[seen.save(Path(folder) / MAPS_SEEN), *candidate.beside],
                 example=test_maps[0][None],
                 classes=len(checkpoint.class_names),
             )
@@ -318,9 +320,11 @@ def promote(
     )
 
 
-def _export_and_check(export: Callable[[], Path], checkpoint: Predictions, test_maps: list[np.ndarray]) -> _Candidate:
+def _export_and_check(
+    export: Callable[[], Sequence[Path]], checkpoint: Predictions, test_maps: list[np.ndarray]
+) -> _Candidate:
     with _or_refuse("the export"):
-        file = export()
+        file, *beside = export()
     with _or_refuse("running the exported file on the test maps"):
         classifier = Predictor(file)
         if classifier.class_names != checkpoint.class_names:
@@ -333,7 +337,7 @@ def _export_and_check(export: Callable[[], Path], checkpoint: Predictions, test_
         score = compute_metrics(answers)["macro_f1"]
         with file.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-    return _Candidate(file, sha256, answers, score, apart)
+    return _Candidate(file, beside, sha256, answers, score, apart)
 
 
 def _difference(answers: Predictions, checkpoint: Predictions, test_maps: list[np.ndarray]) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from waferlab.data.reading import load_wafer_maps
+from waferlab.data.streaming import stream_wafer_maps
 from waferlab.errors import ModelError
 from waferlab.monitoring.class_mix import mix_with_intervals
 from waferlab.monitoring.drift import ALARM, NO_ALARM, PERMUTATIONS, Drift, compare
@@ -105,8 +105,9 @@ def read_batch(predictor: Predictor, source: str) -> Batch:
 
 def _chunks(source: str) -> Iterator[tuple[Sequence[np.ndarray], Sequence[str]]]:
     """Maps, each uint8 [rows, columns], and the name of each one's lot, "" where it is not known."""
-    maps = load_wafer_maps(source)
-    yield [maps[i] for i in range(len(maps))], [str(lot) for lot in maps.groups]
+    for chunk in stream_wafer_maps(source):
+        if chunk.maps:
+            yield chunk.maps, chunk.lots
 
 
 def _numbered(lots: Sequence[str], numbers: dict[str, int], names: list[str]) -> np.ndarray:
