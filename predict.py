@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--threads",
         type=int,
         metavar="N",
-        help="that one call of the model may use (default: one a core; of --serve, whose calls share the cores, 1)",
+        help="of one call of the model (default: one a core; with --serve 1)",
     )
     add("--quiet", action="store_true", help="print the outcome only")
     return parser

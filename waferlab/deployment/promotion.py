@@ -255,7 +255,7 @@ def promote(
     A file that is registered already is not registered again, as when a run is resumed.
 
     Args:
-        export: writes the model as an ONNX file (`deployment.export_onnx`) and what shall be kept beside it, and returns
+        export: writes the model as an ONNX file (`deployment.export_onnx`) and what shall be kept beside it; returns
             their paths, that of the model first.
         checkpoint: what the checkpoint answers on the test part.
         maps: all maps of the run.
