@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="real maps, as run_experiment.py takes them")
     parser.add_argument("--output-dir", default="champion", help="folder for everything (default: champion)")
     parser.add_argument("--epochs", type=int, default=12, help="default 12")
+    parser.add_argument("--split", default="lots", choices=("lots", "ordered"), help="default lots")
     parser.add_argument("--resume", action="store_true", help="go on, or export a finished training anew")
     arguments = parser.parse_args()
 
@@ -32,6 +33,7 @@ def main() -> None:
         experiment_name="champion",
         model_type="lightning_cnn",
         data=arguments.data,
+        split=arguments.split,
         output_dir=arguments.output_dir,
         max_epochs=arguments.epochs,
         batch_size=64,

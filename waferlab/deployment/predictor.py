@@ -172,7 +172,7 @@ class Predictor:
     def probabilities(self, maps: Sequence[np.ndarray]) -> np.ndarray:
         """Class probabilities float32 [N, C] alone; see `predict`."""
         out = np.empty((len(maps), len(self.class_names)), dtype=np.float32)
-        for some, batch in _batches(maps):
+        for some, batch in batches_of_one_size(maps):
             out[some] = self._session.run(["probabilities"], {"maps": batch})[0]
         return out
 
@@ -183,7 +183,7 @@ class Predictor:
             ValueError: as `predict`; or the file does not say where its features are.
         """
         probabilities, features = np.empty((len(maps), len(self.class_names)), dtype=np.float32), None
-        for some, batch in _batches(maps):
+        for some, batch in batches_of_one_size(maps):
             probabilities[some], found = self._with_features.run(None, {"maps": batch})
             features = np.empty((len(maps), found.shape[1]), dtype=np.float32) if features is None else features
             features[some] = found
@@ -235,7 +235,7 @@ def check_map(one: np.ndarray, what: str) -> None:
         )
 
 
-def _batches(maps: Sequence[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
+def batches_of_one_size(maps: Sequence[np.ndarray]) -> Iterator[tuple[list[int], np.ndarray]]:
     """The places of maps of one size and the maps, uint8 [n, rows, columns], as many as are answered together."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(maps):
