@@ -2,9 +2,9 @@
 
 First, every family with random weights: raw maps of real or generated sizes in, probabilities out, resizing included,
 by ONNX Runtime and by PyTorch in inference mode, in turn, with one view and with eight, in batches of 256 as far as
-sizes agree. Then, with --champion, a trained model's file in several forms on the test part: one view, eight views of every
-map, eight views of the maps that need them (as registered), and one view in 8-bit whole numbers, calibrated on maps of
-the validation part. The clock leaves out reading the maps and opening the file.
+sizes agree. Then, with --champion, a trained model's file in several forms on the test part: one view, eight views of
+every map, eight views of the maps that need them (as registered), and the latter and one view in 8-bit whole numbers,
+calibrated on maps of the validation part. The clock leaves out reading the maps and opening the file.
 
     python benchmarks/inference.py --data wm811k.npz --champion champion --output benchmarks/results/inference.json
 """
