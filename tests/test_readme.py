@@ -2,8 +2,14 @@
 
 import os
 import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -47,3 +53,110 @@ def test_each_integration_is_shown_by_a_quote():
 @pytest.mark.parametrize("block", QUOTES)
 def test_the_lines_that_it_quotes_are_in_the_code(block):
     assert "\n".join(line.strip() for line in block.strip().splitlines()) in CODE
+
+
+# --- after training: the commands of the section, in a folder where a small champion is registered
+
+AFTER = (ROOT / "README.md").read_text().partition("\n## After training\n")[2].partition("\n## ")[0]
+SHOWN = re.findall(r"^    \$ (.*)\n((?:    (?!\$).*\n)*)", AFTER, re.M)
+NAMES = "Center|Donut|Edge-Loc|Edge-Ring|Loc|Near-full|Random|Scratch|none"
+
+
+def as_pattern(line):
+    """What a line of the README promises of an output: all but numbers, classes and what dots stand for."""
+    line = re.sub(rf"\b({NAMES})(\|({NAMES}))*(?=[|, (\"]|$)", "CLASSES", line)
+    line = re.sub(r"\d[\d,]*(\.\d+)?", "NUMBER", line)
+    line = re.escape(line).replace("CLASSES", rf"((({NAMES})\|?)+|empty)").replace("NUMBER", r"[\d.,e-]+")
+    return line.replace(re.escape("..."), ".*")
+
+
+def assert_shows(output, expected):
+    """The lines of the README are in the output, in this order."""
+    lines = iter(output.splitlines())
+    for wanted in (line.strip() for line in expected.splitlines() if line.strip() != "..."):
+        assert any(re.search(as_pattern(wanted), line) for line in lines), f"{wanted!r} is not in:\n{output[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def champions_folder(tiny_arrays, tmp_path_factory):
+    """A folder after a training with MLflow."""
+    import numpy as np
+    from made_up import pipeline_in
+
+    folder = tmp_path_factory.mktemp("after")
+    np.savez(folder / "tiny.npz", **tiny_arrays)
+    summary = pipeline_in(folder, enable_mlflow=True).run_complete_pipeline()
+    assert summary["registered"]["alias"] == "champion", summary["not_registered_because"]
+    return folder
+
+
+def in_words(command):
+    return [sys.executable, str(ROOT / "predict.py"), *command.split()[2:]]
+
+
+def in_the_folder(folder):
+    return {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+
+
+@pytest.mark.parametrize("command", [c for c, _ in SHOWN if c.startswith("python predict.py synthetic")])
+def test_predicting_says_what_the_readme_shows(command, champions_folder):
+    done = subprocess.run(in_words(command), capture_output=True, **in_the_folder(champions_folder))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_shows(done.stdout, dict(SHOWN)[command])
+    if "--monitor" not in command:
+        rows = (champions_folder / "predictions.csv").read_text()
+        assert_shows("\n".join(rows.splitlines()[:2]), dict(SHOWN)["head -2 predictions.csv"])
+
+
+@pytest.mark.parametrize("served_by", ["python predict.py --serve", "mlflow models serve"])
+def test_both_servers_answer_as_the_readme_shows(served_by, champions_folder):
+    command, said = next((c, expected) for c, expected in SHOWN if c.startswith(served_by))
+    port = "8000" if "predict.py" in command else "5001"
+    question = next(c for c, _ in SHOWN if c.startswith("curl") and port in c)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = str(probe.getsockname()[1])
+    start = [*in_words(command), "--port", free]
+    if "predict.py" not in command:
+        start = [str(Path(sys.executable).with_name("mlflow")), *command.replace(port, free).split()[1:]]
+    log = champions_folder / f"{port}.log"
+    with log.open("w") as written:
+        server = subprocess.Popen(
+            start, stdout=written, stderr=written, start_new_session=True, **in_the_folder(champions_folder)
+        )
+    try:
+        answer = ask_until_answered(question.replace(port, free), server, log)
+        assert_shows(answer, dict(SHOWN)[question])
+        assert_shows(log.read_text(), said)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def ask_until_answered(question, server, log):
+    """What the README asks with curl, which not every machine has."""
+    _, _, url, _, header, _, body = shlex.split(question)
+    request = urllib.request.Request(url, body.encode(), dict([header.split(": ")]))
+    for _ in range(240):
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.read().decode()
+        except urllib.error.URLError:
+            assert server.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-2000:])
+
+
+def test_the_lines_of_python_run_as_they_stand(champions_folder):
+    (code,) = re.findall(r"```python\n(.*?)```", AFTER, re.S)
+    maps = "import numpy as np\nmaps = [np.ones((9, 8), np.uint8)]\n"
+    done = subprocess.run(
+        [sys.executable, "-c", maps + code], capture_output=True, **in_the_folder(champions_folder)
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.fullmatch(rf"\['({NAMES})'\] \[\(.*\)\] \[(True|False)\]\n", done.stdout)
+
+
+def test_every_command_of_the_section_is_run():
+    kinds = ("python predict.py synthetic", "head -2", "python predict.py --serve", "curl", "mlflow models serve")
+    assert SHOWN and all(command.startswith(kinds) for command, _ in SHOWN)

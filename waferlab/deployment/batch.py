@@ -71,9 +71,12 @@ def answer_maps(predictor: Predictor, source: str, *, options: BatchOptions, con
         UserError, RunError: a file cannot be read or written; rows written so far are kept as `<output>.partial`.
     """
 
+    def show(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, emoji=False)
+
     def say(text: str) -> None:
         if not quiet:
-            console.print(text, soft_wrap=True, markup=False, emoji=False)
+            show(text)
 
     check_name(options.output)
     check_coverage(predictor, options.coverage)
@@ -95,14 +98,17 @@ def answer_maps(predictor: Predictor, source: str, *, options: BatchOptions, con
     if options.explain:
         from waferlab.deployment.explain import explain_maps
 
-        some = [one.wafer_map for one in tallies.examples()]
-        written += explain_maps(predictor, some, folder=options.beside("explained"))
+        some = tallies.examples()
+        written += explain_maps(
+            predictor, [one.wafer_map for one in some], names=[f"map {one.title}" for one in some],
+            folder=options.beside("explained"),
+        )  # fmt: skip
     if options.monitor:
         from waferlab.monitoring.batch import monitor_batch
 
-        folder, uri = options.output.parent, options.tracking_uri
-        written.append(monitor_batch(predictor, source, output_dir=folder, tracking_uri=uri, say=say))
-    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, markup=False, emoji=False)
+        folder, uri = options.output.parent, options.tracking_uri  # its verdict is an outcome, quiet or not
+        written.append(monitor_batch(predictor, source, output_dir=folder, tracking_uri=uri, say=show))
+    show(f"Written: {', '.join(map(str, written))}")
 
 
 def stream_answers(

@@ -78,8 +78,16 @@ class Explainer:
         return self._session.run(["relevance"], {"maps": np.ascontiguousarray(one_map)[None], "wanted": wanted})[0]
 
 
-def explain_maps(predictor: Predictor, maps: Sequence[np.ndarray], *, folder: Path) -> list[Path]:
+def explain_maps(
+    predictor: Predictor, maps: Sequence[np.ndarray], *, folder: Path, names: Sequence[str] | None = None
+) -> list[Path]:
     """Draws what the predictor looked at, for the likeliest class of each map; several maps to a page (PNG).
+
+    Args:
+        predictor: of the exported file.
+        maps: each uint8 [rows, columns].
+        folder: where the pages go.
+        names: what the maps are called, one each; None for their place.
 
     Returns:
         The pages: relevance_1.png, relevance_2.png and so on.
@@ -91,14 +99,15 @@ def explain_maps(predictor: Predictor, maps: Sequence[np.ndarray], *, folder: Pa
     from waferlab.reports.explain_figures import plot_relevance
 
     explainer, probabilities = Explainer(predictor), predictor.probabilities(maps)
+    names = names or [f"map {number}" for number in range(len(maps))]
     pages = []
     for start in range(0, len(maps), MAPS_A_PAGE):
         some, chances = maps[start : start + MAPS_A_PAGE], probabilities[start : start + MAPS_A_PAGE]
         path = folder / f"relevance_{len(pages) + 1}.png"
         relevance = [explainer.relevance(one, int(row.argmax())) for one, row in zip(some, chances, strict=True)]
         captions = [
-            (predictor.class_names[row.argmax()], f"map {start + number}", float(row.max()))
-            for number, row in enumerate(chances)
+            (predictor.class_names[row.argmax()], name, float(row.max()))
+            for name, row in zip(names[start:], chances, strict=False)
         ]
         pages.append(plot_relevance(some, relevance, captions, path=path, title=f"What {predictor.name} looked at"))
     return pages
