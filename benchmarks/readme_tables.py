@@ -362,6 +362,59 @@ def tracking_cost(record: dict) -> list[str]:
     )  # fmt: skip
 
 
+def inference(record: dict) -> list[str]:
+    def cells(name: str, views: str, ways: dict) -> list[str]:
+        ratio = ways["onnxruntime"]["median"] / ways["pytorch"]["median"]
+        return [name, views, *(rate_text(ways[way]) for way in ("onnxruntime", "pytorch")), f"{ratio:.2f}"]
+
+    found = record["families"].items()
+    return rows(
+        "model, views, exported file (maps/s), PyTorch (maps/s), ratio",
+        [cells(name, views, ways) for name, by_views in found for views, ways in by_views.items()],
+    )
+
+
+def rate_text(rate: dict) -> str:
+    return f"{rate['median']:,.0f} ({rate['low']:,.0f} to {rate['high']:,.0f})"
+
+
+def inference_champion(record: dict) -> list[str]:
+    if "champion" not in record:
+        return ["Not measured yet."]
+    one = record["champion"]
+    table = rows(
+        "form, all cores (maps/s), one thread (maps/s), macro F1, difference, other class",
+        [[name, rate_text(form["maps_per_second"]), rate_text(form["one_thread"]), f"{form['macro_f1']:.4f}",
+          f"{form['against_eight_views']['difference']:+.4f} [{form['against_eight_views']['interval'][0]:+.4f}, "
+          f"{form['against_eight_views']['interval'][1]:+.4f}]", f"{form['other_class']:.2%}"]
+         for name, form in one["forms"].items()],
+    )  # fmt: skip
+    sure = one["answered_by_one_view"]
+    note = f"{one['test_maps']:,} test maps of {one['test_lots']} lots. In brackets: 95% paired jackknife over lots."
+    return [*table, "", note + ("" if sure is None else f" One view is sure of {sure:.1%} of the maps.")]
+
+
+def predicting(record: dict) -> list[str]:
+    first, whole = record["first_answer_seconds"], record["whole"]
+    return rows(
+        "first answer (s), maps, file inflated (MB), maps a second, highest memory (MB)",
+        [[f"{first['median']:.2f} ({first['low']:.2f} to {first['high']:.2f})", f"{record['maps']:,}",
+          f"{record['file']['inflated_megabytes']:,.0f}", f"{whole['maps_per_second']:,.0f}",
+          f"{whole['peak_memory_mb']:,.0f}"]],
+    )  # fmt: skip
+
+
+def explaining(record: dict) -> list[str]:
+    from waferlab.reports.tables import with_interval
+
+    table = rows(
+        "predicted class, area between the curves, maps, lots",
+        [[name, with_interval(one["area"], one["area_interval"]), str(one["maps"]), str(one["lots"])]
+         for name, one in record["classes"].items()],
+    )  # fmt: skip
+    return [*table, "", f"{record['seconds_a_map']:.2f} s a map. In brackets: 95% jackknife over lots, t interval."]
+
+
 def serving(record: dict) -> list[str]:
     table = rows(
         "server, maps in a request, clients, p50 (ms), p99 (ms), requests a second",
@@ -559,8 +612,12 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "quick_start": quick_start,
     "image_sizes": image_sizes,
     "tracking_cost": tracking_cost,
+    "inference": inference,
+    "inference_champion": inference_champion,
+    "predicting": predicting,
     "serving": serving,
     "serving_fuzz": serving_fuzz,
+    "explaining": explaining,
     "scale": scale,
     "wafer_pretraining": pretraining,
     "pruning": pruning,
@@ -572,6 +629,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
 }
 RECORDS_OF = {
     "champion": ("production",),
+    "inference_champion": ("inference",),
     "set_coverage_real": ("set_coverage",),
     "quick_start": ("start_up",),
     "runs": ("time_to_f1",),
@@ -580,15 +638,11 @@ RECORDS_OF = {
     "monitoring_shifts": ("monitoring",),
     "monitoring_ordered": ("monitoring",),
 }
-AS_ABOVE = ("champion", "levels", "set_coverage_real")  # what they say of themselves refers to the table before them
-
-
+# What they say of themselves refers to the table before them.
 AS_ABOVE = (
-    "champion",
-    "levels",
-    "monitoring_shifts",
-    "monitoring_ordered",
-)  # what they say of themselves refers to the table before them
+    "champion", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts", "monitoring_ordered",
+)  # fmt: skip
+
 
 if __name__ == "__main__":
     sys.exit(main())
