@@ -155,10 +155,10 @@ print(json.dumps({"found": found, "classes": answers.classes, "probabilities": a
 
 def test_what_is_in_the_image_answers_a_map_without_torch_lightning_or_mlflow(image, exported):
     one = np.random.default_rng(0).integers(0, 3, (12, 9), dtype=np.uint8)
-    command = ["python", "-c", ANSWER, exported, json.dumps(one.tolist())]
+    command = ["python", "-c", ANSWER, exported("lightning_cnn"), json.dumps(one.tolist())]
     done = subprocess.run(command, capture_output=True, **image.options)
     assert done.returncode == 0, done.stderr[-2000:]
-    answer, expected = json.loads(done.stdout), Predictor(exported).predict([one])
+    answer, expected = json.loads(done.stdout), Predictor(exported("lightning_cnn")).predict([one])
     assert (answer["found"], answer["classes"]) == ([], expected.classes)
     np.testing.assert_allclose(answer["probabilities"], expected.probabilities, atol=1e-6)
 
@@ -167,7 +167,7 @@ def test_the_service_starts_is_healthy_and_writes_no_file_outside_of_tmp(image, 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    here = {"/model/model.onnx": str(exported), "0.0.0.0": "127.0.0.1", "8000": port}
+    here = {"/model/model.onnx": str(exported("lightning_cnn")), "0.0.0.0": "127.0.0.1", "8000": port}
     command = [here.get(word, word) for word in json.loads(values("CMD")[0])]
     assert sum(word in here.values() for word in command) == 3
     check = json.loads(values("HEALTHCHECK")[0].partition("CMD ")[2].replace("8000", port))

@@ -40,7 +40,7 @@ def test_the_request_that_the_readme_shows_is_one_that_the_exported_file_answers
     (shown,) = re.findall(r'^ +({"inputs".*})$', (ROOT / "deploy/README.md").read_text(), re.MULTILINE)
     (maps,) = json.loads(shown)["inputs"]
     data = np.array(maps["data"], maps["datatype"].lower()).reshape(maps["shape"])
-    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exported("lightning_cnn"), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].type == f"tensor({maps['datatype'].lower()})"
     (probabilities,) = session.run(None, {maps["name"]: data})
     assert probabilities.shape == (1, len(json.loads(session.get_modelmeta().custom_metadata_map["class_names"])))

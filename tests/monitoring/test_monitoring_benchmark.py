@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_up_model import write_model
+from made_up_network import write_model
 
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import split_by_lot

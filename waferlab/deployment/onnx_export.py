@@ -52,10 +52,10 @@ class RawMapClassifier(nn.Module):
         if self.decision.sure_at is None:
             return self._mean_of_eight(images, one)
         unsure = (one.amax(-1) < self.decision.sure_at).nonzero().squeeze(1)
-        # One map more goes along and is dropped: a network is not made for no image at all.
-        some, said = (torch.cat([of_all[unsure], of_all[:1]]) for of_all in (images, one))
-        torch._check(some.shape[0] >= 1)
-        return one.index_copy(0, unsure, self.decision.blend(said, self._mean_of_eight(some, said))[:-1])
+        if torch.compiler.is_exporting():  # it cannot know that a network also takes no image at all
+            torch._check(unsure.shape[0] > 0)
+        some, said = images[unsure], one[unsure]
+        return one.index_copy(0, unsure, self.decision.blend(said, self._mean_of_eight(some, said)))
 
     def _mean_of_eight(self, images: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
         _, *turned = symmetries(images)

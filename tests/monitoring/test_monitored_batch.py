@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up_model import write_model
+from made_up_network import write_model
 
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.data.reading import load_wafer_maps
