@@ -206,6 +206,14 @@ def _conv(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[str]
     return [_spread(to, node, given[0], node.input[1])]
 
 
+def _batch_normalization(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[str]:
+    """Of trained statistics, which do not depend on the batch: each channel is multiplied by a constant."""
+    _, scale, _, _, variance = node.input
+    safe = to.add("Add", variance, to.constant(_attributes(node).get("epsilon", 1e-5)))
+    factor = to.add("Div", scale, to.add("Sqrt", safe))
+    return [to.add("Mul", given[0], to.add("Reshape", factor, to.constant([1, -1, 1, 1], np.int64)))]
+
+
 def _average_pool(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[str]:
     about, shape = _attributes(node), to.shapes[node.input[0]]
     counts = []
@@ -250,8 +258,8 @@ def _max_pool(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[
 
 
 RULES: dict[str, Rule] = {
-    "Add": _add, "AveragePool": _average_pool, "Concat": _concat, "Conv": _conv, "Div": _div, "Flatten": _reshape,
-    "Gemm": _gemm, "Identity": _identity, "MatMul": _matmul, "MaxPool": _max_pool, "Mul": _mul,
-    "ReduceMax": _reduce_max, "ReduceMean": _reduce_mean, "Relu": _relu, "Reshape": _reshape, "Sigmoid": _sigmoid,
-    "Softmax": _softmax, "Split": _split, "Transpose": _transpose,
+    "Add": _add, "AveragePool": _average_pool, "BatchNormalization": _batch_normalization, "Concat": _concat,
+    "Conv": _conv, "Div": _div, "Flatten": _reshape, "Gemm": _gemm, "Identity": _identity, "MatMul": _matmul,
+    "MaxPool": _max_pool, "Mul": _mul, "ReduceMax": _reduce_max, "ReduceMean": _reduce_mean, "Relu": _relu,
+    "Reshape": _reshape, "Sigmoid": _sigmoid, "Softmax": _softmax, "Split": _split, "Transpose": _transpose,
 }  # fmt: skip
