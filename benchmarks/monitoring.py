@@ -20,8 +20,8 @@ maps stay as they are but where these are what changes:
     two patterns        a share of the maps gives way to two overlaid test maps of one die grid and different classes
     checkerboard        a share of the maps gets a pattern that no class has: every other 2x2 block of dies fails
 
-With --ordered-model and --ordered-reference, of a training with split="ordered": the last 20% of the lots, macro F1
-there, which batches alarm, and macro F1 after correcting the answers for the estimated class mix.
+With --ordered, model and reference are those of a training with split="ordered", and the last 20% of the lots take the
+place of all this: macro F1 there, which batches alarm, macro F1 after correcting the answers for the estimated mix.
 
 The clock of `seconds` counts comparing alone, not answering.
 """
@@ -48,7 +48,7 @@ from waferlab.monitoring.reference import MOST_MAPS, NO_LABEL, Reference, Sample
 
 MEASURES = (
     *("compare", "Reference.of", "Reference.calibration", "Sample.of", "fit_calibration", "estimate_mix"),
-    *("mix_with_intervals", "corrected_for_mix", "Calibration", "split_by_lot", "Predictor.outputs"),
+    *("mix_with_intervals", "corrected_for_mix", "Calibration", "split_by_lot", "split_in_order", "Predictor.outputs"),
 )
 EXTRA_FAILING = (0.01, 0.03, 0.10)  # of the passing dies
 SHARES = {
@@ -72,24 +72,13 @@ class Held:
 def main() -> None:
     arguments = parse()
     maps = load_wafer_maps(arguments.data)
-    predictor = Predictor(arguments.model)
-    split = splitting.split_by_lot(maps, seed=0)
-    reference = reference_of(arguments.reference, predictor, maps, split)
-    held = hold(predictor, maps, split.test)
-    rng = np.random.default_rng(arguments.seed)
-    watch = Stopwatch(arguments.permutations)
-    alarms = false_alarms(watch, reference, held, arguments, rng)
+    predictor, watch = Predictor(arguments.model), Stopwatch(arguments.permutations)
+    measure = ordered if arguments.ordered else at_random
     record = {
         "benchmark": "monitoring", "data": arguments.data, "lots_in_batch": arguments.lots,
         "permutations": arguments.permutations, "batches": arguments.batches,
-        "test": {"maps": len(held.sample), "lots": held.sample.n_lots},
-        "reference": {"maps": len(reference.sample), "lots": reference.sample.n_lots},
-        "false_alarms": alarms,
-        "class_mix": mix_errors(reference, held, arguments, rng),
-        "shifts": shifts(watch, predictor, reference, held, arguments, rng),
+        **measure(watch, predictor, maps, arguments, np.random.default_rng(arguments.seed)),
     }  # fmt: skip
-    if arguments.ordered_model:
-        record["ordered"] = ordered(watch, maps, arguments, rng)
     record["seconds"] = {"comparing": round(watch.seconds, 1), "comparisons": watch.calls}
     write_record(
         arguments.output, record, measures=MEASURES, weights=None, search=None,
@@ -97,13 +86,28 @@ def main() -> None:
     )  # fmt: skip
 
 
+def at_random(
+    watch: Stopwatch, predictor: Predictor, maps: WaferMaps, arguments: argparse.Namespace, rng: np.random.Generator
+) -> dict[str, Any]:
+    """False alarms and power, of a model of lots at random."""
+    split = splitting.split_by_lot(maps, seed=0)
+    reference = reference_of(arguments.reference, predictor, maps, split)
+    held = hold(predictor, maps, split.test)
+    return {
+        "test": {"maps": len(held.sample), "lots": held.sample.n_lots},
+        "reference": {"maps": len(reference.sample), "lots": reference.sample.n_lots},
+        "false_alarms": false_alarms(watch, reference, held, arguments, rng),
+        "class_mix": mix_errors(reference, held, arguments, rng),
+        "shifts": shifts(watch, predictor, reference, held, arguments, rng),
+    }
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="PATH")
     parser.add_argument("--model", type=Path, required=True, help="an exported model.onnx")
     parser.add_argument("--reference", type=Path, required=True, help="its reference.npz; made if it is not there")
-    parser.add_argument("--ordered-model", type=Path)
-    parser.add_argument("--ordered-reference", type=Path)
+    parser.add_argument("--ordered", action="store_true", help='the model was trained with split="ordered"')
     parser.add_argument("--batches", type=int, default=500, help="of test lots, for false alarms")
     parser.add_argument("--shift-batches", type=int, default=100, help="for each shift and strength")
     parser.add_argument("--lots", type=int, default=25, help="in a batch")
@@ -306,11 +310,11 @@ def overlays(held: Held, predictor: Predictor, rng: np.random.Generator) -> tupl
 
 
 def ordered(
-    watch: Stopwatch, maps: WaferMaps, arguments: argparse.Namespace, rng: np.random.Generator
+    watch: Stopwatch, predictor: Predictor, maps: WaferMaps, arguments: argparse.Namespace, rng: np.random.Generator
 ) -> dict[str, Any]:
     """A model of the first lots on the last ones."""
-    predictor, split = Predictor(arguments.ordered_model), splitting.split_in_order(maps, seed=0)
-    reference = reference_of(arguments.ordered_reference, predictor, maps, split)
+    split = splitting.split_in_order(maps, seed=0)
+    reference = reference_of(arguments.reference, predictor, maps, split)
     held = hold(predictor, maps, split.test)
     known = held.labels != NO_LABEL
     calibrated = reference.calibration.apply(held.sample.probabilities[known])
@@ -327,7 +331,7 @@ def ordered(
         watch.compare(reference, held.sample.select(lots_drawn(held.sample.lots, arguments.lots, rng)))
         for _ in range(arguments.shift_batches)
     ]
-    return {
+    found = {
         "maps": len(held.sample), "lots": held.sample.n_lots,
         "all": {one.key: {"effect": round(one.effect, 4), "p": one.p, "p_corrected": one.p_corrected}
                 for one in watch.compare(reference, held.sample).signals},
@@ -337,6 +341,7 @@ def ordered(
         "mix": {name: [round(float(x), 4) for x in (prior[i], mix[i], (truth == i).mean())]
                 for i, name in enumerate(reference.class_names)},
     }  # fmt: skip
+    return {"ordered": found}
 
 
 def macro_f1(truth: np.ndarray, answers: np.ndarray) -> float:

@@ -11,7 +11,8 @@ import pytest
 from made_up_network import write_model
 
 from waferlab.data.reading import load_wafer_maps
-from waferlab.data.splitting import split_by_lot
+from waferlab.data.splitting import split_in_order
+from waferlab.deployment.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -38,24 +39,21 @@ def test_it_writes_a_record_that_the_tables_can_be_made_of(tiny_arrays, tmp_path
     assert len({(s["shift"], s["strength"]) for s in record["shifts"]}) == len(record["shifts"]) == 15
     everywhere = next(s for s in record["shifts"] if (s["shift"], s["strength"]) == ("new die grid", 1.0))
     assert everywhere["alarms"]["new_grids, alone"]["share"] == 1
-    assert readme_tables.monitoring_ordered(record) == ["Not measured yet."]
     assert len(readme_tables.monitoring_shifts(record)) == 2 + 15
     assert "as a user meets them" in readme_tables.monitoring(record)[0]
 
 
-def test_the_last_lots_are_scored_before_and_after_the_correction(tiny_npz, tmp_path, monkeypatch):
-    monkeypatch.setattr(monitoring.splitting, "split_in_order", split_by_lot, raising=False)
+def test_the_last_lots_are_scored_before_and_after_the_correction(tiny_npz, tmp_path):
     write_model(tmp_path / "model.onnx")
-    arguments = SimpleNamespace(
-        ordered_model=tmp_path / "model.onnx", ordered_reference=tmp_path / "reference.npz", lots=6, shift_batches=2
-    )
+    arguments = SimpleNamespace(reference=tmp_path / "reference.npz", lots=6, shift_batches=2)
     maps, watch = load_wafer_maps(tiny_npz), monitoring.Stopwatch(19)
-    found = monitoring.ordered(watch, maps, arguments, np.random.default_rng(0))
-    assert found["maps"] == len(split_by_lot(maps).test) and watch.calls == 3
+    record = monitoring.ordered(watch, Predictor(tmp_path / "model.onnx"), maps, arguments, np.random.default_rng(0))
+    found = record["ordered"]
+    assert found["maps"] == len(split_in_order(maps).test) and watch.calls == 3
     assert found["macro_f1"].keys() == found["accuracy"].keys() and len(found["accuracy"]) == 4
     assert all(0 <= score <= 1 for score in found["macro_f1"].values())
-    record = {"ordered": found, "false_alarms": {"x": found["alarms"]}, "lots_in_batch": 6}
-    assert "| corrected for the estimated mix |" in "\n".join(readme_tables.monitoring_ordered(record))
+    table = readme_tables.monitoring_ordered(record | {"lots_in_batch": 6})
+    assert "| corrected for the estimated mix |" in "\n".join(table)
 
 
 @pytest.fixture
