@@ -3,8 +3,8 @@
 First, every family with random weights: raw maps of real or generated sizes in, probabilities out, resizing included,
 by ONNX Runtime and by PyTorch in inference mode, in turn, with one view and with eight, in batches of 256 as far as
 sizes agree. Then, with --champion, a trained model's file in several forms on the test part: one view, eight views of
-every map, eight views of the maps that need them (as registered), and the latter and one view in 8-bit whole numbers,
-calibrated on maps of the validation part. The clock leaves out reading the maps and opening the file.
+every map, eight views of the maps that need them (sure_at chosen on validation), the first and the last also in 8-bit
+whole numbers, calibrated on maps of the validation part. The clock leaves out reading the maps and opening the file.
 
     python benchmarks/inference.py --data wm811k.npz --champion champion --output benchmarks/results/inference.json
 """
@@ -138,11 +138,9 @@ def champion(output: Path, data, folder: Path, *, repeats: int) -> dict:
     model = load_trained(LightningCNN, checkpoint, expected=result["checkpoint_sha256"])
     kept = {key: value for key, value in result["decision"].items() if key in Decision.__dataclass_fields__}
     decision = Decision(**kept | {"offsets": tuple(kept["offsets"]), "left_out": tuple(kept["left_out"])})
-    forms = {
-        "eight views where needed": decision,
-        "eight views of every map": replace(decision, views=8, sure_at=None),
-        "one view": replace(decision, views=1, sure_at=None),
-    }
+    always = replace(decision, views=8, sure_at=None)
+    forms = {"one view": replace(always, views=1), "eight views of every map": always}
+    forms["eight views where needed"] = replace(always, sure_at=sure_on_validation(model, data, split, always, folder))
     files = {
         name: export_onnx(model, folder / "champion" / f"{i}.onnx", image_size=40, decision=form)
         for i, (name, form) in enumerate(forms.items())
@@ -168,15 +166,13 @@ def champion(output: Path, data, folder: Path, *, repeats: int) -> dict:
         {name: partial(Predictor(file, threads=1).probabilities, some[:1024]) for name, file in files.items()},
         1024, repeats=max(1, repeats // 2),
     )  # fmt: skip
-    share_sure = None
-    if decision.sure_at is not None:
-        network = Predictor(export_onnx(model, folder / "plain.onnx", image_size=40)).probabilities(test)
-        share_sure = float((network.max(1) >= decision.sure_at).mean())
+    sure_at, network = forms["eight views where needed"].sure_at, answers_of_network(model, test, folder)
     return {
         "test_maps": len(test),
         "test_lots": len(np.unique(whole.groups)),
         "decision": kept,
-        "answered_by_one_view": share_sure,
+        "sure_at": sure_at,
+        "answered_by_one_view": None if sure_at is None else float((network[1].max(1) >= sure_at).mean()),
         "forms": {
             name: {
                 "maps_per_second": speed[name],
@@ -188,6 +184,27 @@ def champion(output: Path, data, folder: Path, *, repeats: int) -> dict:
             for name, one in answers.items()
         },
     }
+
+
+def answers_of_network(model, maps: Sequence[np.ndarray], folder: Path) -> dict[int, np.ndarray]:
+    """The network's own probabilities with one view and with eight."""
+    from waferlab.deployment.onnx_export import export_onnx
+    from waferlab.deployment.predictor import Predictor
+    from waferlab.evaluation.decision import Decision
+
+    return {
+        views: Predictor(
+            export_onnx(model, folder / f"network_{views}.onnx", image_size=40, decision=Decision(views=views))
+        ).probabilities(maps)
+        for views in (1, 8)
+    }
+
+
+def sure_on_validation(model, data, split, decision, folder: Path) -> float | None:
+    """Where one view may answer for eight, chosen as a run with eight views does."""
+    from waferlab.evaluation.decision import where_one_view_is_sure
+
+    return where_one_view_is_sure(decision, answers_of_network(model, [data[i] for i in split.validation], folder))
 
 
 def in_8_bits(file: Path, maps: Sequence[np.ndarray]) -> Path:

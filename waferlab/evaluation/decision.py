@@ -109,12 +109,12 @@ def choose_decision(by_views: Mapping[int, np.ndarray], labels: np.ndarray, trai
     offsets = tuple((strength * log_frequency).tolist()) if strength else ()
     decision = Decision(views=views, prior_strength=strength, offsets=offsets, left_out=left_out)
     if views == 8:
-        decision = replace(decision, sure_at=_sure_at(decision, by_views))
+        decision = replace(decision, sure_at=where_one_view_is_sure(decision, by_views))
     corrected = decision.of_views({count: p.astype(np.float64) for count, p in by_views.items()})
     return replace(decision, temperature=fit_temperature(corrected, labels))
 
 
-def _sure_at(decision: Decision, by_views: Mapping[int, np.ndarray]) -> float | None:
+def where_one_view_is_sure(decision: Decision, by_views: Mapping[int, np.ndarray]) -> float | None:
     """Where one view is sure enough to answer for the eight; None if that changes answers however sure it is."""
     by_eight = decision.of_views(by_views).argmax(1)
     for share in SHARES_OF_SURE:
