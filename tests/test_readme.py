@@ -1,5 +1,6 @@
 """Promises about the README: its examples run as they stand."""
 
+import json
 import os
 import re
 import shlex
@@ -129,10 +130,32 @@ def test_both_servers_answer_as_the_readme_shows(served_by, champions_folder):
         answer = ask_until_answered(question.replace(port, free), server, log)
         assert_shows(answer, dict(SHOWN)[question])
         assert_shows(log.read_text(), said)
+        assert_same_answer(json.loads(answer), question, champions_folder)
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+
+
+def assert_same_answer(answer, question, folder):
+    """As the predictor gives in Python."""
+    import numpy as np
+
+    from waferlab.deployment import Predictor
+
+    asked = json.loads(shlex.split(question)[-1])
+    maps = [np.array(one, np.uint8) for one in (asked.get("maps") or asked["inputs"]["maps"])]
+    predictor = Predictor.load(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    expected = predictor.predict(maps)
+    if "predictions" in answer:
+        found = answer["predictions"]["probabilities"]
+    else:
+        (one,) = answer["answers"]
+        found = [[one["probabilities"][name] for name in predictor.class_names]]
+        assert (one["class"], one["set"], one["abstain"]) == (
+            expected.classes[0], list(expected.set_names()[0]), bool(expected.abstains[0])
+        )  # fmt: skip
+    np.testing.assert_allclose(found, expected.probabilities, atol=1e-5)
 
 
 def ask_until_answered(question, server, log):
