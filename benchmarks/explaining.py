@@ -50,15 +50,15 @@ def main() -> None:
     chosen = choose(maps, probabilities, arguments.per_class, seed=arguments.seed)
     explainer, classes, seconds, examples = Explainer(predictor), {}, [], []
     for label, members in chosen.items():
-        name, found = predictor.class_names[label], []
+        name, found, drawn = predictor.class_names[label], [], []
         for i in members:
             started = time.perf_counter()
             relevance = explainer.relevance(maps[i], label)
             seconds.append(time.perf_counter() - started)
             options = {"steps": arguments.steps, "draws": arguments.draws, "seed": arguments.seed}
             found.append(deletion_curves(predictor.probabilities, maps[i], relevance, label, **options))
-            if i == members[0]:
-                examples.append((maps[i], relevance, (name, f"test map {i}", float(probabilities[i, label]))))
+            drawn.append((maps[i], relevance, (name, f"test map {i}", float(probabilities[i, label]))))
+        examples.append(drawn[in_the_middle(found)])
         classes[name] = summary(np.array(found), maps.groups[members])
         print(f"{name}: area {classes[name]['area']:+.3f}, interval {classes[name]['area_interval']}", flush=True)
     settings = {name: getattr(arguments, name) for name in ("per_class", "steps", "draws", "seed")}
@@ -81,6 +81,11 @@ def choose(maps: WaferMaps, probabilities: np.ndarray, per_class: int, *, seed: 
     enough = np.array([(maps[i] == 2).sum() >= FEWEST_FAILING for i in range(len(maps))])
     order = rng.permutation(np.flatnonzero(enough))
     return {int(label): order[predicted[order] == label][:per_class] for label in np.unique(predicted[order])}
+
+
+def in_the_middle(curves: list[np.ndarray]) -> int:
+    """The map whose area between the curves is the median of its class: neither the best nor the worst is shown."""
+    return int(np.argsort([area_between(*one) for one in curves])[len(curves) // 2])
 
 
 def summary(curves: np.ndarray, groups: np.ndarray) -> dict:
