@@ -90,9 +90,7 @@ def at_random(
     watch: Stopwatch, predictor: Predictor, maps: WaferMaps, arguments: argparse.Namespace, rng: np.random.Generator
 ) -> dict[str, Any]:
     """False alarms and power, of a model of lots at random."""
-    split = splitting.split_by_lot(maps, seed=0)
-    reference = reference_of(arguments.reference, predictor, maps, split)
-    held = hold(predictor, maps, split.test)
+    reference, held = both_sides(predictor, maps, splitting.split_by_lot(maps, seed=0), arguments.reference)
     return {
         "test": {"maps": len(held.sample), "lots": held.sample.n_lots},
         "reference": {"maps": len(reference.sample), "lots": reference.sample.n_lots},
@@ -135,6 +133,11 @@ def reference_of(path: Path, predictor: Predictor, maps: WaferMaps, split: split
     if not path.exists():
         Reference.of(predictor, maps, split).save(path)
     return Reference.load(path)
+
+
+def both_sides(predictor: Predictor, maps: WaferMaps, split: splitting.Split, path: Path) -> tuple[Reference, Held]:
+    """What batches are compared with, and the test part that they are drawn from."""
+    return reference_of(path, predictor, maps, split), hold(predictor, maps, split.test)
 
 
 def hold(predictor: Predictor, maps: WaferMaps, indices: np.ndarray) -> Held:
@@ -313,9 +316,7 @@ def ordered(
     watch: Stopwatch, predictor: Predictor, maps: WaferMaps, arguments: argparse.Namespace, rng: np.random.Generator
 ) -> dict[str, Any]:
     """A model of the first lots on the last ones."""
-    split = splitting.split_in_order(maps, seed=0)
-    reference = reference_of(arguments.reference, predictor, maps, split)
-    held = hold(predictor, maps, split.test)
+    reference, held = both_sides(predictor, maps, splitting.split_in_order(maps, seed=0), arguments.reference)
     known = held.labels != NO_LABEL
     calibrated = reference.calibration.apply(held.sample.probabilities[known])
     likelihoods = reference.calibration.likelihoods(held.sample.probabilities[known])
