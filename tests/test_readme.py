@@ -97,7 +97,9 @@ def in_words(command):
 
 def in_the_folder(folder):
     activated = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow starts uvicorn by its name
-    return {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(ROOT), "PATH": activated}, "text": True}
+    elsewhere = {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"}  # an MLflow of the user's goes before that of the folder
+    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
+    return {"cwd": folder, "env": environment | {"PYTHONPATH": str(ROOT), "PATH": activated}, "text": True}
 
 
 @pytest.mark.parametrize("command", [c for c, _ in SHOWN if c.startswith("python predict.py synthetic")])

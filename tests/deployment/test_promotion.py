@@ -15,7 +15,7 @@ from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.promotion import CannotCompareError, MapsSeen, NotRegistered, Promotion, judge, promote
 from waferlab.errors import RegistryError
 from waferlab.evaluation.predictions import Predictions
-from waferlab.tracking.registry import Champion, ModelVersion
+from waferlab.tracking.registry import Champion, ModelVersion, as_the_programs_own
 from waferlab.tracking.runs import RunTree
 
 CLASSES = len(CLASS_NAMES)
@@ -371,7 +371,7 @@ def test_a_registered_version_is_the_file_and_says_what_it_has_seen(store, tmp_p
     assert written.description == said.verdict and written.run_id
 
 
-def test_the_remedy_that_is_named_works(store, tmp_path, monkeypatch):
+def test_the_remedy_that_is_named_works(store, tmp_path):
     import mlflow
 
     tracking, run, folder = store
@@ -379,11 +379,8 @@ def test_the_remedy_that_is_named_works(store, tmp_path, monkeypatch):
     swapped = split_at(range(30, 60), range(30))
     said = offer(tracking, write_file(tmp_path / "good.onnx"), swapped, name="remedy", run=run)
     assert said.alias == "challenger"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(None)
-    exec(said.verdict.split("all the same: ")[1], {"mlflow": mlflow})
-    mlflow.set_tracking_uri(before)
+    with as_the_programs_own(f"sqlite:///{folder / 'mlflow.db'}"):
+        exec(said.verdict.split("all the same: ")[1], {"mlflow": mlflow})
     assert client_of(folder).get_model_version_by_alias("remedy", "champion").version == 2
 
 

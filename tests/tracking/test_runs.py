@@ -733,6 +733,7 @@ def test_checkpoint_file_and_registered_model_agree(registered):
     from waferlab.deployment.promotion import MAX_DIFFERENCE
     from waferlab.evaluation.inference import predict_probabilities
     from waferlab.records import TrainingRecord
+    from waferlab.tracking.registry import as_the_programs_own
 
     folder, outcomes = registered
     pipeline, summary = outcomes[1]
@@ -740,8 +741,8 @@ def test_checkpoint_file_and_registered_model_agree(registered):
     test_maps = pipeline.maps.select(pipeline.split.test)
     model = pipeline.load_model(TrainingRecord.from_json(record))
     expected = predict_probabilities(model, resize_maps(test_maps, 16))
-    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-    champion = mlflow.pyfunc.load_model(f"models:/{summary['registered']['name']}@champion")
+    with as_the_programs_own(f"sqlite:///{folder / 'mlflow.db'}"):
+        champion = mlflow.pyfunc.load_model(f"models:/{summary['registered']['name']}@champion")
     for i in range(len(test_maps)):
         answer = champion.predict({"maps": test_maps[i][None]})["probabilities"]
         # a pixel half-way between two grey levels may be rounded the other way

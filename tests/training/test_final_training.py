@@ -402,6 +402,7 @@ CHANGES_THE_TRAINING = {
     "class_balancing": False,
     "balance_by": "loss",
     "samples_per_class": 149,
+    "split": "ordered",
     "max_samples_per_class": 10,
     "image_levels": "binary",
     "image_size": 48,

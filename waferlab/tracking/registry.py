@@ -98,7 +98,7 @@ class ModelRegistry(Line):
         if version is None:
             return None
         try:
-            with _as_the_programs_own(self.uri):
+            with as_the_programs_own(self.uri):
                 download_artifacts(f"models:/{name}/{version}", dst_path=str(into), tracking_uri=self.uri)
         except Exception as error:  # whatever a disk, a server or a store in the cloud does
             if may_pass(error):
@@ -143,7 +143,7 @@ class ModelRegistry(Line):
         # An earlier try may have come so far: its version has had these tags from the start.
         version = next((one.version for one in self._versions(name) if tags and one.tags == tags), None)
         if version is None:
-            with _as_the_programs_own(self.uri):
+            with as_the_programs_own(self.uri):
                 model = _log_model(run, file, beside, example, classes)
                 if self._aliases(name) is None:
                     self._client.create_registered_model(name)
@@ -179,7 +179,7 @@ def _log_model(run: Run, file: Path, beside: Sequence[Path], example: Any, class
 
 
 @contextmanager
-def _as_the_programs_own(uri: str) -> Iterator[None]:
+def as_the_programs_own(uri: str) -> Iterator[None]:
     """Where MLflow looks models up is one address for the whole program, which may have its own before and after."""
     import mlflow
 
