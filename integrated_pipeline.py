@@ -16,18 +16,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import optuna
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from rich.console import Console
 
 from simple_model import LightningCNN
-from waferlab.config import OBJECTIVES, ExperimentConfig
+from waferlab.config import ExperimentConfig
 from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.data.maps import CLASS_NAMES, WaferMaps
 from waferlab.data.reading import load_wafer_maps
@@ -36,7 +37,6 @@ from waferlab.deployment.onnx_export import export_onnx
 from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.promotion import NotRegistered, Promotion, promote
 from waferlab.errors import (
-    ConfigError,
     RunError,
     TrainingDivergedError,
     TrialFailedError,
@@ -46,12 +46,13 @@ from waferlab.errors import (
 from waferlab.evaluation.inference import decision_of, measure_latency, score_model
 from waferlab.evaluation.predictions import Predictions
 from waferlab.models.classifier import WaferClassifier
-from waferlab.models.registry import MODEL_REGISTRY, ModelSpec, find_model, our_names, register_model
+from waferlab.models.registry import ModelSpec, find_model, our_names, register_model
 from waferlab.models.starting_weights import start_from
 from waferlab.models.torchvision_models import TorchvisionLightningModel
 from waferlab.models.yolo import YOLOLightningAdapter
 from waferlab.monitoring.reference import REFERENCE_FILE, Reference
 from waferlab.records import (
+    BestTrial,
     ModelResult,
     SearchRecord,
     TrainedModel,
@@ -61,47 +62,54 @@ from waferlab.records import (
     summarise,
     write_summary,
 )
-from waferlab.reports.run_report import draw_run, pictures_of_model, write_pages
-from waferlab.reports.tables import comparison_rows, results_table, table_markdown
-from waferlab.search.budget import SearchBudget, seconds_by_merit
-from waferlab.search.study import (
-    interrupts_kept,
-    make_pruner,
-    make_sampler,
-    open_study,
-    proposed_by,
-    run_again,
-    study_plots,
-    study_storage,
-)
-from waferlab.search.trials import TrialWeights, better_of, search_record, trial_line, worth_training
+from waferlab.reports.run_report import draw_run, track_outcome, write_pages
+from waferlab.search.budget import SearchPlan, plan_search, seconds_by_merit
+from waferlab.search.model_search import ModelSearch
+from waferlab.search.study import proposed_by, run_again, study_plots
+from waferlab.search.trial_files import TrialFiles
+from waferlab.search.trials import Validation, pack_answers
+from waferlab.search.workers import Tell, ToldRuns, ToldTerminal, workers_for
 from waferlab.terminal import Terminal, quiet_libraries
 from waferlab.tracking.processes import this_process
 from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.tracking.wandb_runs import WandbTree
-from waferlab.training.callbacks import EpochLines, History, KeepInterrupt, SeedEachEpoch, TimeBudget
+from waferlab.training.callbacks import (
+    BestAnswers,
+    EpochLines,
+    History,
+    KeepInterrupt,
+    Patience,
+    SeedEachEpoch,
+    TimeBudget,
+)
 from waferlab.training.checkpoints import (
     CheckpointFiles,
     TrainingFolder,
+    best_weights,
+    every_epoch,
     hold_folders,
     load_trained,
     record_training,
 )
-from waferlab.training.precision import native_precision
+from waferlab.training.pace import QuickestThreads, possible_precisions, seconds_a_step
 
 # ------------------------------------------------------------------------------------------------- the architectures
 
 
 def suggest_parameters(
-    trial: optuna.trial.BaseTrial, model_type: str, *, batch_size: int, pretrained: bool = True
-) -> dict[str, Any]:
+    trial: optuna.trial.BaseTrial, model_type: str, *, batch_size: int, pretrained: bool = True,
+    learning_rate: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Asks a trial for what all have, and for the architecture's own; `batch_size` is one more choice.
 
-    Without `pretrained` weights to start from, it is not asked for what makes no sense without them.
+    The learning rate is looked for around the one that is taken without a search, up to 8 times larger or smaller: the
+    model's default, or else `learning_rate`. What `pretrained` weights have decided, or need, is asked for accordingly.
     """
     spec = find_model(model_type)
+    usual = learning_rate or spec.parameters()["learning_rate"]
+    around = max(1e-5, usual / 8), min(1e-1, usual * 8)
     shared = {
-        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", *around, log=True),
         "batch_size": trial.suggest_categorical("batch_size", tuple(sorted({16, 32, 64, batch_size}))),
         **({"dropout": trial.suggest_float("dropout", 0.1, 0.6)} if "dropout" in spec.parameters() else {}),
         "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True),
@@ -110,11 +118,9 @@ def suggest_parameters(
 
 
 def suggest_for_cnn(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str, Any]:
-    """Width and optimiser of the small CNN."""
-    return {
-        "base_channels": trial.suggest_categorical("base_channels", (16, 32, 48, 64)),
-        "optimizer": trial.suggest_categorical("optimizer", ("adamw", "adam", "sgd")),
-    }
+    """Optimiser of the small CNN, and its width, unless weights have one."""
+    width = {} if pretrained else {"base_channels": trial.suggest_categorical("base_channels", (16, 32, 48, 64))}
+    return width | {"optimizer": trial.suggest_categorical("optimizer", ("adamw", "adam", "sgd"))}
 
 
 def suggest_freezing(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str, Any]:
@@ -123,8 +129,8 @@ def suggest_freezing(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict
 
 
 def suggest_size(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str, Any]:
-    """The size of the YOLO network."""
-    return {"model_size": trial.suggest_categorical("model_size", YOLOLightningAdapter.SIZES)}
+    """The size of the YOLO network, unless weights have one."""
+    return {} if pretrained else {"model_size": trial.suggest_categorical("model_size", YOLOLightningAdapter.SIZES)}
 
 
 register_model(
@@ -148,7 +154,6 @@ register_model(
         fixed={"architecture": "efficientnet_b0"},
         suggest=suggest_freezing,
         defaults={"learning_rate": 3e-3, "dropout": 0.2},
-        bf16_pays=False,
         in_all=True,
     ),
 )
@@ -177,25 +182,12 @@ register_model(
     ),
 )
 
+FORWARD_SHARE = 0.35  # of the time of a training step is that of an answer, which validation needs
+MAPS_OF_A_TRIALS_EPOCH = 8192  # at most: where there are many more, trials need not see all of them to be told apart
 FINE_TUNING_SHARE = 0.1  # of a model's own learning rate, when it starts from weights made on generated maps
 
 
 # ----------------------------------------------------------------------------------------------------- the pipeline
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a trial needs of the search that it belongs to.
-
-    Attributes:
-        weights: where trials leave theirs.
-        budget: seconds and trials; None for a study of one's own.
-        run: of the model, above those of its trials.
-    """
-
-    weights: TrialWeights
-    budget: SearchBudget | None = None
-    run: Run | None = None
 
 
 class IntegratedMLPipeline:
@@ -226,12 +218,13 @@ class IntegratedMLPipeline:
         self.split: Split | None = None
         self.runs: RunTree | NoRuns = NoRuns()
         self.model_runs: dict[str, Run] = {}
-        self.searches: dict[str, Search] = {}
+        self.searches: dict[str, ModelSearch] = {}
         self.studies: dict[str, optuna.Study] = {}
         self.failed: dict[str, BaseException] = {}
         self.problems: list[str] = []
         self._data: WaferMapDataModule | None = None
         self._starts: dict[str, WaferClassifier] = {}
+        self._paces: dict[tuple[str, str | int], float] = {}
 
     def run_complete_pipeline(self) -> dict[str, Any]:
         """Runs the chain and returns the summary that is also written to experiment_summary.json.
@@ -271,7 +264,7 @@ class IntegratedMLPipeline:
             summary |= self.register_best(results[best], predictions[best]).in_summary()
         self._report(summary)
         self._write(summary)
-        self._track_outcome(summary, results, parent)
+        track_outcome(self.config, summary, results, runs=self.runs, run=parent, model_runs=self.model_runs)
         self.terminal.print_outcome(results, summary, runs=self.runs, run=parent)
         return summary
 
@@ -294,20 +287,21 @@ class IntegratedMLPipeline:
 
     def _train_all(self, parent: Run) -> list[TrainedModel]:
         """Searches and trains all models; one that fails becomes a row with its reason, unless all of them do."""
-        names, trained, searched = self.config.model_types(), [], {}
-        if self.config.favours_the_best():
+        config, names, trained, searched = self.config, self.config.model_types(), [], {}
+        if config.favours_the_best():
             for name in names:
                 with self._or_a_row(name):
                     self.say(f"\n{name}, search", style="bold")
-                    searched[name] = self._start_and_search(name, parent)
+                    self._start_model_run(name, parent)
+                    searched[name] = self.search(name, self.plan_search(name, config.equal_share()))
         for name in [name for name in names if name not in self.failed]:
             with self._or_a_row(name):
                 self.say(f"\n{name}", style="bold")
                 if searched:
                     seconds = seconds_by_merit(
-                        name, searched, limit=self.config.time_limit, favourite_share=self.config.favourite_share
+                        name, searched, limit=config.time_limit, favourite_share=config.favourite_share
                     )
-                    trained.append(self.train_with_the_best(name, searched[name], seconds=seconds))
+                    trained.append(self.go_on(name, searched[name], seconds=seconds))
                 else:
                     trained.append(self.search_and_train(name, parent))
         if not trained:
@@ -384,15 +378,9 @@ class IntegratedMLPipeline:
             ConfigError: an unknown name or parameter.
         """
         config, spec, chosen = self.config, find_model(model_type), our_names(trial_params)
-        parameters = spec.parameters() | {"batch_size": config.batch_size}
-        if unknown := sorted(set(chosen) - set(parameters)):
-            raise ConfigError(
-                f"{model_type} has no parameter {unknown[0]!r}. Allowed: {', '.join(sorted(parameters))}."
-            )
         if config.learning_rate is not None:
             chosen = {"learning_rate": config.learning_rate} | chosen
-        own = dict(spec.defaults) | {"image_size": config.image_size} | chosen
-        own = {name: value for name, value in own.items() if name in spec.parameters()}
+        own = spec.choose(model_type, chosen, image_size=config.image_size, batch_size=config.batch_size)
         model = spec.model(class_weights=class_weights, **spec.fixed, **own)
         if config.use_pretrained if pretrained is None else pretrained:
             model.starting_weights = start_from(
@@ -430,11 +418,19 @@ class IntegratedMLPipeline:
         max_epochs: int,
         run: Run | None = None,
         resume_from: Path | None = None,
-    ) -> None:
-        """What all trainings have in common: Lightning's Trainer as the configuration wants it."""
+        batches: int | None = None,
+    ) -> pl.Trainer:
+        """What all trainings have in common: Lightning's Trainer as the configuration wants it.
+
+        With `batches`, an epoch has at most so many.
+        """
         config, interrupt = self.config, KeepInterrupt()
         logger = False if run is None else self.runs.logger(run)
         callbacks = [interrupt, SeedEachEpoch(), *callbacks, *([LearningRateMonitor("epoch")] if logger else [])]
+        if config.threads is None:
+            callbacks.append(QuickestThreads())
+        else:
+            torch.set_num_threads(config.threads)
         with quiet_libraries(), interrupt.heeded():
             trainer = pl.Trainer(
                 max_epochs=max_epochs, accelerator=config.accelerator,
@@ -442,18 +438,37 @@ class IntegratedMLPipeline:
                 precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
                 callbacks=callbacks, logger=logger, plugins=[CheckpointFiles()],
                 enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-                default_root_dir=config.checkpoints_dir, **config.trainer,
+                default_root_dir=config.checkpoints_dir, **({"limit_train_batches": batches} if batches else {}),
+                **config.trainer,
             )  # fmt: skip
             trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        return trainer
 
     def precision(self, model_type: str) -> str | int:
         """What Lightning computes this model's training in."""
         if self.config.precision != "auto":
             return self.config.precision
-        return native_precision(self.config.accelerator) if MODEL_REGISTRY[model_type].bf16_pays else "32-true"
+        if len(possible := possible_precisions(self.config.accelerator)) == 1:
+            return possible[0]
+        return min(possible, key=partial(self._seconds_a_step, model_type))
+
+    def _seconds_a_step(self, model_type: str, precision: str | int) -> float:
+        """As measured once, with the default parameters and one thread."""
+        if (model_type, precision) not in self._paces:
+            batch = next(iter(self.data_module().train_dataloader()))
+            self._paces[model_type, precision] = seconds_a_step(
+                self._start_without_search(model_type), batch, precision=str(precision),
+                accelerator=self.config.accelerator,
+            )  # fmt: skip
+        return self._paces[model_type, precision]
 
     def train_final_model(
-        self, model_type: str, params: dict[str, Any] | None = None, *, seconds: float | None = None
+        self,
+        model_type: str,
+        params: dict[str, Any] | None = None,
+        *,
+        seconds: float | None = None,
+        trial: BestTrial | None = None,
     ) -> TrainingRecord:
         """Trains one model and keeps its best epoch by validation macro F1.
 
@@ -461,6 +476,7 @@ class IntegratedMLPipeline:
             model_type: a name of `MODEL_REGISTRY`.
             params: parameters that replace the defaults, such as the best of a search.
             seconds: time limit; None takes the model's share of the configuration's, if it has one.
+            trial: to go on from, with the same parameters.
         """
         config, params = self.config, our_names(params)
         folder = TrainingFolder(config.checkpoints_dir / model_type, self._fingerprint(), params)
@@ -470,9 +486,9 @@ class IntegratedMLPipeline:
             return finished
         pl.seed_everything(config.seed, verbose=False)
         data = self.data_module(params.get("batch_size"))
-        resume_from = folder.resume_point() if config.resume else None
-        if resume_from is None:
-            folder.start_afresh()
+        files = self._trial_files(model_type)
+        from_trial = trial and (trial.record, files.best(trial.number), files.state(trial.number))
+        resume_from = folder.begin(resume=config.resume, from_trial=from_trial)
         goes_on = resume_from is not None
         model = self.create_model(
             model_type, params, class_weights=data.class_weights, pretrained=False if goes_on else None
@@ -482,9 +498,9 @@ class IntegratedMLPipeline:
         else:
             folder.remember_start(model)
             self.terminal.print_start(model.starting_weights, wanted=config.use_pretrained)
-        history, callbacks = History(), self._callbacks_of_final_training(model_type, folder, seconds)
+        history = History()
         self.fit(
-            model_type, model, data, [history, *callbacks],
+            model_type, model, data, [history, *self._callbacks_of_final_training(model_type, folder, seconds, trial)],
             max_epochs=config.max_epochs, run=self.model_runs.get(model_type), resume_from=resume_from,
         )  # fmt: skip
         record = record_training(
@@ -494,89 +510,108 @@ class IntegratedMLPipeline:
         return record
 
     def _callbacks_of_final_training(
-        self, model_type: str, folder: TrainingFolder, seconds: float | None
+        self, model_type: str, folder: TrainingFolder, seconds: float | None, trial: BestTrial | None
     ) -> list[pl.Callback]:
         seconds = self.config.equal_share() if seconds is None else seconds
+        if seconds is not None and trial is not None:
+            seconds += trial.record.train_seconds  # its clock goes on
         return [
             *([TimeBudget(seconds)] if seconds is not None else []),
             self.terminal.progress(model_type) or EpochLines(self.say),
-            EarlyStopping("val_macro_f1", mode="max", patience=self.config.early_stopping_patience),
-            self._best_weights(folder.best),
-            # A second one, unmonitored, because `save_last` follows the best epoch rather than the last.
-            ModelCheckpoint(folder.folder, filename=folder.resume.stem, enable_version_counter=False),
+            Patience(self.config.early_stopping_patience),
+            best_weights(folder.best),
+            every_epoch(folder.resume),
         ]
 
-    @staticmethod
-    def _best_weights(file: Path) -> ModelCheckpoint:
-        return ModelCheckpoint(
-            file.parent, filename=file.stem, monitor="val_macro_f1", mode="max", save_weights_only=True,
-            enable_version_counter=False,
-        )  # fmt: skip
-
     def search_and_train(self, model_type: str, parent: Run | None = None) -> TrainedModel:
-        """Searches, trains with the best parameters, and keeps whichever is better on validation: that or a trial."""
+        """Searches, and goes on training the best trial to the end of the time; without a search, trains from anew."""
         share = self.config.equal_share()
-        if self.config.enable_optuna:
-            found = self._start_and_search(model_type, parent)
-            left = None if share is None else max(1.0, share - found.seconds)
-            return self.train_with_the_best(model_type, found, seconds=left)
         self._start_model_run(model_type, parent)
+        plan = self.plan_search(model_type, share)
+        if not plan.none_because:
+            found = self.search(model_type, plan)
+            return self.go_on(model_type, found, seconds=None if share is None else max(1.0, share - found.seconds))
+        if self.config.enable_optuna:
+            self.say(f"  no search: {plan.none_because}")
         with self.terminal.timed("training"):
-            return TrainedModel(**vars(self.train_final_model(model_type, seconds=share)))
+            record = self.train_final_model(model_type, seconds=share)
+        return TrainedModel(**vars(record), no_search_because=plan.none_because)
 
-    def train_with_the_best(
-        self, model_type: str, found: SearchRecord, *, seconds: float | None = None
-    ) -> TrainedModel:
-        """The final training with the best parameters found, or the best trial where that is better on validation."""
-        parameters = worth_training(found, self._default_trial(model_type), say=self.say)
+    def go_on(self, model_type: str, found: SearchRecord, *, seconds: float | None = None) -> TrainedModel:
+        """The final training: goes on from the trial that a search has found, to the end of the seconds."""
+        best = found.best
         with self.terminal.timed("training"):
-            record = self.train_final_model(model_type, parameters, seconds=seconds)
-        return better_of(record, found, say=self.say)
+            record = self.train_final_model(
+                model_type, best.parameters, seconds=seconds, trial=best if best.goes_on else None
+            )
+        return TrainedModel(
+            **vars(record), weights_from=f"trial {best.number}, gone on with" if best.goes_on else "final training",
+            search=replace(found, best=replace(best, record=None)),
+            total_seconds=found.seconds + record.train_seconds - (best.record.train_seconds if best.goes_on else 0.0),
+        )  # fmt: skip
 
     # --- search
 
-    def _start_and_search(self, model_type: str, parent: Run | None) -> SearchRecord:
-        self._start_model_run(model_type, parent)
-        share = self.config.equal_share()
-        with self.terminal.timed("search"):
-            return self.search(model_type, seconds=None if share is None else share * self.config.search_share)
+    def plan_search(self, model_type: str, seconds: float | None) -> SearchPlan:
+        """How large a search is that leaves the winner the time to learn, of `seconds` for both."""
+        config = self.config
+        if not config.enable_optuna:
+            return SearchPlan(0, 0, none_because="enable_optuna=False")
+        an_epoch = 0.0
+        if seconds is not None:
+            data, step = self.data_module(), self._seconds_a_step(model_type, self.precision(model_type))
+            validation = len(self.split.validation) / config.batch_size * FORWARD_SHARE
+            an_epoch = step * (min(len(data.train_dataloader()), self._batches_of_a_trial(data)) + validation)
+        return plan_search(
+            trials=config.num_optuna_trials, epochs=min(config.search_epochs, config.max_epochs),
+            workers=workers_for(config), seconds=seconds, share=config.search_share, seconds_an_epoch=an_epoch,
+        )  # fmt: skip
 
-    def search(self, model_type: str, *, seconds: float | None = None) -> SearchRecord:
-        """Looks for good parameters with Optuna.
+    @staticmethod
+    def _batches_of_a_trial(data: WaferMapDataModule) -> int:
+        return max(1, MAPS_OF_A_TRIALS_EPOCH // data.batch_size)
 
-        The first trial has the default parameters, so that a search never ends below them. An interrupted search goes
-        on with `resume=True`; the trial that was cut off runs again with its parameters.
+    def search(self, model_type: str, plan: SearchPlan | None = None) -> SearchRecord:
+        """Looks for good parameters with Optuna: trials side by side, all in one study.
+
+        The first trial has the default parameters, the next those of the architecture's portfolio. An interrupted
+        search goes on with `resume=True`; the trial that was cut off runs again with its parameters.
 
         Args:
             model_type: a name of `MODEL_REGISTRY`.
-            seconds: time limit; a trial that is running then ends early, its learning rate annealed.
+            plan: see `plan_search`; None for what the configuration wants, without a limit.
 
         Raises:
             SearchFailedError: not one trial came to its end.
         """
-        study = self.studies[model_type] = self._open_study(model_type)
-        budget = SearchBudget(study, wanted=self.config.num_optuna_trials, seconds=seconds)
-        search = Search(self._trial_weights(model_type), budget, self.model_runs.get(model_type))
-
-        def report_and_stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            search.weights.forget_beaten(study)
-            self.say(trial_line(study, trial, wanted=budget.wanted, seconds_left=budget.left()))
-            if budget.used_up():
-                study.stop()
-
-        self.searches[model_type] = search
-        objective = partial(self.optuna_objective, model_type=model_type)
+        plan = plan or self.plan_search(model_type, None)
+        search = ModelSearch(
+            model_type, self.config, plan, self._trial_files(model_type), self._default_trial(model_type),
+            find_model(model_type).portfolio, self._fingerprint(), self.model_runs.get(model_type),
+        )  # fmt: skip
+        self.studies[model_type], self.searches[model_type] = search.study, search
+        if search.workers > 1:  # what all of them need is made before they are
+            self._start_without_search(model_type), self.precision(model_type), self.data_module().setup()
         try:
-            with interrupts_kept():
-                if not budget.used_up():
-                    study.optimize(
-                        objective, callbacks=[report_and_stop], catch=(TrialFailedError,), gc_after_trial=True
-                    )
+            with self.terminal.timed("search"):
+                search.optimize(
+                    partial(self.optuna_objective, model_type=model_type), terminal=self.terminal, runs=self.runs,
+                    become_worker=self._become_worker,
+                )  # fmt: skip
         finally:
             del self.searches[model_type]
-        found = search_record(study, search.weights, objectives=self.config.objectives, say=self.say)
+        part = self.split.validation
+        found = search.record(Validation(self.maps.labels[part], self.maps.groups[part]), say=self.say)
         self.terminal.print_search(found)
         return found
+
+    def _become_worker(self, tell: Tell) -> None:
+        """In a forked process: one thread, and whoever forked it prints and tracks."""
+        self.config = replace(self.config, threads=1, quiet=True)
+        self.terminal = ToldTerminal(tell)
+        self.say = self.terminal.say
+        if not isinstance(self.runs, NoRuns):
+            self.runs = ToldRuns(self.runs, tell)
 
     def optuna_objective(self, trial: optuna.Trial, model_type: str) -> float | tuple[float, ...]:
         """Trains one trial and returns its best validation macro F1, or a value for each of several objectives.
@@ -585,14 +620,13 @@ class IntegratedMLPipeline:
             optuna.TrialPruned: stopped as unpromising by the pruner, through Lightning's callback.
             TrialFailedError: the loss was no number or the memory did not suffice; the study goes on.
         """
-        search = self.searches.get(model_type) or Search(self._trial_weights(model_type))  # or in a study of one's own
-        pretrained = self._start_without_search(model_type).starting_weights.kind != "random"
-        params = suggest_parameters(trial, model_type, batch_size=self.config.batch_size, pretrained=pretrained)
+        search = self.searches.get(model_type)  # None in a study of one's own
+        params = self._suggest(trial, model_type)
         trial.set_user_attr("process", this_process())
         trial.set_user_attr("proposed_by", proposed_by(trial))
-        run = self.runs.start(f"trial {trial.number}", parent=search.run)
+        run = self.runs.start(f"trial {trial.number}", parent=search and search.run)
         try:
-            model, best = self._train_trial(trial, model_type, params, search, run)
+            model, best = self._train_trial(trial, model_type, params, run)
         except optuna.TrialPruned as pruned:
             self.runs.end(run, "KILLED", reason=f"pruned: {pruned}")  # not FAILED: it did what was asked of it
             raise
@@ -614,12 +648,12 @@ class IntegratedMLPipeline:
             trial.set_user_attr(name, value)
         self.runs.metrics(run, {"best_val_macro_f1": best, "latency_ms": values["latency"]})
         self.runs.end(run)
-        search.weights.share(trial)
+        self._trial_files(model_type).share(trial)
         chosen = tuple(values[name] for name in self.config.objectives)
         return chosen if len(chosen) > 1 else chosen[0]
 
     def _train_trial(
-        self, trial: optuna.Trial, model_type: str, params: dict[str, Any], search: Search, run: Run
+        self, trial: optuna.Trial, model_type: str, params: dict[str, Any], run: Run
     ) -> tuple[WaferClassifier, float]:
         from optuna_integration import PyTorchLightningPruningCallback
 
@@ -628,46 +662,44 @@ class IntegratedMLPipeline:
         model = self.create_model(model_type, params, class_weights=data.class_weights)
         self.runs.params(run, batch_size=data.batch_size)
         self.runs.tags(run, weights=str(model.starting_weights), seed=str(self.config.seed))
-        file, history = search.weights.file(trial.number), History()
-        seconds = search.budget and search.budget.for_a_trial()
-        callbacks = [*([TimeBudget(seconds)] if seconds else []), history, self._best_weights(file)]
+        model.to_go_on = True
+        search, files = self.searches.get(model_type), self._trial_files(model_type)
+        file, history, answers = files.best(trial.number), History(), BestAnswers()
+        seconds = search and search.budget.for_a_trial()
+        callbacks = [*([TimeBudget(seconds)] if seconds else []), history, answers, best_weights(file)]
         if len(self.config.objectives) == 1:  # several values cannot be pruned on
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
         if bar := self.terminal.progress(f"trial {trial.number}"):
             callbacks.append(bar)
-        self.fit(model_type, model, data, callbacks, max_epochs=self.config.search_epochs, run=run)
+        trainer = self.fit(
+            model_type, model, data, callbacks, run=run, batches=self._batches_of_a_trial(data),
+            max_epochs=search.plan.epochs if search else self.config.search_epochs,
+        )  # fmt: skip
+        trainer.save_checkpoint(files.state(trial.number))
         record = record_training(
             model_type, model, data, history, precision=self.precision(model_type), checkpoint=file
         )
-        trial.set_user_attr("record", record.as_json())  # should these weights stay, this is what describes them
+        trial.set_user_attr("record", record.as_json())  # should this trial be gone on with, it describes what there is
+        trial.set_user_attr("answers", pack_answers(answers.best))
         return model, record.val_macro_f1
 
-    def _open_study(self, model_type: str) -> optuna.Study:
-        config = self.config
-        return open_study(
-            f"{config.experiment_name}/{model_type}",
-            storage=study_storage(config.storage, journal=config.results_dir / "optuna_journal.log"),
-            directions=[OBJECTIVES[objective] for objective in config.objectives],
-            sampler=lambda so_far: make_sampler(
-                config.sampler, seed=config.seed, trials_so_far=so_far, shared=config.storage is not None
-            ),
-            pruner=make_pruner(config.pruner, trials=config.num_optuna_trials, epochs=config.search_epochs),
-            first=self._default_trial(model_type),
-            fingerprint=self._fingerprint(),
-            go_on=config.resume or config.storage is not None,
-        )
+    def _suggest(self, trial: optuna.trial.BaseTrial, model_type: str) -> dict[str, Any]:
+        """What a search may choose of this model, from where it starts: fine-tuning has a learning rate of its own."""
+        start = self._start_without_search(model_type)
+        return suggest_parameters(
+            trial, model_type, batch_size=self.config.batch_size, learning_rate=start.learning_rate,
+            pretrained=start.starting_weights.kind != "random",
+        )  # fmt: skip
 
     def _default_trial(self, model_type: str) -> dict[str, Any]:
         """The parameters that would be used without a search, as far as a search would choose them."""
-        model = self._start_without_search(model_type)  # weights to fine-tune have a learning rate of their own
-        defaults = find_model(model_type).parameters() | {"learning_rate": model.learning_rate}
-        trial = optuna.trial.FixedTrial(defaults | {"batch_size": self.config.batch_size})
-        pretrained = model.starting_weights.kind != "random"
-        return suggest_parameters(trial, model_type, batch_size=self.config.batch_size, pretrained=pretrained)
+        usual = {"learning_rate": self._start_without_search(model_type).learning_rate}
+        defaults = find_model(model_type).parameters() | usual | {"batch_size": self.config.batch_size}
+        return self._suggest(optuna.trial.FixedTrial(defaults), model_type)
 
-    def _trial_weights(self, model_type: str) -> TrialWeights:
+    def _trial_files(self, model_type: str) -> TrialFiles:
         folder = self.config.checkpoints_dir / model_type / "trials"
-        return TrialWeights(folder, shared=self.config.shared_weights_dir)
+        return TrialFiles(folder, shared=self.config.shared_weights_dir)
 
     # --- MLflow
 
@@ -709,27 +741,6 @@ class IntegratedMLPipeline:
         self.model_runs[model_type] = self.runs.start(
             f"{model_type}_optimized", parent=parent, key=f"{self._fingerprint()}/{model_type}"
         )
-
-    def _track_outcome(self, summary: dict[str, Any], results: Sequence[ModelResult], parent: Run) -> None:
-        """Final scores, pictures and checkpoint of each model to its run, the comparison to the pipeline's."""
-        folder = self.config.results_dir
-        for result in results:
-            name, run, test = result.model_type, self.model_runs[result.model_type], result.test
-            scores = {f"test_{score}": test[score] for score in ("accuracy", "macro_f1", "balanced_accuracy")}
-            costs = {cost: getattr(result, cost) for cost in ("train_seconds", "latency_ms", "n_parameters")}
-            self.runs.params(run, **result.parameters, seed=self.config.seed)
-            self.runs.metrics(run, scores | costs)
-            self.runs.tags(run, weights=str(result.weights), weights_from=result.weights_from)
-            pictures = pictures_of_model(result, folder=folder, alone=len(results) == 1)
-            checkpoint = self.config.checkpoints_dir / name / result.checkpoint
-            self.runs.files(run, [folder / f"per_class_{name}.csv", *pictures, checkpoint])
-            self.runs.end(run)
-        best = next(result for result in results if result.model_type == summary["best_model"])
-        self.runs.metrics(parent, {"best_test_macro_f1": best.test["macro_f1"]})
-        self.runs.tags(parent, best_model=summary["best_model"], seed=str(self.config.seed))
-        written = ("experiment_summary.json", "report.html", "MODEL_CARD.md", "model_card.html")
-        self.runs.files(parent, [*sorted(folder.glob("*.png")), *(folder / name for name in written)])
-        self.runs.note(parent, table_markdown(results_table(comparison_rows(results))))
 
     # --- after training
 

@@ -64,14 +64,13 @@ class ExperimentConfig:
         batch_size: maps a training batch.
         num_optuna_trials: trials for each model type.
         search_epochs: epochs of a trial.
-        search_share: share of the time limit that the search may use; the rest belongs to the final training.
+        search_share: share of the time limit that the search may use; what the winner has learnt in it stays.
         favourite_share: share of the final trainings' time for the model whose search scored highest, once all
             searches are done; the others share the rest. None: each model is searched and trained with an equal share.
-        sampler: who proposes parameters: "auto" and "tpe" (TPE, which draws its first 10 trials at random, so that a
-            shorter search is a random one) or "random".
-        pruner: who stops unpromising trials: "auto" (median below 30 trials, then Hyperband), "median", "halving"
-            (successive halving, the strictest: only the best third goes on after 2, 4, 10, ... epochs), "hyperband" or
-            "none".
+        sampler: who proposes parameters after the defaults and the settings of the architecture's portfolio: "auto"
+            and "tpe" (TPE) or "random".
+        pruner: who stops unpromising trials: "auto" (successive halving after a third of a trial's epochs), "median",
+            "halving" (the strictest: only the best third goes on after 2, 4, 10, ... epochs), "hyperband" or "none".
         objectives: what the search is for; "macro_f1" alone, or with "latency" and "parameters" to be small. With more
             than one, nothing is pruned and the summary lists the Pareto front.
         storage: where studies are kept: None for a journal file beside the results, or any Optuna storage URL, which
@@ -99,8 +98,12 @@ class ExperimentConfig:
         time_limit: seconds for all training together, shared equally; the learning rate is annealed to end with it.
         accelerator: passed to Lightning.
         devices: "auto" or 1 for one device, or its number in a list, [1] for the second; passed to Lightning.
-        precision: passed to Lightning; "auto" takes bf16-mixed where the hardware computes in it, else 32-true.
+        precision: passed to Lightning; "auto" takes bf16-mixed where the hardware computes in it and a measurement
+            finds it quicker, else 32-true.
         accumulate_grad_batches: passed to Lightning.
+        threads: of a training on a CPU; None takes as many as are quickest at the moment, so that the same weights come
+            out again only with a fixed number.
+        workers: trials side by side, in processes of one thread each; None for as many as there are cores.
         trainer: any other argument of Lightning's Trainer, such as {"gradient_clip_val": 1.0}.
         pretrained_wait: seconds to wait for the host of pre-trained weights to answer.
         tune_decision: choose on validation, after training, whether to average over eight views of each map, how far
@@ -119,7 +122,7 @@ class ExperimentConfig:
     batch_size: int = whole(32, 2, 65_536)
     num_optuna_trials: int = whole(20, 1, 1_000_000)
     search_epochs: int = whole(8, 1, 100_000)
-    search_share: float = number(0.6, 0.05, 0.95)
+    search_share: float = number(0.4, 0.05, 0.95)
     favourite_share: float | None = number(None, 0.05, 0.95)
     sampler: str = one_of("auto", SAMPLERS)
     pruner: str = one_of("auto", PRUNERS)
@@ -148,6 +151,8 @@ class ExperimentConfig:
     devices: int | str | list[int] = "auto"
     precision: str | int = "auto"
     accumulate_grad_batches: int = whole(1, 1, 100_000)
+    threads: int | None = whole(None, 1, 1024, trains=False)
+    workers: int | None = whole(None, 1, 1024, trains=False)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     pretrained_wait: float = number(5.0, 0.1, 600, trains=False)
     tune_decision: bool = field(default=False, metadata=FREE)

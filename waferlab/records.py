@@ -138,7 +138,7 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BestTrial:
-    """The trial with the highest macro F1 of those that no other beats.
+    """The trial that the final training goes on from.
 
     Attributes:
         number: in its study.
@@ -146,7 +146,7 @@ class BestTrial:
         macro_f1: on validation.
         best_epoch: from 1.
         parameters: that it tried.
-        checkpoint: path in the model's folder of checkpoints; None if its weights are not here.
+        goes_on: whether its state is here, so that the final training can go on from it.
         record: that describes its weights.
     """
 
@@ -155,7 +155,7 @@ class BestTrial:
     macro_f1: float
     best_epoch: int | None
     parameters: dict[str, Any]
-    checkpoint: str | None
+    goes_on: bool
     record: TrainingRecord | None = None
 
 
@@ -167,9 +167,12 @@ class SearchRecord:
         study: its name in the storage.
         sampler, pruner: the names of their classes; no pruner with several objectives.
         proposed_by: how many trials each proposed.
+        pruned: how many trials were stopped as unpromising.
+        workers: processes that ran trials side by side.
         objectives: what was searched for.
         seconds: that all trials took.
         best: the trial to go on from.
+        why: it, and not the defaults or another.
         pareto_front: number, values and parameters of the trials that no other beats.
         trials: all of them.
     """
@@ -178,9 +181,12 @@ class SearchRecord:
     sampler: str
     pruner: str | None
     proposed_by: dict[str, int]
+    pruned: int
+    workers: int
     objectives: list[str]
     seconds: float
     best: BestTrial
+    why: str
     pareto_front: list[dict[str, Any]]
     trials: list[TrialRecord]
 
@@ -190,16 +196,16 @@ class TrainedModel(TrainingRecord):
     """The weights that stay after search and final training.
 
     Attributes:
-        weights_from: "final training" or the trial.
+        weights_from: "final training", or the trial that it went on from.
         search: what it did and found, if there was one.
+        no_search_because: why there was none although one was wanted.
         total_seconds: of search and final training.
-        final_training: of which a trial was better, in the words of `TrainingRecord`.
     """
 
     weights_from: str = "final training"
     search: SearchRecord | None = None
+    no_search_because: str | None = None
     total_seconds: float | None = None
-    final_training: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

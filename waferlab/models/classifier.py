@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -30,13 +29,16 @@ class WaferClassifier(pl.LightningModule):
         starting_weights: what the network really starts from.
         time_progress: share of a time limit that is used, 0..1 (see `TimeBudget`); the schedule follows it or the
             steps, whichever is further.
+        to_go_on: this training is the beginning of a longer one, so its learning rate stays at the peak.
 
     Args:
         learning_rate: peak of the schedule.
         weight_decay: of matrices and kernels; biases and normalisation layers are not decayed.
         optimizer: "adamw", "adam" or "sgd" (Nesterov momentum 0.9).
         label_smoothing: 0..1, share of the target spread over all classes.
-        warmup: share of the training over which the learning rate rises to its peak, before the cosine decay.
+        warmup: share of the training over which the learning rate rises to its peak.
+        decay: share of the training, its last part, over which the learning rate falls to zero. Between the two it
+            stays, so that what was trained for a while can be gone on with for any length, and finished at any time.
         class_weights: nine loss weights, or None for equal ones.
         num_classes: length of the logits.
 
@@ -55,6 +57,7 @@ class WaferClassifier(pl.LightningModule):
         optimizer: str = "adamw",
         label_smoothing: float = 0.05,
         warmup: float = 0.15,
+        decay: float = 0.5,
         class_weights: Sequence[float] | None = None,
         num_classes: int = 9,
     ) -> None:
@@ -68,8 +71,8 @@ class WaferClassifier(pl.LightningModule):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r} is unknown. Allowed: {', '.join(OPTIMIZERS)}.")
         self.learning_rate, self.weight_decay, self.optimizer_name = learning_rate, weight_decay, optimizer
-        self.warmup = warmup
-        self.time_progress = 0.0
+        self.warmup, self.decay = warmup, decay
+        self.time_progress, self.to_go_on, self._risen = 0.0, False, False
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=label_smoothing)
         self.confusion = nn.ModuleDict(
@@ -102,20 +105,20 @@ class WaferClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of one batch of images [B, 1, S, S] and labels int64 [B]."""
-        return self._step(batch, "fit")
+        return self._step(batch, "fit")[0]
 
-    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        """Adds one batch to the validation loss and metrics."""
-        self._step(batch, "val")
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Adds one batch to the validation loss and metrics; gives the answers, int64 [B]."""
+        return self._step(batch, "val")[1]
 
-    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> torch.Tensor:
+    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = batch
         logits = self(images).float()
         loss = self.loss(logits, labels)
         self.confusion[stage].update(logits.detach(), labels)
         name = "train_loss" if stage == "fit" else "val_loss"
         self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(labels))
-        return loss
+        return loss, logits.detach().argmax(1)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics of the epoch: the training ones here too, so that callbacks at its end see both."""
@@ -130,7 +133,7 @@ class WaferClassifier(pl.LightningModule):
         self.log(f"{prefix}_accuracy", counts.diagonal().sum() / counts.sum())
 
     def configure_optimizers(self):
-        """The optimiser, and a learning rate that rises linearly and then falls to zero along a cosine."""
+        """The optimiser, and a learning rate that rises to its peak, stays there, and falls to zero."""
         kernels = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
         others = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
         groups = [{"params": kernels, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -141,16 +144,34 @@ class WaferClassifier(pl.LightningModule):
                 optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
             case "sgd":
                 optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True, fused=True)
-        total_steps = max(1, self.trainer.estimated_stepping_batches)
-
-        def factor(step: int) -> float:
-            progress = min(1.0, max(step / total_steps, self.time_progress))
-            if progress < self.warmup:
-                return max(0.02, progress / self.warmup)
-            return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.total_steps = max(1, self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _share_of_peak(self, step: int) -> float:
+        """The learning rate of a step, 0..1 of its peak: a straight rise, a level, a straight fall."""
+        progress = self.progress(step)
+        rise = 1.0 if self._risen or progress >= self.warmup else max(0.02, progress / self.warmup)
+        return rise if self.to_go_on else min(rise, (1 - progress) / self.decay)
+
+    def progress(self, step: int) -> float:
+        """Share of the training that is over at a step, 0..1, by steps or by time, whichever is further."""
+        return min(1.0, max(step / self.total_steps, self.time_progress))
+
+    def on_train_start(self) -> None:
+        """Counts in epochs that were shorter, as those of a trial that is gone on with may have been."""
+        trainer = self.trainer
+        if trainer.max_epochs > 0:
+            share_left = 1 - trainer.current_epoch / trainer.max_epochs
+            self.total_steps = max(1, round(trainer.global_step + share_left * trainer.estimated_stepping_batches))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Tells whoever goes on from here that the learning rate has risen already."""
+        checkpoint["risen"] = self._risen or self.to_go_on
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Takes up the schedule where it was."""
+        self._risen = checkpoint.get("risen", False)
 
 
 def macro_f1(confusion: torch.Tensor) -> torch.Tensor:

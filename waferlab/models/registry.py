@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,8 @@ class ModelSpec:
         suggest: asks an Optuna trial for the parameters that only this architecture has and returns them by name; told
             whether the training starts from `pretrained` weights. A default value must lie in what it asks for.
         defaults: what to build without a search, where it differs from the defaults of the class.
-        bf16_pays: whether precision="auto" may take bfloat16; on CPU it slows depthwise convolutions down.
+        portfolio: settings that a search tries after the defaults: they did best, or nearly, on other maps. Each has
+            all that is searched, but for what is not asked for and so not named.
         in_all: whether model_type="all" means it too; the others are chosen by name.
     """
 
@@ -44,7 +45,7 @@ class ModelSpec:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     suggest: Callable[..., dict[str, Any]] = nothing_of_its_own
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    bf16_pays: bool = True
+    portfolio: Sequence[Mapping[str, Any]] = ()
     in_all: bool = False
 
     def parameters(self) -> dict[str, Any]:
@@ -56,6 +57,18 @@ class ModelSpec:
             found |= {p.name: p.default for p in chosen.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         ours = ("self", "class_weights", "num_classes", *self.fixed)
         return {name: value for name, value in found.items() if name not in ours} | dict(self.defaults)
+
+    def choose(self, name: str, chosen: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
+        """The model's parameters: its defaults, `ours` where it has them, and what is chosen.
+
+        Raises:
+            ConfigError: something is chosen that it does not have.
+        """
+        known = self.parameters()
+        if unknown := sorted(set(chosen) - set(known) - set(ours)):
+            raise ConfigError(f"{name} has no parameter {unknown[0]!r}. Allowed: {', '.join(sorted({*known, *ours}))}.")
+        own = dict(self.defaults) | ours | dict(chosen)
+        return {name: value for name, value in own.items() if name in known}
 
 
 MODEL_REGISTRY: dict[str, ModelSpec] = {}

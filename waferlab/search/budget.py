@@ -1,32 +1,85 @@
-"""Seconds: how a time limit is shared among searches, trials and final trainings."""
+"""Seconds: whether a search pays, how large it is, and how a time limit is shared."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import optuna
+from optuna.trial import TrialState
 
 from waferlab.records import SearchRecord
 from waferlab.search.trials import counted_trials, study_seconds
+
+EPOCHS_FOR_A_SEARCH = 15  # in all; where fewer fit into the time, what a search costs is missed more than it finds
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How large a search is.
+
+    Attributes:
+        trials: at most so many.
+        epochs: of a trial that is not stopped.
+        seconds: for all of them; None for no limit.
+        none_because: why there is no search at all; "" if there is one.
+    """
+
+    trials: int
+    epochs: int
+    seconds: float | None = None
+    none_because: str = ""
+
+
+def plan_search(
+    *, trials: int, epochs: int, workers: int, seconds: float | None, share: float, seconds_an_epoch: float
+) -> SearchPlan:
+    """A search that leaves the winner the time to learn all that it can.
+
+    About one trial in three goes on beyond a third of its epochs, and what the winner has learnt stays. So the search
+    costs what the others take, which may be `share` of the time.
+
+    Args:
+        trials: that are wanted, at most.
+        epochs: of a trial, at most.
+        workers: processes that work side by side.
+        seconds: that search and training may take together; None for no limit, which gives what is wanted.
+        share: of the seconds that the search may take.
+        seconds_an_epoch: as measured, of a trial.
+    """
+    if seconds is None:
+        return SearchPlan(trials, epochs)
+    fit = seconds / seconds_an_epoch
+    if fit < EPOCHS_FOR_A_SEARCH:
+        why = f"{fit:.0f} epochs fit into {seconds:.0f} s, and a search pays from {EPOCHS_FOR_A_SEARCH} on"
+        return SearchPlan(0, 0, 0.0, why)
+    go_on = 1 + math.log(trials)  # of trials in random order, so many are better than all before
+    full_trials = trials / 3 + go_on * 2 / 3
+    longest = max(3, min(epochs, int(fit * share * workers / full_trials)))
+    return SearchPlan(trials, longest, seconds * share)
 
 
 class SearchBudget:
     """When a search is over: as many trials as wanted have ended, or the time left is less than half a typical trial.
 
     Optuna's own `MaxTrialsCallback` and `timeout` know neither of trials that are run again nor of earlier sittings.
+    Made before the workers are forked, which share it.
 
     Args:
         study: to spend it on; what its trials took in earlier sittings counts.
-        wanted: number of trials.
-        seconds: for all of them, or None for no limit.
+        plan: of the search.
+        workers: processes that spend it.
     """
 
-    def __init__(self, study: optuna.Study, *, wanted: int, seconds: float | None = None) -> None:
-        self._study, self.wanted = study, wanted
+    def __init__(self, study: optuna.Study, plan: SearchPlan, *, workers: int = 1) -> None:
+        self.plan, seconds = plan, plan.seconds
         self.deadline = None if seconds is None else time.monotonic() + max(0.0, seconds - study_seconds(study))
         # Pruned trials leave time to the others, so each may use twice its even share.
-        self._of_a_trial = float("inf") if seconds is None else 2 * seconds / wanted
+        self._of_a_trial = float("inf") if seconds is None else 2 * workers * seconds / plan.trials
+        self._starts_left = multiprocessing.get_context("fork").Value("i", plan.trials - len(counted_trials(study)))
 
     def left(self) -> float:
         """Seconds until the search has to end; infinite without a limit."""
@@ -36,10 +89,17 @@ class SearchBudget:
         """Seconds that the next trial may take; None without a limit."""
         return None if self.deadline is None else max(1.0, min(self.left(), self._of_a_trial))
 
-    def used_up(self) -> bool:
-        """Whether another trial is not worth its start."""
-        done = len(counted_trials(self._study))
-        return done >= self.wanted or self.left() < max(0.5 * study_seconds(self._study) / max(1, done), 1e-9)
+    def starts_another(self, study: optuna.Study) -> bool:
+        """Whether whoever asks may start a trial; each that is told so is counted, in whichever process it asks."""
+        done = [t.duration.total_seconds() for t in counted_trials(study) if t.duration is not None]
+        if self.left() < max(0.5 * sum(done) / max(1, len(done)), 1e-9):
+            return False
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))  # of others who share the study, too
+        with self._starts_left.get_lock():
+            if self._starts_left.value <= 0 or len(done) + len(running) >= self.plan.trials:
+                return False
+            self._starts_left.value -= 1
+            return True
 
 
 def seconds_by_merit(

@@ -19,7 +19,8 @@ from optuna.trial import TrialState
 from waferlab.errors import ConfigError, DamagedFileError
 from waferlab.tracking.processes import still_runs
 
-TPE_STARTS_AFTER = 10  # finished trials, Optuna's own default; until then it draws at random
+TPE_STARTS_AFTER = 3  # finished trials; Optuna's own default, 10, is more than most searches here have
+REDUCTION = 3  # of the trials that reach a rung, one in so many goes on to the next, which is so many times as far
 
 
 def open_study(
@@ -29,7 +30,7 @@ def open_study(
     directions: Sequence[str],
     sampler: Callable[[int], optuna.samplers.BaseSampler],
     pruner: optuna.pruners.BasePruner,
-    first: Mapping[str, Any],
+    first: Sequence[Mapping[str, Any]],
     fingerprint: str,
     go_on: bool,
 ) -> optuna.Study:
@@ -41,7 +42,7 @@ def open_study(
         directions: "maximize" or "minimize" of each objective.
         sampler: makes the one who proposes, told how many trials there are.
         pruner: who stops unpromising trials.
-        first: parameters of the first trial.
+        first: parameters of the first trials: the defaults, and what has proved itself elsewhere.
         fingerprint: of settings and data; a study that was made with another one is refused.
         go_on: take up a study of that name; else it is deleted first.
 
@@ -55,7 +56,9 @@ def open_study(
     try:  # of several processes on one study, exactly one makes it
         study = optuna.create_study(directions=directions, **parts)
         study.set_user_attr("fingerprint", fingerprint)
-        study.enqueue_trial(dict(first), user_attrs={"proposed_by": "the defaults"})
+        for number, parameters in enumerate(first):
+            by = "the portfolio" if number else "the defaults"
+            study.enqueue_trial(dict(parameters), user_attrs={"proposed_by": by}, skip_if_exists=True)
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(**parts)
     if study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
@@ -71,6 +74,14 @@ def open_study(
     return study
 
 
+def forget_lost_trials(study: optuna.Study, reason: str) -> None:
+    """Ends the trials of processes that are gone; they are not run again, as they may have been what was too much."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        if not still_runs(trial.user_attrs.get("process", "? 0 0")):
+            optuna.Trial(study, trial._trial_id).set_user_attr("reason", reason)
+            study.tell(trial.number, state=TrialState.FAIL)
+
+
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
     """Lets Ctrl-C through while the journal's lock is given back: its file is then deleted twice, an OSError."""
@@ -82,23 +93,26 @@ def interrupts_kept() -> Iterator[None]:
         raise
 
 
-def make_sampler(name: str, *, seed: int, trials_so_far: int, shared: bool) -> optuna.samplers.BaseSampler:
-    """Who proposes parameters: "random", or else TPE, which draws its first 10 trials at random, too.
+def make_sampler(
+    name: str, *, seed: int, trials_so_far: int, shared: bool, worker: int = 0
+) -> optuna.samplers.BaseSampler:
+    """Who proposes parameters: "random", or else TPE, which draws at random, too, until `TPE_STARTS_AFTER`.
 
-    Seeded by the trials so far, too: one made anew on resuming would else propose again what it did before. A shared
-    study must not draw the same proposals in each process, so there it is not seeded.
+    Seeded by the trials so far, too: one made anew on resuming would else propose again what it did before; and by the
+    worker, as those side by side must not draw the same. A study that machines share is not seeded for that reason.
     """
-    seeded = None if shared else int(np.random.SeedSequence([seed, trials_so_far]).generate_state(1)[0])
+    seeded = None if shared else int(np.random.SeedSequence([seed, trials_so_far, worker]).generate_state(1)[0])
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seeded)
     return optuna.samplers.TPESampler(seed=seeded, n_startup_trials=TPE_STARTS_AFTER)
 
 
-def make_pruner(name: str, *, trials: int, epochs: int) -> optuna.pruners.BasePruner:
-    """Who stops unpromising trials, of so many trials of so many epochs; see `ExperimentConfig.pruner`."""
-    if name == "auto":  # Hyperband spreads its trials over brackets, each of which TPE has to learn anew
-        name = "median" if trials < 30 else "hyperband"
+def make_pruner(name: str, *, epochs: int) -> optuna.pruners.BasePruner:
+    """Who stops unpromising trials of so many epochs; see `ExperimentConfig.pruner`."""
     match name:
+        case "auto":  # what survives is gone on with, so it costs nothing
+            rung = max(1, epochs // REDUCTION)
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=rung, reduction_factor=REDUCTION)
         case "median":
             return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)
         case "halving":

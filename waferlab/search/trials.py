@@ -1,23 +1,24 @@
-"""Trials: which count, what is kept of them, where their weights are, and which of them is worth going on from."""
+"""Trials: which count, what is kept of them, and which of them is worth going on with."""
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
-from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState
 
+from waferlab.data.maps import CLASS_NAMES
 from waferlab.errors import SearchFailedError
-from waferlab.records import BestTrial, SearchRecord, TrainedModel, TrainingRecord, TrialRecord
-
-SEARCH_MUST_GAIN = 0.01  # validation macro F1; so much lies between two trainings that differ in their seed alone
+from waferlab.evaluation.metrics import compare_macro_f1
+from waferlab.evaluation.predictions import Predictions
+from waferlab.records import BestTrial, SearchRecord, TrainingRecord, TrialRecord
+from waferlab.search.trial_files import TrialFiles
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:
@@ -33,16 +34,25 @@ def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def study_seconds(study: optuna.Study) -> float:
-    """Seconds that finished trials took, over all sittings and processes."""
-    done = [t.duration for t in counted_trials(study) if t.duration is not None]
-    return sum(duration.total_seconds() for duration in done)
+    """Seconds in which a trial was running that has come to its end: those of trials side by side count once."""
+    seconds, until = 0.0, None
+    done = (t for t in counted_trials(study) if t.datetime_start is not None)
+    for trial in sorted(done, key=lambda trial: trial.datetime_start):
+        start = trial.datetime_start if until is None else max(until, trial.datetime_start)
+        seconds += max(0.0, (trial.datetime_complete - start).total_seconds())
+        until = trial.datetime_complete if until is None else max(until, trial.datetime_complete)
+    return seconds
 
 
 def trial_line(study: optuna.Study, trial: FrozenTrial, *, wanted: int, seconds_left: float) -> str:
-    """One line for the terminal: number, state, value, best so far, parameters, time left (at most `seconds_left`)."""
+    """One line for the terminal: number, state, value, best so far, parameters, time left (at most `seconds_left`).
+
+    Of a pruned trial the value is the last that it reported.
+    """
     done = counted_trials(study)
     best = max((t.values[0] for t in completed(study)), default=None)
-    last = trial.values[0] if trial.values else None
+    reported = trial.intermediate_values
+    last = trial.values[0] if trial.values else reported[max(reported)] if reported else None
     value = "  -  " if last is None else f"{last:.3f}"
     left = max(0.0, min(max(0, wanted - len(done)) * study_seconds(study) / max(1, len(done)), seconds_left))
     shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
@@ -53,64 +63,87 @@ def trial_line(study: optuna.Study, trial: FrozenTrial, *, wanted: int, seconds_
     )
 
 
-# ------------------------------------------------------------------------------------------------- their weights
+# ---------------------------------------------------------------------------------------- which of them is gone on with
 
 
-class TrialWeights:
-    """The checkpoints of a model's trials, and the folder through which processes that share a study exchange them.
+@dataclass(frozen=True)
+class Validation:
+    """The maps that trials are compared on.
 
-    Args:
-        folder: where this process keeps them, as <number>.ckpt.
-        shared: folder that all can reach; None if the study is not shared.
+    Attributes:
+        labels: int64 [N], their classes.
+        lots: int64 [N], their lots.
     """
 
-    def __init__(self, folder: Path, shared: Path | None = None) -> None:
-        self.folder, self._store = folder, None
-        if shared is not None:
-            shared.mkdir(parents=True, exist_ok=True)
-            self._store = FileSystemArtifactStore(shared)
+    labels: np.ndarray
+    lots: np.ndarray
 
-    def file(self, number: int) -> Path:
-        """Where the weights of a trial are, or will be."""
-        return self.folder / f"{number}.ckpt"
+    def compare(self, new: np.ndarray, old: np.ndarray) -> dict[str, Any]:
+        """See `compare_macro_f1`, of answers, int [N] each."""
+        certain = np.eye(len(CLASS_NAMES))
+        new, old = (Predictions(certain[answers], self.labels, self.lots, CLASS_NAMES) for answers in (new, old))
+        return compare_macro_f1(new, old)
 
-    def share(self, trial: optuna.Trial) -> None:
-        """Leaves a trial's weights where the others can fetch them."""
-        file = self.file(trial.number)
-        if self._store is not None and file.exists():
-            shared = upload_artifact(artifact_store=self._store, file_path=str(file), study_or_trial=trial)
-            trial.set_user_attr("artifact", shared)
 
-    def fetch(self, trial: FrozenTrial) -> Path | None:
-        """The weights of a trial, if they are here or another process has left them where we can fetch them."""
-        file = self.file(trial.number)
-        if not file.exists() and self._store is not None and "artifact" in trial.user_attrs:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            artifact = {"artifact_id": trial.user_attrs["artifact"], "file_path": str(file)}
-            with suppress(ArtifactNotFound):
-                download_artifact(artifact_store=self._store, **artifact)
-        return file if file.exists() else None
+def pack_answers(answers: np.ndarray) -> str:
+    """Class numbers as a short text, which every storage of a study can keep."""
+    return base64.b85encode(zlib.compress(answers.astype(np.uint8).tobytes(), 9)).decode()
 
-    def forget_beaten(self, study: optuna.Study) -> None:
-        """Deletes the weights of trials that can no longer win."""
-        trials = study.get_trials(deepcopy=False)
-        done = any(trial.state == TrialState.COMPLETE for trial in trials)
-        keep = {trial.number for trial in study.best_trials} if done else set()
-        keep |= {trial.number for trial in trials if trial.state == TrialState.RUNNING}
-        for file in self.folder.glob("*.ckpt"):
-            if not file.stem.isdigit() or int(file.stem) not in keep:
-                file.unlink(missing_ok=True)
-        for trial in trials:
-            if self._store is not None and trial.number not in keep and "artifact" in trial.user_attrs:
-                with suppress(ArtifactNotFound):  # another process may have been first
-                    self._store.remove(trial.user_attrs["artifact"])
+
+def unpack_answers(text: str) -> np.ndarray:
+    """What `pack_answers` was given, as int64."""
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8).astype(np.int64)
+
+
+def to_go_on_with(study: optuna.Study, defaults: Mapping[str, Any], validation: Validation) -> tuple[FrozenTrial, str]:
+    """The best trial, if its answers on validation are better than those of the default parameters beyond doubt.
+
+    Of many trials one is ahead by chance. So it has to lead by more than a standard error of the difference, which is
+    that of the two sets of answers to the same maps, lot by lot: about a quarter of the width of its 95% interval.
+
+    Returns:
+        The trial, and why it.
+
+    Raises:
+        ValueError: no trial is complete.
+    """
+    best = max(study.best_trials, key=lambda trial: trial.values[0])
+    ours = [trial for trial in completed(study) if trial.params == defaults]
+    if not ours:
+        return best, f"trial {best.number} is the best; the defaults were not tried to their end"
+    default = max(ours, key=lambda trial: trial.values[0])
+    if best.params == defaults:
+        return default, "no trial beats the defaults"
+    if not all("answers" in trial.user_attrs for trial in (best, default)):
+        return best, f"trial {best.number} is the best"
+    found = validation.compare(*(unpack_answers(trial.user_attrs["answers"]) for trial in (best, default)))
+    low, high = found["interval"]
+    lead = f"trial {best.number} leads the defaults by {found['difference']:.3f} [{low:.3f}, {high:.3f}]"
+    if found["difference"] > (high - low) / 4:
+        return best, lead
+    return default, f"{lead}, which is no more than its standard error: the defaults go on"
+
+
+def worth_keeping(study: optuna.Study, defaults: Mapping[str, Any]) -> set[int]:
+    """The numbers of the trials that may still be gone on with: those that no other beats, and the defaults."""
+    if not completed(study):
+        return set()
+    ours = max((t for t in completed(study) if t.params == defaults), key=lambda t: t.values[0], default=None)
+    return {trial.number for trial in study.best_trials} | ({ours.number} if ours else set())
 
 
 # ------------------------------------------------------------------------------------------------ what came of it
 
 
 def search_record(
-    study: optuna.Study, weights: TrialWeights, *, objectives: Sequence[str], say: Callable[[str], None]
+    study: optuna.Study,
+    files: TrialFiles,
+    *,
+    objectives: Sequence[str],
+    defaults: Mapping[str, Any],
+    validation: Validation,
+    workers: int,
+    say: Callable[[str], None],
 ) -> SearchRecord:
     """What a search did and found.
 
@@ -124,28 +157,30 @@ def search_record(
             f"{study.study_name.rpartition('/')[2]}: none of {len(trials)} trials came to its end"
             f"{'. Reasons: ' + '; '.join(sorted(reasons)) if reasons else ''}. Give the search more time or epochs."
         )
-    front = study.best_trials
-    best = max(front, key=lambda trial: trial.values[0])
-    checkpoint = weights.fetch(best)
-    if checkpoint is None:
+    best, why = to_go_on_with(study, defaults, validation)
+    here = files.fetch(best)
+    if not here:
         say(
-            f"  the weights of trial {best.number}, the best, are not here: its parameters are trained anew. Give "
-            "all processes that share this study a folder for them (artifacts=...)."
+            f"  what trial {best.number}, the best, left is not here: its parameters are trained anew. Give all "
+            "processes that share this study a folder for it (artifacts=...)."
         )
     return SearchRecord(
         study=study.study_name,
         sampler=type(study.sampler).__name__,
         proposed_by=dict(Counter(t.user_attrs["proposed_by"] for t in trials if "proposed_by" in t.user_attrs)),
         pruner=type(study.pruner).__name__ if len(objectives) == 1 else None,
+        pruned=sum(trial.state == TrialState.PRUNED for trial in trials),
+        workers=workers,
         objectives=list(objectives),
         seconds=study_seconds(study),
-        best=_best_trial(best, checkpoint),
-        pareto_front=[{"number": t.number, "values": t.values, "parameters": t.params} for t in front],
+        best=_best_trial(best, here),
+        why=why,
+        pareto_front=[{"number": t.number, "values": t.values, "parameters": t.params} for t in study.best_trials],
         trials=[trial_record(trial) for trial in trials],
     )
 
 
-def _best_trial(trial: FrozenTrial, checkpoint: Path | None) -> BestTrial:
+def _best_trial(trial: FrozenTrial, here: bool) -> BestTrial:
     record = trial.user_attrs.get("record")
     return BestTrial(
         number=trial.number,
@@ -153,7 +188,7 @@ def _best_trial(trial: FrozenTrial, checkpoint: Path | None) -> BestTrial:
         macro_f1=trial.user_attrs["macro_f1"],
         best_epoch=None if record is None else record["best_epoch"],
         parameters=trial.params,
-        checkpoint=None if checkpoint is None else f"trials/{checkpoint.name}",
+        goes_on=here and record is not None,
         record=None if record is None else TrainingRecord.from_json(record),
     )
 
@@ -171,30 +206,3 @@ def trial_record(trial: FrozenTrial) -> TrialRecord:
         seconds=trial.duration.total_seconds() if trial.duration else None,
         **{key: trial.user_attrs[key] for key in ("reason", "again", "proposed_by") if key in trial.user_attrs},
     )
-
-
-def worth_training(search: SearchRecord, defaults: Mapping[str, Any], *, say: Callable[[str], None]) -> dict[str, Any]:
-    """The best parameters, unless the default ones are as good within the noise: those served many trainings."""
-    best = search.best
-    for trial in search.trials:
-        if trial.parameters == defaults != best.parameters and trial.state == "complete":
-            lead = best.values[0] - trial.values[0]
-            if lead < SEARCH_MUST_GAIN:
-                say(f"  trial {best.number} leads the defaults by {lead:.4f} only: the defaults are trained")
-                return dict(defaults)
-    return best.parameters
-
-
-def better_of(record: TrainingRecord, search: SearchRecord, *, say: Callable[[str], None]) -> TrainedModel:
-    """The record of the final training, or of the best trial where its own weights are better on validation.
-
-    Parameters, epochs and history are those of the weights that stay; what was beaten is kept beside them.
-    """
-    best, more = search.best, {"total_seconds": search.seconds + record.train_seconds}
-    more["search"] = replace(search, best=replace(best, record=None))
-    if best.checkpoint is None or best.macro_f1 <= record.val_macro_f1:
-        return TrainedModel(**vars(record), **more)
-    say(f"  trial {best.number} stays: {best.macro_f1:.3f} on validation, final training {record.val_macro_f1:.3f}")
-    beaten = ("parameters", "epochs", "best_epoch", "train_seconds", "history")
-    more["final_training"] = {name: getattr(record, name) for name in beaten}
-    return TrainedModel(**vars(best.record), weights_from=f"trial {best.number}", **more)

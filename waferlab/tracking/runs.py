@@ -13,9 +13,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 from waferlab.errors import RegistryError
 from waferlab.tracking.line import Trouble, in_line
@@ -44,11 +45,13 @@ class Run:
         name: on the page.
         id: in the store; None until it is opened there.
         closed: `end` was called.
+        token: by which other processes mean the same run.
     """
 
     name: str
     id: str | None = None
     closed: bool = False
+    token: str = field(default_factory=lambda: uuid4().hex)
 
 
 class RunTree(ModelRegistry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from waferlab.errors import TrainingDivergedError
 
@@ -48,6 +50,45 @@ class TimeBudget(pl.Callback):
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Takes up the clock of the run that is resumed."""
         self.used_before = state["used"]
+
+
+class Patience(EarlyStopping):
+    """Ends a training that gets no better; while its learning rate is still at the peak, by letting it fall first.
+
+    The fall has the share of the training that it would have had at its planned end.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__("val_macro_f1", mode="max", patience=epochs)
+        self._last_step, self._last_epoch = 0, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes up the earlier end of a run that is resumed."""
+        if self._last_step:
+            self._end_at(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts the epochs without a better score."""
+        stopped_before = trainer.should_stop
+        super().on_train_epoch_end(trainer, pl_module)
+        level = 1 - pl_module.decay
+        if trainer.should_stop and not stopped_before and pl_module.progress(trainer.global_step) < level:
+            trainer.should_stop, self.wait_count = False, 0
+            self._last_step = round(trainer.global_step / level)
+            self._last_epoch = math.ceil((trainer.current_epoch + 1) / level)
+            self._end_at(trainer, pl_module)
+
+    def _end_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.total_steps, trainer.fit_loop.max_epochs = self._last_step, self._last_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept in checkpoints."""
+        return super().state_dict() | {"last_step": self._last_step, "last_epoch": self._last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the count of the run that is resumed."""
+        super().load_state_dict(state)
+        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
 
 
 class SeedEachEpoch(pl.Callback):
@@ -146,6 +187,31 @@ class History(pl.Callback):
             for key in ("epoch", *self.KEYS, "learning_rate")
             if all(key in e for e in self.epochs)
         }
+
+
+class BestAnswers(pl.Callback):
+    """Keeps the answers to the validation maps of the epoch with the best macro F1.
+
+    Attributes:
+        best: int64 [N], class numbers in the order of the maps; empty before the first epoch ends.
+    """
+
+    def __init__(self) -> None:
+        self.best, self._score = np.empty(0, np.int64), -1.0
+        self._batches: list[torch.Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: torch.Tensor, *_: Any
+    ) -> None:
+        """Collects the answers that `WaferClassifier.validation_step` returns."""
+        self._batches.append(outputs.cpu())
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps them if they are the best so far; comes before a pruned trial ends."""
+        score = float(trainer.callback_metrics["val_macro_f1"])
+        if score > self._score:
+            self.best, self._score = torch.cat(self._batches).numpy(), score
+        self._batches = []
 
 
 class EpochLines(pl.Callback):

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from waferlab.data.datamodule import WaferMapDataModule
@@ -189,6 +191,28 @@ class TrainingFolder:
             return None
         return None if self._read(self._started) is None else self.resume
 
+    def begin(self, *, resume: bool, from_trial: tuple[TrainingRecord, Path, Path] | None = None) -> Path | None:
+        """The checkpoint to go on from: of this training, if it was cut off, or of a trial; None for one from anew.
+
+        Args:
+            resume: whether to look for one of this training.
+            from_trial: its record, the weights of its best epoch, its state after the last.
+
+        Raises:
+            DamagedFileError: a checkpoint of the trial is damaged.
+        """
+        if resume and (point := self.resume_point()) is not None:
+            return point
+        self.start_afresh()
+        if from_trial is None:
+            return None
+        record, *files = from_trial
+        for file, place in zip(files, (self.best, self.resume), strict=True):
+            checkpoint_digest(file)
+            shutil.copyfile(file, place)
+        self._remember(record.weights, record.parameters["learning_rate"])
+        return self.resume
+
     def start_afresh(self) -> None:
         """Clears what an earlier training left."""
         for file in (self._finished, self._started, self.resume, self.best):
@@ -197,8 +221,10 @@ class TrainingFolder:
 
     def remember_start(self, model: WaferClassifier) -> None:
         """Notes what a training starts from."""
-        weights = asdict(model.starting_weights)
-        write_summary(self._started, {**self.asked, "weights": weights, "learning_rate": model.learning_rate})
+        self._remember(model.starting_weights, model.learning_rate)
+
+    def _remember(self, weights: StartingWeights, learning_rate: float) -> None:
+        write_summary(self._started, {**self.asked, "weights": asdict(weights), "learning_rate": learning_rate})
 
     def restore_start(self, model: WaferClassifier) -> None:
         """Tells a model that goes on from a checkpoint, which cannot know it, what its training started from."""
@@ -219,6 +245,31 @@ class TrainingFolder:
                 "--resume to train anew."
             )
         return record if record.get("asked_for") == self.asked["asked_for"] else None
+
+
+class _Kept(ModelCheckpoint):
+    """Lightning's own, but in a training that goes on from another folder, the best score so far is still known."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the scores; the files have been brought along under the names that they have here."""
+        here = str(Path(self.dirpath) / f"{self.filename}.ckpt")
+        files = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved = {name: here for name in files if state.get(name)} | {"dirpath": self.dirpath}
+        scores = list(state["best_k_models"].values())
+        super().load_state_dict(state | moved | {"best_k_models": {here: scores[0]} if scores else {}})
+
+
+def best_weights(file: Path) -> ModelCheckpoint:
+    """Keeps the weights of the best epoch by validation macro F1 in a file."""
+    return _Kept(
+        file.parent, filename=file.stem, monitor="val_macro_f1", mode="max", save_weights_only=True,
+        enable_version_counter=False,
+    )  # fmt: skip
+
+
+def every_epoch(file: Path) -> ModelCheckpoint:
+    """Keeps the state after the last epoch in a file; `save_last` would follow the best epoch rather than the last."""
+    return _Kept(file.parent, filename=file.stem, enable_version_counter=False)
 
 
 @contextmanager
