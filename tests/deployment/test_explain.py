@@ -151,9 +151,22 @@ def test_relevance_lies_where_the_network_looks_and_nowhere_else(tmp_path):
     assert not explain(one_map, 0).any()
 
 
-def test_a_network_that_cannot_be_explained_is_named_with_the_reason_and_the_remedy(exported, tmp_path):
+class Attending(nn.Module):
+    """A transformer of one layer on patches of 8x8 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.classify = nn.Conv2d(1, 16, 8, 8), nn.Linear(16, 9)
+        self.attend = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, images):
+        return self.classify(self.attend(self.patches(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_a_network_that_cannot_be_explained_is_named_with_the_reason_and_the_remedy(tmp_path):
+    attending = export_onnx(Attending().eval(), tmp_path / "attending/model.onnx", image_size=32)
     with pytest.raises(ModelError, match=r"model.onnx cannot be explained: no activation .*Leave out --explain"):
-        explainer(exported("vision_transformer"))
+        explainer(attending)
     odd = write_corner(tmp_path / "model.onnx", kind="Cos")
     with pytest.raises(ModelError, match=r"no gradient for nodes of the kind Cos"):
         explainer(odd)

@@ -113,7 +113,7 @@ def test_what_is_refused_is_said_in_a_sentence_and_the_next_file_is_answered(pag
 
 def test_the_page_tells_the_model_and_what_it_does_not_promise(page):
     page.get_by_text("model.onnx").wait_for()
-    assert "90% of each class's maps (no promise for Near-full)" in page.locator("#about").inner_text()
+    assert "90% of each class's maps (too few lots to promise it for Near-full)" in page.locator("#about").inner_text()
 
 
 def test_the_page_may_run_and_load_nothing_but_its_own(browser, server):

@@ -544,14 +544,14 @@ def journal(tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path):
-    config = settings(tiny_npz, tmp_path, search_epochs=10, pruner="none")
+    config = settings(tiny_npz, tmp_path, search_epochs=5, pruner="none")
     child = start_child(config)
     deadline = time.monotonic() + 120
     running = []
     while not running:
         assert child.poll() is None, child.stderr.read().decode()
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.05)
         if (tmp_path / "results/tiny/optuna_journal.log").exists():
             studies = optuna.get_all_study_names(journal(tmp_path))
             if studies:
@@ -562,7 +562,7 @@ def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path
     # A child that is interrupted ends with a traceback of its own; Optuna's logger adds none.
     assert errors.count(b"Traceback") == (sent == signal.SIGINT) and b"[W " not in errors
 
-    resumed = pipeline(tiny_npz, tmp_path, search_epochs=10, pruner="none", resume=True)
+    resumed = pipeline(tiny_npz, tmp_path, search_epochs=5, pruner="none", resume=True)
     found = resumed.search("lightning_cnn")
     states = [t.state for t in found.trials]
     assert states == ["complete", "fail", "complete", "complete"]

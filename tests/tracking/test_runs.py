@@ -215,7 +215,7 @@ pipeline = IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1])))
 train, pipeline.train_final_model = pipeline.train_final_model, fill_the_disk_and_train
 assert pipeline.run_complete_pipeline()["models"][0]["epochs"] == 2
 """
-    config = tiny_settings(tiny_npz, tmp_path, enable_optuna=False)
+    config = tiny_settings(tiny_npz, tmp_path, enable_optuna=False, registry_name=None)
     command = [sys.executable, "-c", code, json.dumps(config)]
     done = subprocess.run(command, cwd=ROOT, env=without_mlflows_settings(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -461,7 +461,7 @@ def names_of_runs(database):
 
 
 def test_after_a_kill_the_next_start_closes_the_runs_and_resuming_goes_on(tiny_npz, tmp_path):
-    config = tiny_settings(tiny_npz, tmp_path, search_epochs=10, pruner="none")
+    config = tiny_settings(tiny_npz, tmp_path, search_epochs=5, pruner="none", registry_name=None)
     child = start_and_wait_for_trial(config, tmp_path, 1)
     child.kill()
     child.wait()
