@@ -675,7 +675,7 @@ class IntegratedMLPipeline:
             model_type, model, data, callbacks, run=run, batches=self._batches_of_a_trial(data),
             max_epochs=search.plan.epochs if search else self.config.search_epochs,
         )  # fmt: skip
-        trainer.save_checkpoint(files.state(trial.number))
+        trainer.save_checkpoint(files.state(trial.number), weights_only=False)
         record = record_training(
             model_type, model, data, history, precision=self.precision(model_type), checkpoint=file
         )

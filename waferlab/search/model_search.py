@@ -99,7 +99,7 @@ class ModelSearch:
 
             def work(number: int, tell: Tell) -> None:
                 become_worker(tell)
-                self._run_trials(objective, self._open_study(number + 1), say=partial(tell, "say"))
+                self._run_trials(objective, self._open_study(number + 1), say=lambda line: tell("say", line, None))
 
             lost = partial(forget_lost_trials, self.study)
             side_by_side(work, workers=self.workers, hear=Listener(runs, self.run, terminal, lost=lost).hear)
