@@ -46,7 +46,7 @@ from waferlab.errors import (
 from waferlab.evaluation.inference import decision_of, measure_latency, score_model
 from waferlab.evaluation.predictions import Predictions
 from waferlab.models.classifier import WaferClassifier
-from waferlab.models.registry import ModelSpec, find_model, our_names, register_model
+from waferlab.models.registry import MODEL_REGISTRY, ModelSpec, find_model, our_names, register_model  # noqa: F401
 from waferlab.models.starting_weights import start_from
 from waferlab.models.torchvision_models import TorchvisionLightningModel
 from waferlab.models.yolo import YOLOLightningAdapter
