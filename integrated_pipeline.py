@@ -557,13 +557,14 @@ class IntegratedMLPipeline:
         config = self.config
         if not config.enable_optuna:
             return SearchPlan(0, 0, none_because="enable_optuna=False")
-        an_epoch = 0.0
+        an_epoch, decay = 0.0, find_model(model_type).parameters()["decay"]
+        level = max(1, int(config.max_epochs * (1 - decay)))  # what is left is for the fall of the learning rate
         if seconds is not None:
             data, step = self.data_module(), self._seconds_a_step(model_type, self.precision(model_type))
             validation = len(self.split.validation) / config.batch_size * FORWARD_SHARE
             an_epoch = step * (min(len(data.train_dataloader()), self._batches_of_a_trial(data)) + validation)
         return plan_search(
-            trials=config.num_optuna_trials, epochs=min(config.search_epochs, config.max_epochs),
+            trials=config.num_optuna_trials, epochs=min(config.search_epochs, level),
             workers=workers_for(config), seconds=seconds, share=config.search_share, seconds_an_epoch=an_epoch,
         )  # fmt: skip
 
@@ -608,7 +609,7 @@ class IntegratedMLPipeline:
     def _become_worker(self, tell: Tell) -> None:
         """In a forked process: one thread, and whoever forked it prints and tracks."""
         self.config = replace(self.config, threads=1, quiet=True)
-        self.terminal = ToldTerminal(tell)
+        self.terminal = ToldTerminal(self.terminal, tell)
         self.say = self.terminal.say
         if not isinstance(self.runs, NoRuns):
             self.runs = ToldRuns(self.runs, tell)

@@ -43,7 +43,7 @@ class WaferClassifier(pl.LightningModule):
         num_classes: length of the logits.
 
     Raises:
-        ValueError: an unknown optimizer.
+        ValueError: an unknown optimizer, or a share that is none.
     """
 
     network: nn.Module
@@ -70,6 +70,8 @@ class WaferClassifier(pl.LightningModule):
             )
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r} is unknown. Allowed: {', '.join(OPTIMIZERS)}.")
+        if not 0 <= warmup < 1 or not 0 < decay <= 1:
+            raise ValueError(f"warmup={warmup!r}, decay={decay!r}: shares of a training. Allowed: 0 to 1, decay not 0.")
         self.learning_rate, self.weight_decay, self.optimizer_name = learning_rate, weight_decay, optimizer
         self.warmup, self.decay = warmup, decay
         self.time_progress, self.to_go_on, self._risen = 0.0, False, False
