@@ -4,7 +4,8 @@ Measured, in processes of their own and in turn: `quick_start.py`, whole, on a q
 keeps a core busy, once as it is (it trains with as many threads as are quickest at the moment) and once with threads
 fixed to the number of cores, as PyTorch takes by itself; and the same trials of one search, with as many processes as
 there are cores, with one process that has all threads, again quiet and beside the busy one. The ratio of a pair is of
-one turn. Trials have the default parameters but for the seed of their proposals, and none is stopped.
+one turn. Trials differ from the default parameters in their learning rate alone, so that all take the same time, and
+none is stopped.
 
     python benchmarks/busy_machine.py --output benchmarks/results/busy_machine.json
 """
@@ -29,7 +30,13 @@ from provenance import BATCHES, FAMILY, GENERATOR, SEARCH, SPLIT, TRAINING
 MEASURES = (*GENERATOR, *SPLIT, *BATCHES, *TRAINING, *SEARCH, *FAMILY["torchvision_resnet"], *FAMILY["lightning_cnn"])
 SEARCHED = """
 import json, sys, time
+import integrated_pipeline
 from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+
+def rates_only(trial, model_type, *, batch_size, **_):
+    return {"learning_rate": trial.suggest_float("learning_rate", 5e-4, 2e-3), "batch_size": batch_size}
+
+integrated_pipeline.suggest_parameters = rates_only
 pipeline = IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1])))
 pipeline.config.results_dir.mkdir(parents=True)
 pipeline.prepare_data()
@@ -65,9 +72,8 @@ def main() -> None:
     turns = take_turns(both, repeats=arguments.repeats)
     rows = [row(name, turns, arguments.trials) for name in ways]
     for found in rows:
-        print(
-            f"{found['what']:40} quiet {found['quiet']}, busy {found['busy']}, ratio {as_text(found['busy_over_quiet'])}"
-        )
+        busy = as_text(found["busy_over_quiet"])
+        print(f"{found['what']:40} quiet {found['quiet']}, busy {found['busy']}, ratio {busy}")
     gains = {
         model: {
             busy: paired_ratio(turns[f"{model}, one after the other", busy == "busy"],
