@@ -292,15 +292,18 @@ class IntegratedMLPipeline:
             for name in names:
                 with self._or_a_row(name):
                     self.say(f"\n{name}, search", style="bold")
-                    self._start_model_run(name, parent)
-                    searched[name] = self.search(name, self.plan_search(name, config.equal_share()))
-        for name in [name for name in names if name not in self.failed]:
+                    plan = self.plan_search(name, config.equal_share())
+                    if not plan.none_because:
+                        self._start_model_run(name, parent)
+                        searched[name] = self.search(name, plan)
+        left = [name for name in names if name not in self.failed]
+        alone = [name for name in left if name not in searched]  # without a search, in equal shares
+        for name in left:
             with self._or_a_row(name):
                 self.say(f"\n{name}", style="bold")
-                if searched:
-                    seconds = seconds_by_merit(
-                        name, searched, limit=config.time_limit, favourite_share=config.favourite_share
-                    )
+                if name in searched:
+                    limit = config.time_limit - len(alone) * config.equal_share()
+                    seconds = seconds_by_merit(name, searched, limit=limit, favourite_share=config.favourite_share)
                     trained.append(self.go_on(name, searched[name], seconds=seconds))
                 else:
                     trained.append(self.search_and_train(name, parent))
@@ -531,11 +534,12 @@ class IntegratedMLPipeline:
         if not plan.none_because:
             found = self.search(model_type, plan)
             return self.go_on(model_type, found, seconds=None if share is None else max(1.0, share - found.seconds))
-        if self.config.enable_optuna:
-            self.say(f"  no search: {plan.none_because}")
+        why = plan.none_because if self.config.enable_optuna else None
+        if why:
+            self.say(f"  no search: {why}")
         with self.terminal.timed("training"):
             record = self.train_final_model(model_type, seconds=share)
-        return TrainedModel(**vars(record), no_search_because=plan.none_because)
+        return TrainedModel(**vars(record), no_search_because=why)
 
     def go_on(self, model_type: str, found: SearchRecord, *, seconds: float | None = None) -> TrainedModel:
         """The final training: goes on from the trial that a search has found, to the end of the seconds."""

@@ -161,10 +161,14 @@ class WaferClassifier(pl.LightningModule):
         return min(1.0, max(step / self.total_steps, self.time_progress))
 
     def on_train_start(self) -> None:
-        """Counts in epochs that were shorter, as those of a trial that is gone on with may have been."""
+        """Takes up the schedule where it is."""
+        self.count_steps(self.trainer.current_epoch)
+
+    def count_steps(self, epochs: int) -> None:
+        """Plans the schedule anew after so many epochs; those of a trial that is gone on with may have been shorter."""
         trainer = self.trainer
         if trainer.max_epochs > 0:
-            share_left = 1 - trainer.current_epoch / trainer.max_epochs
+            share_left = 1 - epochs / trainer.max_epochs
             self.total_steps = max(1, round(trainer.global_step + share_left * trainer.estimated_stepping_batches))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
