@@ -107,7 +107,7 @@ def suggest_parameters(
     """
     spec = find_model(model_type)
     usual = learning_rate or spec.parameters()["learning_rate"]
-    around = max(1e-5, usual / 8), min(1e-1, usual * 8)
+    around = max(min(1e-5, usual), usual / 8), min(max(1e-1, usual), usual * 8)
     shared = {
         "learning_rate": trial.suggest_float("learning_rate", *around, log=True),
         "batch_size": trial.suggest_categorical("batch_size", tuple(sorted({16, 32, 64, batch_size}))),

@@ -46,6 +46,7 @@ def test_where_time_is_short_trials_have_fewer_epochs_but_never_less_than_three(
     epochs = [planned(seconds=seconds).epochs for seconds in (15, 50, 150, 170, 300)]
     assert epochs[:2] == [3, 3] and epochs == sorted(epochs) and 3 < epochs[2] < epochs[3] < epochs[4] == 8
     assert {planned(seconds=seconds).trials for seconds in (15, 150, 300)} == {20}
+    assert [planned(seconds=seconds, epochs=2).epochs for seconds in (15, 1000)] == [2, 2]  # nor more than are wanted
 
 
 @pytest.mark.parametrize("more", [{"workers": 2}, {"share": 0.8}, {"trials": 5}, {"seconds_an_epoch": 0.5}])

@@ -58,7 +58,7 @@ def plan_search(
         return SearchPlan(0, 0, 0.0, why)
     go_on = 1 + math.log(trials)  # of trials in random order, so many are better than all before
     full_trials = trials / 3 + go_on * 2 / 3
-    longest = max(3, min(epochs, int(fit * share * workers / full_trials)))
+    longest = min(epochs, max(3, int(fit * share * workers / full_trials)))
     return SearchPlan(trials, longest, seconds * share)
 
 
