@@ -20,6 +20,7 @@ from pathlib import Path
 
 from measure import NOT_RECORDED, ROOT, how_proposed, interval_holds, paired_difference, rows, score_text
 from provenance import changed
+from search_tables import busy_machine, portfolio, search_pays
 from time_to_f1 import grouped, longest, machine_of, table_of_levels, table_of_runs
 
 RESULTS = ROOT / "benchmarks/results"
@@ -622,6 +623,9 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "scale": scale,
     "wafer_pretraining": pretraining,
     "pruning": pruning,
+    "search_pays": search_pays,
+    "portfolio": portfolio,
+    "busy_machine": busy_machine,
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,
     "monitoring": monitoring,
