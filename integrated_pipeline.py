@@ -172,6 +172,15 @@ register_model(
         defaults={"learning_rate": 1e-3, "dropout": 0.2},
     ),
 )
+register_model(
+    "efficientnet_lite0",
+    ModelSpec(
+        TorchvisionLightningModel,
+        fixed={"architecture": "efficientnet_lite0"},
+        suggest=suggest_freezing,
+        defaults={"learning_rate": 1e-3, "dropout": 0.2},
+    ),
+)
 # Adding an architecture is this one call.
 register_model(
     "vision_transformer",
