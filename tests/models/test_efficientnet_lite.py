@@ -1,4 +1,4 @@
-"""Promises about EfficientNet-Lite0: it is the published network, its ImageNet weights arrive, and without them it says so."""
+"""Promises about EfficientNet-Lite0: it is the published network with its weights, and says so where it has none."""
 
 import shutil
 from importlib.util import find_spec
