@@ -421,10 +421,14 @@ def test_transfer_goes_on_where_it_was_interrupted(tiny_npz, tmp_path):
 
 def test_transfer_has_all_starts_on_the_same_maps_for_the_same_draws(tiny_npz, tmp_path, monkeypatch):
     import transfer
+    from safetensors.torch import load_file
 
+    from waferlab.models.efficientnet_lite import read_published
+    from waferlab.models.starting_weights import sum_first_layer
     from waferlab.training import pretraining
 
     monkeypatch.setattr(pretraining, "pretrain", partial(pretraining.pretrain, maps_per_epoch=1152))
+    monkeypatch.setattr(pretraining, "HELD_OUT_PER_CLASS", 4)
     arguments = SimpleNamespace(
         data=str(tiny_npz), pretrained_dir=tmp_path, rates=["random=0.002"], batch_size=16, image_size=16,
         precision="32-true", pretraining_maps=1, score="test",
@@ -436,7 +440,13 @@ def test_transfer_has_all_starts_on_the_same_maps_for_the_same_draws(tiny_npz, t
     kinds = {start: one["weights"].partition(" (")[0] for start, one in runs.items()}
     made = "generated wafer maps"
     assert kinds == {"random": "random", "imagenet": "ImageNet", "generated": made, "both": made}
-    assert runs["generated"]["macro_f1"] != runs["both"]["macro_f1"]
+    weights, _ = read_published()
+    away = []  # from ImageNet's first layer
+    for folder in (tmp_path / "from_imagenet", tmp_path):
+        (file,) = folder.glob("*.safetensors")
+        first = load_file(file)["features.0.1.weight"]
+        away.append(float((first - sum_first_layer(weights["features.0.1.weight"])).abs().mean()))
+    assert away[0] < away[1] / 3
     assert runs["both"]["pretraining"]["maps_seen"] == "1152" and runs["imagenet"]["pretraining"] is None
     assert {start: one["learning_rate"] for start, one in runs.items()} == {
         "random": 0.002, "imagenet": 0.001, "generated": 0.0001, "both": 0.0001,
