@@ -415,8 +415,22 @@ def test_transfer_goes_on_where_it_was_interrupted(tiny_npz, tmp_path):
     assert all(1 <= r["train_seconds"] < 30 and r["budget"] == "1 seconds" for r in record["runs"])
     (row,) = record["outcome"]
     assert row["scores"]["random"]["seeds"] == 2 and row["against_random"] == {}
-    for wrong in (("--per-class", "few"), ("--rates", "imagnet=0.1"), ("--epochs", 1, 2)):
-        run("transfer.py", "--data", tiny_npz, "--epochs", 1, *wrong, status=2)
+
+
+def test_transfer_refuses_what_it_would_otherwise_leave_out(monkeypatch, capsys):
+    import transfer
+
+    told = {
+        "--per-class few": "neither a number of maps nor 'all'",
+        "--epochs 1 --rates imagnet=0.1": "wanted a start (random, imagenet, generated, both)",
+        "--epochs 1 2": "one number, or one for each of --per-class",
+        "": "say how long each training is",
+    }
+    for wrong, why in told.items():
+        monkeypatch.setattr(sys, "argv", ["transfer.py", "--data", "maps.npz", *wrong.split()])
+        with pytest.raises(SystemExit) as ended:
+            transfer.main()
+        assert ended.value.code == 2 and why in capsys.readouterr().err
 
 
 def test_transfer_has_all_starts_on_the_same_maps_for_the_same_draws(tiny_npz, tmp_path, monkeypatch):
