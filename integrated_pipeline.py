@@ -163,6 +163,11 @@ register_model(
         fixed={"architecture": "resnet50"}, suggest=suggest_freezing, defaults={"learning_rate": 1e-3, "dropout": 0.2}
     ),
 )
+register_model(
+    "efficientnet_lite0",
+    ModelSpec(TorchvisionLightningModel, fixed={"architecture": "efficientnet_lite0"}, suggest=suggest_freezing,
+              defaults={"learning_rate": 1e-3, "dropout": 0.2}),
+)  # fmt: skip
 # Adding an architecture is this one call.
 register_model(
     "vision_transformer",
