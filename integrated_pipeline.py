@@ -480,18 +480,7 @@ class IntegratedMLPipeline:
             return finished
         pl.seed_everything(config.seed, verbose=False)
         data = self.data_module(params.get("batch_size"))
-        files = self._trial_files(model_type)
-        from_trial = trial and (trial.record, files.best(trial.number), files.state(trial.number))
-        resume_from = folder.begin(resume=config.resume, from_trial=from_trial)
-        goes_on = resume_from is not None
-        model = self.create_model(
-            model_type, params, class_weights=data.class_weights, pretrained=False if goes_on else None
-        )
-        if goes_on:  # a checkpoint cannot tell how its training started
-            folder.restore_start(model)
-        else:
-            folder.remember_start(model)
-            self.terminal.print_start(model.starting_weights, wanted=config.use_pretrained)
+        model, resume_from = self._begin_final_training(model_type, params, data, folder, trial)
         history = History()
         self.fit(
             model_type, model, data, [history, *self._callbacks_of_final_training(model_type, folder, seconds, trial)],
@@ -502,6 +491,23 @@ class IntegratedMLPipeline:
         )
         folder.finish(record)
         return record
+
+    def _begin_final_training(
+        self, model_type: str, params: dict[str, Any], data: WaferMapDataModule, folder: TrainingFolder,
+        trial: BestTrial | None,
+    ) -> tuple[WaferClassifier, Path | None]:  # fmt: skip
+        """The model, and the checkpoint that Lightning is to go on from: of this training, or of a trial."""
+        files = self._trial_files(model_type)
+        from_trial = trial and (trial.record, files.best(trial.number), files.state(trial.number))
+        resume_from = folder.begin(resume=self.config.resume, from_trial=from_trial)
+        fresh = None if resume_from is None else False  # a checkpoint brings all weights
+        model = self.create_model(model_type, params, class_weights=data.class_weights, pretrained=fresh)
+        if resume_from is None:
+            folder.remember_start(model)
+            self.terminal.print_start(model.starting_weights, wanted=self.config.use_pretrained)
+        else:
+            folder.restore_start(model)  # a checkpoint cannot tell how its training started
+        return model, resume_from
 
     def _callbacks_of_final_training(
         self, model_type: str, folder: TrainingFolder, seconds: float | None, trial: BestTrial | None
