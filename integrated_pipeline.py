@@ -13,10 +13,9 @@ goes through it: data, models, training, search, MLflow, evaluation, what comes 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from rich.console import Console
 from simple_model import LightningCNN
 from waferlab.config import ExperimentConfig
 from waferlab.data.datamodule import WaferMapDataModule
-from waferlab.data.maps import CLASS_NAMES, WaferMaps
+from waferlab.data.maps import WaferMaps
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import Split, split_maps
 from waferlab.deployment.onnx_export import export_onnx
@@ -58,11 +57,11 @@ from waferlab.records import (
     TrainedModel,
     TrainingRecord,
     code_tags,
-    environment,
     summarise,
     write_summary,
 )
-from waferlab.reports.run_report import draw_run, track_outcome, write_pages
+from waferlab.reports.run_report import draw_run, write_pages
+from waferlab.reports.tracked_run import start_pipeline_run, track_outcome
 from waferlab.search.budget import SearchPlan, plan_search, seconds_by_merit
 from waferlab.search.model_search import ModelSearch
 from waferlab.search.study import proposed_by, run_again, study_plots
@@ -133,30 +132,25 @@ def suggest_size(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str
     return {} if pretrained else {"model_size": trial.suggest_categorical("model_size", YOLOLightningAdapter.SIZES)}
 
 
+torchvision_spec = partial(ModelSpec, TorchvisionLightningModel)
 register_model(
     "lightning_cnn",
     ModelSpec(LightningCNN, suggest=suggest_for_cnn, defaults={"learning_rate": 4e-3, "dropout": 0.1}, in_all=True),
 )
 register_model(
     "torchvision_resnet",
-    ModelSpec(
-        TorchvisionLightningModel,
-        fixed={"architecture": "resnet18"},
-        suggest=suggest_freezing,
-        defaults={"learning_rate": 1e-3, "dropout": 0.2},
-        in_all=True,
+    torchvision_spec(
+        fixed={"architecture": "resnet18"}, suggest=suggest_freezing,
+        defaults={"learning_rate": 1e-3, "dropout": 0.2}, in_all=True,
     ),
-)
+)  # fmt: skip
 register_model(
     "torchvision_efficientnet",
-    ModelSpec(
-        TorchvisionLightningModel,
-        fixed={"architecture": "efficientnet_b0"},
-        suggest=suggest_freezing,
-        defaults={"learning_rate": 3e-3, "dropout": 0.2},
-        in_all=True,
+    torchvision_spec(
+        fixed={"architecture": "efficientnet_b0"}, suggest=suggest_freezing,
+        defaults={"learning_rate": 3e-3, "dropout": 0.2}, in_all=True,
     ),
-)
+)  # fmt: skip
 register_model(
     "yolo_inspired",
     ModelSpec(
@@ -165,21 +159,19 @@ register_model(
 )
 register_model(
     "torchvision_resnet50",
-    ModelSpec(
-        TorchvisionLightningModel,
-        fixed={"architecture": "resnet50"},
-        suggest=suggest_freezing,
-        defaults={"learning_rate": 1e-3, "dropout": 0.2},
+    torchvision_spec(
+        fixed={"architecture": "resnet50"}, suggest=suggest_freezing, defaults={"learning_rate": 1e-3, "dropout": 0.2}
     ),
 )
+register_model(
+    "efficientnet_lite0",
+    ModelSpec(TorchvisionLightningModel, fixed={"architecture": "efficientnet_lite0"}, suggest=suggest_freezing,
+              defaults={"learning_rate": 1e-3, "dropout": 0.2}),
+)  # fmt: skip
 # Adding an architecture is this one call.
 register_model(
     "vision_transformer",
-    ModelSpec(
-        TorchvisionLightningModel,
-        fixed={"architecture": "vit_b_16"},
-        defaults={"learning_rate": 1e-3, "dropout": 0.2},
-    ),
+    torchvision_spec(fixed={"architecture": "vit_b_16"}, defaults={"learning_rate": 1e-3, "dropout": 0.2}),
 )
 
 FORWARD_SHARE = 0.35  # of the time of a training step is that of an answer, which validation needs
@@ -243,7 +235,9 @@ class IntegratedMLPipeline:
             with self.terminal.timed("data"):
                 self.prepare_data()
             with self.open_tracking().closing():
-                return self._run(self._start_parent_run())
+                return self._run(
+                    start_pipeline_run(self.runs, self.config, self.maps, self.split, key=self._fingerprint())
+                )
 
     def _run(self, parent: Run) -> dict[str, Any]:
         """Trains, scores and writes down what came out, before anything is tried that may fail for another reason."""
@@ -441,8 +435,8 @@ class IntegratedMLPipeline:
                 precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
                 callbacks=callbacks, logger=logger, plugins=[CheckpointFiles()],
                 enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-                default_root_dir=config.checkpoints_dir, **({"limit_train_batches": batches} if batches else {}),
-                **config.trainer,
+                default_root_dir=config.checkpoints_dir,
+                **({"limit_train_batches": batches} if batches else {}) | config.trainer,
             )  # fmt: skip
             trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
         return trainer
@@ -489,18 +483,7 @@ class IntegratedMLPipeline:
             return finished
         pl.seed_everything(config.seed, verbose=False)
         data = self.data_module(params.get("batch_size"))
-        files = self._trial_files(model_type)
-        from_trial = trial and (trial.record, files.best(trial.number), files.state(trial.number))
-        resume_from = folder.begin(resume=config.resume, from_trial=from_trial)
-        goes_on = resume_from is not None
-        model = self.create_model(
-            model_type, params, class_weights=data.class_weights, pretrained=False if goes_on else None
-        )
-        if goes_on:  # a checkpoint cannot tell how its training started
-            folder.restore_start(model)
-        else:
-            folder.remember_start(model)
-            self.terminal.print_start(model.starting_weights, wanted=config.use_pretrained)
+        model, resume_from = self._begin_final_training(model_type, params, data, folder, trial)
         history = History()
         self.fit(
             model_type, model, data, [history, *self._callbacks_of_final_training(model_type, folder, seconds, trial)],
@@ -511,6 +494,23 @@ class IntegratedMLPipeline:
         )
         folder.finish(record)
         return record
+
+    def _begin_final_training(
+        self, model_type: str, params: dict[str, Any], data: WaferMapDataModule, folder: TrainingFolder,
+        trial: BestTrial | None,
+    ) -> tuple[WaferClassifier, Path | None]:  # fmt: skip
+        """The model, and the checkpoint that Lightning is to go on from: of this training, or of a trial."""
+        files = self._trial_files(model_type)
+        from_trial = trial and (trial.record, files.best(trial.number), files.state(trial.number))
+        resume_from = folder.begin(resume=self.config.resume, from_trial=from_trial)
+        fresh = None if resume_from is None else False  # a checkpoint brings all weights
+        model = self.create_model(model_type, params, class_weights=data.class_weights, pretrained=fresh)
+        if resume_from is None:
+            folder.remember_start(model)
+            self.terminal.print_start(model.starting_weights, wanted=self.config.use_pretrained)
+        else:
+            folder.restore_start(model)  # a checkpoint cannot tell how its training started
+        return model, resume_from
 
     def _callbacks_of_final_training(
         self, model_type: str, folder: TrainingFolder, seconds: float | None, trial: BestTrial | None
@@ -721,26 +721,6 @@ class IntegratedMLPipeline:
                 tags=code_tags(),
             )
         return self.runs
-
-    def _start_parent_run(self) -> Run:
-        config, maps = self.config, self.maps
-        run = self.runs.start(config.experiment_name, key=self._fingerprint())
-        # Not what, but how or where: it may change when a run goes on, and a parameter cannot.
-        how = ("resume", "quiet", "output_dir", "pretrained_dir", "pretrained_wait", "enable_mlflow", "tracker",
-               "tracking_uri", "storage")  # fmt: skip
-        self.runs.params(run, **{k: v for k, v in asdict(config).items() if k not in how})
-        self.runs.tags(run, **{f"environment.{k}": str(v) for k, v in environment().items()})
-        counts = dict(zip(CLASS_NAMES, maps.class_counts.tolist(), strict=True))
-        parts = {part: len(indices) for part, indices in self.split.parts().items()}
-        self.runs.dataset(
-            run,
-            name=Path(maps.source).name,
-            digest=self.split.fingerprint,
-            source=str(maps.source),
-            profile=json.dumps({"maps": len(maps), "split": parts, "classes": counts}),
-        )
-        self.runs.watch_system(run)
-        return run
 
     def _start_model_run(self, model_type: str, parent: Run | None) -> None:
         self.model_runs[model_type] = self.runs.start(

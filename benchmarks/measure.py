@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from waferlab.evaluation.predictions import Predictions
     from waferlab.records import TrainingRecord
 
-from provenance import ROOT, digests
+from provenance import ROOT, changed, digests
 
 sys.path.insert(0, str(ROOT))
 
@@ -130,6 +130,17 @@ def write_record(
         print(f"written to {path}")
 
 
+def earlier_runs(output: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that the output file has from an earlier call with the same settings and the same code."""
+    if output is None or not output.exists():
+        return []
+    record = json.loads(output.read_text())
+    if {name: record.get(name) for name in settings} != settings or "code" not in record or changed(record["code"]):
+        print(f"{output} has other settings or was made by other code: all of it is measured anew")
+        return []
+    return record["runs"]
+
+
 def plain_config(**settings: Any) -> ExperimentConfig:
     """Random weights, no search, no tracking, nothing printed, all epochs trained, unless `settings` say otherwise."""
     from integrated_pipeline import ExperimentConfig  # which registers the architectures
@@ -173,13 +184,18 @@ def prepare(arguments: argparse.Namespace, model_type: str | list[str]) -> Integ
     return pipeline
 
 
-def few_maps(pipeline: IntegratedMLPipeline, per_class: int, validation_per_class: int, *, seed: int) -> Split:
-    """The pipeline's split with at most so many maps of each class to train on and to validate; test stays whole."""
+def few_maps(
+    pipeline: IntegratedMLPipeline, per_class: int | None, validation_per_class: int | None, *, seed: int
+) -> Split:
+    """The pipeline's split with at most so many maps of each class to train on and to validate, or all of them (None).
+
+    The test part stays whole. Of one seed, fewer training maps are some of the more.
+    """
     import numpy as np
 
     rng, labels, split = np.random.default_rng(seed), pipeline.maps.labels, pipeline.split
 
-    def draw(part: np.ndarray, per_class: int) -> np.ndarray:
+    def draw(part: np.ndarray, per_class: int | None) -> np.ndarray:
         shuffled = rng.permutation(part)
         return np.sort(np.concatenate([shuffled[labels[shuffled] == c][:per_class] for c in range(9)]))
 

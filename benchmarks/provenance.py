@@ -40,6 +40,7 @@ TRAINING = (
 )
 CNN = ("LightningCNN", "ResidualBlock", "AverageAndMaxPool", "register_model('lightning_cnn')")
 TORCHVISION = ("TorchvisionLightningModel", "SmallImageConv2d", "quicken_small_convolutions")
+LITE = (*TORCHVISION, "SamePadding", "efficientnet_lite0", "read_published", "register_model('efficientnet_lite0')")
 FAMILY = {
     "lightning_cnn": CNN,
     "torchvision_resnet": (*TORCHVISION, "register_model('torchvision_resnet')"),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from measure import (
     as_text,
+    earlier_runs,
     few_maps,
     how_proposed,
     paired_difference,
@@ -29,7 +30,7 @@ from measure import (
     score_on,
     write_record,
 )
-from provenance import BATCHES, FAMILY, SCORES, SEARCH, SPLIT, TRAINING, changed
+from provenance import BATCHES, FAMILY, SCORES, SEARCH, SPLIT, TRAINING
 
 if TYPE_CHECKING:
     from integrated_pipeline import IntegratedMLPipeline
@@ -77,17 +78,6 @@ def main() -> None:
     for name in names:
         found = against_none(runs, name)
         print(f"{name}: {as_text(found['times_faster'])} times faster, test macro F1 {found['test_macro_f1']}")
-
-
-def earlier_runs(output: Path | None, settings: dict) -> list[dict]:
-    """The runs that the output file has from an earlier call with the same settings and the same code."""
-    if output is None or not output.exists():
-        return []
-    record = json.loads(output.read_text())
-    if {name: record.get(name) for name in settings} != settings or "code" not in record or changed(record["code"]):
-        print(f"{output} has other settings or was made by other code: all seeds are measured anew")
-        return []
-    return record["runs"]
 
 
 def configuration(arguments: argparse.Namespace, pruner: str, seed: int, folder: str) -> ExperimentConfig:

@@ -18,12 +18,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from measure import NOT_RECORDED, ROOT, how_proposed, interval_holds, paired_difference, rows, score_text
+from measure import NOT_RECORDED, ROOT, how_proposed, interval_holds, rows, score_text
 from provenance import changed
+from search_tables import busy_machine, portfolio, search_pays
 from time_to_f1 import grouped, longest, machine_of, table_of_levels, table_of_runs
 
 RESULTS = ROOT / "benchmarks/results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+DIFFERENCE = "paired by seed, in brackets its interval, corrected for the number of differences of the network"
 LONGER = 1.1  # times: trainings that differ more in their seconds are not ranked against each other
 
 
@@ -447,32 +449,35 @@ def image_sizes(runs: list[dict]) -> list[str]:
     return [*table, "", brackets(r.get("interval_method") for r in runs)]
 
 
-def pretraining(record: dict) -> list[str]:
-    def mean_text(outcome: dict, way: str) -> str:
-        return f"{outcome['mean'][way]:.3f} ± {outcome['deviation'][way]:.3f}"
+def transfer(record: dict) -> list[str]:
+    """Each start's scores and its paired difference to random weights."""
+    words = {"random": "random", "imagenet": "ImageNet", "generated": "generated maps", "both": "both in turn"}
 
-    def cost_text(outcome: dict) -> str:
-        header = next(h for h in record["weights"].values() if h["model_type"] == outcome["model_type"])
-        return f"{int(header['maps_seen']):,} maps in {float(header['seconds']):,.0f} s"
+    def cell(row: dict, start: str) -> str:
+        found, difference = row["scores"].get(start), row["against_random"].get(start)
+        if found is None:
+            return "-"
+        text = f"{found['mean']:.3f}" + ("" if found["deviation"] is None else f" ± {found['deviation']:.3f}")
+        if difference is None or difference["interval"] is None:
+            return text
+        return f"{text}; {difference['difference']:+.3f} [{', '.join(f'{v:+.3f}' for v in difference['interval'])}]"
 
-    def odd(outcome: dict) -> str:
-        by_way: dict[str, list[float | None]] = {way: [] for way in outcome["mean"]}
-        for run in record["runs"]:
-            if run["model_type"] == outcome["model_type"]:
-                by_way[run["way"]].append(run.get("macro_f1_odd_groups"))
-        scratch, pretrained = by_way.values()
-        if None in (*scratch, *pretrained) or len(scratch) < 2:
-            return NOT_RECORDED
-        return difference_text(paired_difference(pretrained, scratch))
+    def seeds(row: dict) -> str:
+        return " to ".join(map(str, sorted({found["seeds"] for found in row["scores"].values()})))
 
-    return rows(
-        "model, seeds, pre-training, from scratch, pre-trained on generated maps, difference, on odd groups",
+    table = rows(
+        f"network, real maps a class, each training, seeds, {', '.join(words.values())}",
         [
-            [o["model_type"], str(o["seeds"]), cost_text(o), *(mean_text(o, way) for way in o["mean"]),
-             f"{o['difference']:+.3f} [{o['interval'][0]:+.3f}, {o['interval'][1]:+.3f}]", odd(o)]
-            for o in record["outcome"]
+            [row["model_type"], row["per_class"], row["budget"], seeds(row), *(cell(row, start) for start in words)]
+            for row in record["outcome"]
         ],
-    )  # fmt: skip
+    )
+    made = {(run["model_type"], run["start"]): run["pretraining"] for run in record["runs"] if run["pretraining"]}
+    costs = [
+        f"{name}, {words[start]}: {int(cost['maps_seen']):,} generated maps in {float(cost['seconds']):,.0f} s"
+        for (name, start), cost in sorted(made.items())
+    ]
+    return [*table, "", f"After the semicolon: the difference to random weights, {DIFFERENCE}. {'; '.join(costs)}."]
 
 
 def lswmd_conversion(record: dict) -> list[str]:
@@ -620,8 +625,11 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "serving_fuzz": serving_fuzz,
     "explaining": explaining,
     "scale": scale,
-    "wafer_pretraining": pretraining,
+    "transfer": transfer,
     "pruning": pruning,
+    "search_pays": search_pays,
+    "portfolio": portfolio,
+    "busy_machine": busy_machine,
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,
     "monitoring": monitoring,

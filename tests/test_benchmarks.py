@@ -14,7 +14,7 @@ import pytest
 from conftest import tiny_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # behind the root, which has a wafer_pretraining of its own
+sys.path.append(str(ROOT / "benchmarks"))
 
 import keep_experiment  # noqa: E402
 import measure  # noqa: E402
@@ -402,35 +402,111 @@ def test_serving_is_timed_and_fuzzed(tmp_path):
     assert {*record["statuses"]} <= {"200", "400", "413", "415", "422"} and len(record["memory_mib"]) == 11
 
 
-def test_wafer_pretraining_compares_both_starts_on_the_same_few_maps(tiny_npz, tmp_path):
-    from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
-    from waferlab.training.pretraining import pretrain
-
-    settings = {"use_pretrained": False, "enable_mlflow": False, "quiet": True, "output_dir": tmp_path}
-    pipeline = IntegratedMLPipeline(ExperimentConfig(image_size=16, **settings))
-    pretrain(
-        "lightning_cnn", make=partial(pipeline.create_model, "lightning_cnn"),
-        fit=partial(pipeline.fit, "lightning_cnn"), precision=pipeline.precision("lightning_cnn"), folder=tmp_path,
-        maps=1152, maps_per_epoch=1152, image_size=16, say=lambda text: None,
-    )  # fmt: skip
-    output = tmp_path / "record.json"
-    run(
-        "wafer_pretraining.py", "--data", tiny_npz, "--seeds", 0, 1, "--per-class", 5, "--validation-per-class", 2,
-        "--epochs", 1, "--image-size", 16, "--pretrained-dir", tmp_path, "--output", output,
-    )  # fmt: skip
+def test_transfer_goes_on_where_it_was_interrupted(tiny_npz, tmp_path):
+    output = tmp_path / "transfer.json"
+    flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--starts", "random", "--per-class", 5, "--seconds", 1)
+    flags += ("--image-size", 16, "--output", output)
+    run("transfer.py", *flags, "--seeds", 0)
+    (first,) = json.loads(output.read_text())["runs"]
+    run("transfer.py", *flags, "--seeds", 0, 1)
     record = json.loads(output.read_text())
-    scratch, tuned = record["runs"][:2]
-    assert scratch["maps"] == tuned["maps"] and scratch["maps"]["train"] <= 45
-    assert scratch["weights"].startswith("random") and tuned["weights"].startswith("generated")
-    (header,) = record["weights"].values()
-    assert header["maps_seen"] == "1152"
-    assert all(0 <= r["macro_f1_odd_groups"] <= 1 for r in record["runs"])
-    (outcome,) = record["outcome"]
-    low, high = outcome["interval"]
-    assert low <= outcome["difference"] <= high
-    second = record["runs"][2:]
-    differences = [tuned["macro_f1"] - scratch["macro_f1"], second[1]["macro_f1"] - second[0]["macro_f1"]]
-    assert outcome["difference"] == pytest.approx(sum(differences) / 2, abs=1e-4)
+    assert record["runs"][0] == first and [r["seed"] for r in record["runs"]] == [0, 1]
+    assert record["environment"]["torch_threads"] == 1 and record["training"]["precision"] == ["32-true"]
+    assert all(1 <= r["train_seconds"] < 30 and r["budget"] == "1 seconds" for r in record["runs"])
+    (row,) = record["outcome"]
+    assert row["scores"]["random"]["seeds"] == 2 and row["against_random"] == {}
+
+
+def test_transfer_refuses_what_it_would_otherwise_leave_out(monkeypatch, capsys):
+    import transfer
+
+    told = {
+        "--per-class few": "neither a number of maps nor 'all'",
+        "--epochs 1 --rates imagnet=0.1": "wanted a start (random, imagenet, generated, both)",
+        "--epochs 1 2": "one number, or one for each of --per-class",
+        "": "say how long each training is",
+    }
+    for wrong, why in told.items():
+        monkeypatch.setattr(sys, "argv", ["transfer.py", "--data", "maps.npz", *wrong.split()])
+        with pytest.raises(SystemExit) as ended:
+            transfer.main()
+        assert ended.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_transfer_has_all_starts_on_the_same_maps_for_the_same_draws(tiny_npz, tmp_path, monkeypatch):
+    import transfer
+    from safetensors.torch import load_file
+
+    from waferlab.models.efficientnet_lite import read_published
+    from waferlab.models.starting_weights import sum_first_layer
+    from waferlab.training import pretraining
+
+    monkeypatch.setattr(pretraining, "pretrain", partial(pretraining.pretrain, maps_per_epoch=1152))
+    monkeypatch.setattr(pretraining, "HELD_OUT_PER_CLASS", 4)
+    arguments = SimpleNamespace(
+        data=str(tiny_npz), pretrained_dir=tmp_path, rates=["random=0.002"], batch_size=16, image_size=16,
+        precision="32-true", pretraining_maps=1, score="test",
+    )  # fmt: skip
+    case = {"model_type": "efficientnet_lite0", "budget": "1 epochs", "seed": 0}
+    for start in transfer.MADE:
+        assert transfer.pretrain_for(arguments, "efficientnet_lite0", start)["maps_seen"] == "1152"
+    runs = {start: transfer.train(arguments, per_class="5", start=start, **case) for start in transfer.STARTS}
+    kinds = {start: one["weights"].partition(" (")[0] for start, one in runs.items()}
+    made = "generated wafer maps"
+    assert kinds == {"random": "random", "imagenet": "ImageNet", "generated": made, "both": made}
+    weights, _ = read_published()
+    away = []  # from ImageNet's first layer
+    for folder in (tmp_path / "from_imagenet", tmp_path):
+        (file,) = folder.glob("*.safetensors")
+        first = load_file(file)["features.0.1.weight"]
+        away.append(float((first - sum_first_layer(weights["features.0.1.weight"])).abs().mean()))
+    assert away[0] < away[1] / 3
+    assert runs["both"]["pretraining"]["maps_seen"] == "1152" and runs["imagenet"]["pretraining"] is None
+    assert {start: one["learning_rate"] for start, one in runs.items()} == {
+        "random": 0.002, "imagenet": 0.001, "generated": 0.0001, "both": 0.0001,
+    }  # fmt: skip
+    (maps,) = {json.dumps(one["maps"]) for one in runs.values()}
+    maps = json.loads(maps)
+    assert maps["drawn"] == 45 and maps["validation"] > 45 and maps["train"] > 200
+    (draws,) = {one["draws"] for one in runs.values()}
+    assert maps["validation"] <= draws <= 90  # each of the 45 twice
+    whole = transfer.train(arguments, per_class="all", start="random", **case)
+    assert whole["maps"]["drawn"] == whole["maps"]["train"] == maps["train"]
+
+
+def test_fewer_training_maps_of_a_seed_are_some_of_the_more(tiny_maps):
+    from waferlab.data.splitting import split_by_lot
+
+    pipeline = SimpleNamespace(maps=tiny_maps, split=split_by_lot(tiny_maps))
+    few, more, every = (measure.few_maps(pipeline, n, None, seed=3) for n in (2, 5, None))
+    assert set(few.train) < set(more.train) < set(every.train) == set(pipeline.split.train)
+    assert len(few.train) == 18 and set(few.validation) == set(pipeline.split.validation)
+    assert set(measure.few_maps(pipeline, 2, None, seed=4).train) != set(few.train)
+
+
+def test_the_table_of_transfer_says_how_much_each_start_differs_from_random_weights():
+    import transfer
+
+    def one(start, seed, score, per_class="20"):
+        maps = {"train": 700, "test": 150}
+        cost = {"maps_seen": "1152", "seconds": "9.4"} if start == "generated" else None
+        return {
+            "model_type": "net", "per_class": per_class, "budget": "60 seconds", "seed": seed, "start": start,
+            "macro_f1": score, "maps": maps, "pretraining": cost,
+        }  # fmt: skip
+
+    runs = [one("random", seed, 0.5 + 0.01 * seed) for seed in range(3)]
+    runs += [one("imagenet", seed, 0.6 + 0.011 * seed) for seed in range(3)]
+    runs += [one("generated", 0, 0.7), one("random", 0, 0.8, "all")]
+    few, every = rows = transfer.outcome(runs)
+    assert few["against_random"]["imagenet"]["difference"] == pytest.approx(0.101)
+    low, high = few["against_random"]["imagenet"]["interval"]
+    assert 0.09 < low < 0.101 < high < 0.11
+    assert few["against_random"]["generated"]["interval"] is None  # of one seed
+    assert (every["per_class"], every["against_random"]) == ("all", {})
+    text = "\n".join(readme_tables.transfer({"outcome": rows, "runs": runs}))
+    assert "| net | 20 | 60 seconds | 1 to 3 | 0.510 ± 0.010 | 0.611 ± 0.011; +0.101 [+0.09" in text
+    assert "| 0.700 | - |" in text and "generated maps: 1,152 generated maps in 9 s" in text
 
 
 def test_pruning_scores_what_was_found_on_the_test_lots_and_a_second_call_adds_to_the_record(tiny_npz, tmp_path):

@@ -108,6 +108,20 @@ def _relu(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[str]
     return [to.add("Where", to.add("Greater", node.output[0], zero), given[0], zero)]
 
 
+def _clip(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[str]:
+    out, zero, kept = node.output[0], to.constant(0), given[0]
+    for kind, bound in zip(("Greater", "Less"), node.input[1:], strict=False):
+        if bound:  # either may be left out
+            kept = to.add("Where", to.add(kind, out, bound), kept, zero)
+    return [kept]
+
+
+def _pad(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[str]:
+    if _attributes(node).get("mode", b"constant") != b"constant" or len(node.input) > 3:
+        raise NoGradientError("it has no gradient for this kind of Pad")
+    return [to.add("Pad", given[0], to.add("Neg", node.input[1]))]
+
+
 def _sigmoid(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[str]:
     out = node.output[0]
     return [to.add("Mul", given[0], to.add("Mul", out, to.add("Sub", to.constant(1), out)))]
@@ -258,8 +272,9 @@ def _max_pool(to: Backward, node: onnx.NodeProto, given: Sequence[str]) -> list[
 
 
 RULES: dict[str, Rule] = {
-    "Add": _add, "AveragePool": _average_pool, "BatchNormalization": _batch_normalization, "Concat": _concat,
-    "Conv": _conv, "Div": _div, "Flatten": _reshape, "Gemm": _gemm, "Identity": _identity, "MatMul": _matmul,
-    "MaxPool": _max_pool, "Mul": _mul, "ReduceMax": _reduce_max, "ReduceMean": _reduce_mean, "Relu": _relu,
-    "Reshape": _reshape, "Sigmoid": _sigmoid, "Softmax": _softmax, "Split": _split, "Transpose": _transpose,
+    "Add": _add, "AveragePool": _average_pool, "BatchNormalization": _batch_normalization, "Clip": _clip,
+    "Concat": _concat, "Conv": _conv, "Div": _div, "Flatten": _reshape, "Gemm": _gemm, "Identity": _identity,
+    "MatMul": _matmul, "MaxPool": _max_pool, "Mul": _mul, "Pad": _pad, "ReduceMax": _reduce_max,
+    "ReduceMean": _reduce_mean, "Relu": _relu, "Reshape": _reshape, "Sigmoid": _sigmoid, "Softmax": _softmax,
+    "Split": _split, "Transpose": _transpose,
 }  # fmt: skip

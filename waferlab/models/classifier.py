@@ -161,15 +161,15 @@ class WaferClassifier(pl.LightningModule):
         return min(1.0, max(step / self.total_steps, self.time_progress))
 
     def on_train_start(self) -> None:
-        """Takes up the schedule where it is."""
-        self.count_steps(self.trainer.current_epoch)
+        """Counts epochs in that were shorter, as those of a trial that is gone on with may have been."""
+        self.plan_schedule(epochs_done=self.trainer.current_epoch)
 
-    def count_steps(self, epochs: int) -> None:
-        """Plans the schedule anew after so many epochs; those of a trial that is gone on with may have been shorter."""
-        trainer = self.trainer
-        if trainer.max_epochs > 0:
-            share_left = 1 - epochs / trainer.max_epochs
-            self.total_steps = max(1, round(trainer.global_step + share_left * trainer.estimated_stepping_batches))
+    def plan_schedule(self, *, epochs_done: int) -> None:
+        """Has the schedule end with the Trainer's last epoch, as that is now."""
+        if self.trainer.max_epochs > 0:
+            share_left = max(0.0, 1 - epochs_done / self.trainer.max_epochs)
+            steps_left = share_left * self.trainer.estimated_stepping_batches
+            self.total_steps = max(1, round(self.trainer.global_step + steps_left))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Tells whoever goes on from here that the learning rate has risen already."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from waferlab.data.maps import NUM_CLASSES
 from waferlab.errors import WeightsUnavailableError
+from waferlab.models import efficientnet_lite
 from waferlab.models.classifier import WaferClassifier
 from waferlab.models.small_convolutions import quicken_small_convolutions
 from waferlab.models.starting_weights import fetch_weights, read_weights, sum_first_layer
@@ -18,7 +19,7 @@ class TorchvisionLightningModel(WaferClassifier):
     """A torchvision classifier with a one-channel first layer and a head of 512 units.
 
     Args:
-        architecture: "resnet18", "resnet50", "efficientnet_b0" or "vit_b_16".
+        architecture: "resnet18", "resnet50", "efficientnet_b0", "efficientnet_lite0" or "vit_b_16".
         dropout: in the head, 0..1.
         freeze_backbone: train the head only.
         image_size: side of the images, needed by vision transformers.
@@ -28,7 +29,7 @@ class TorchvisionLightningModel(WaferClassifier):
         ValueError: an unknown architecture.
     """
 
-    ARCHITECTURES = ("resnet18", "resnet50", "efficientnet_b0", "vit_b_16")
+    ARCHITECTURES = ("resnet18", "resnet50", "efficientnet_b0", "efficientnet_lite0", "vit_b_16")
 
     def __init__(
         self,
@@ -48,10 +49,13 @@ class TorchvisionLightningModel(WaferClassifier):
 
         self.architecture = architecture
         options = {"image_size": image_size, "patch_size": 8} if architecture == "vit_b_16" else {}
-        builder = torchvision.models.get_model_builder(architecture)
         if architecture == "vit_b_16":  # patches of 8 dies: with 16, a 48-pixel map would be nine patches
             builder = torchvision.models.VisionTransformer
             options |= {"num_layers": 6, "num_heads": 6, "hidden_dim": 192, "mlp_dim": 768}
+        elif architecture == "efficientnet_lite0":
+            builder = efficientnet_lite.efficientnet_lite0
+        else:
+            builder = torchvision.models.get_model_builder(architecture)
         self.network = builder(**options)
         self._replace_first_layer()
         self._replace_head(dropout, num_classes)
@@ -87,6 +91,10 @@ class TorchvisionLightningModel(WaferClassifier):
 
         if self.architecture == "vit_b_16":
             raise WeightsUnavailableError("none are published for this small transformer")
+        if self.architecture == "efficientnet_lite0":
+            state, name = efficientnet_lite.read_published()
+            self.adopt(state)
+            return name
         weights = torchvision.models.get_model_weights(self.architecture).DEFAULT
         cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         file = fetch_weights(weights.url, cache, wait=wait, hash_prefix=cache.stem.rpartition("-")[2])

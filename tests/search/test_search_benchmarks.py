@@ -1,0 +1,95 @@
+"""Promises about the measurements of searches: they run on small data, and go on where they were cut off."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import busy_machine  # noqa: E402
+import portfolio  # noqa: E402
+import search_pays  # noqa: E402
+import search_tables  # noqa: E402
+
+
+def run(script, *arguments):
+    command = [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_search_is_compared_with_the_same_seconds_without_and_a_second_call_adds_to_the_record(tiny_npz, tmp_path):
+    output = tmp_path / "record.json"
+    few = ("image_size=16", "batch_size=64", "num_optuna_trials=2", "workers=1", "threads=1")
+    flags = ("--data", tiny_npz, "--seconds", 6, "--seeds", 0, "--set", *few, "--output", output)
+    run("search_pays.py", *flags)
+    record = json.loads(output.read_text())
+    (row,) = record["rows"]
+    assert [run["way"] for run in record["runs"]] == ["without", "with"]
+    searched, why_not = (record["runs"][1][key] for key in ("search", "no_search_because"))
+    if searched is None:  # on a machine that is slow just now
+        assert "epochs fit into 6 s" in why_not
+    else:
+        assert searched["trials"] <= 2 and searched["proposed_by"]["the defaults"] == 1
+    assert row["with"] - row["without"] == pytest.approx(row["difference"]["mean"], abs=1e-3)
+    assert all(5 < run["took"] < 20 for run in record["runs"])
+    assert "{" not in run("search_pays.py", *flags).splitlines()[0].partition('"with"')[0][1:]  # nothing was trained
+    assert json.loads(output.read_text())["runs"] == record["runs"]
+    assert len(search_tables.search_pays(record)) == 3
+
+
+def a_run(seed, way, score, **search):
+    case = {"data": "synthetic", "model": "m", "start": "defaults", "seconds": 60, "seed": seed, "way": way}
+    found = {"why": "no trial beats the defaults", "trials": 4, "pruned": 1, **search} if search is not None else None
+    return case | {"macro_f1": score, "took": 60.0, "search": found if way == "with" else None}
+
+
+def test_differences_are_paired_by_seed_and_unpaired_seeds_left_out():
+    runs = [a_run(0, "without", 0.5), a_run(0, "with", 0.6), a_run(1, "without", 0.7), a_run(2, "with", 0.9)]
+    runs += [a_run(3, "without", 0.6), a_run(3, "with", 0.6, why="trial 3 leads the defaults by 0.1 [0, 0.2]")]
+    (row,) = search_pays.compare(runs)
+    assert row["seeds"] == [0, 3] and row["difference"]["mean"] == pytest.approx(0.05)
+    assert (row["without"], row["with"], row["left_the_defaults"]) == (0.55, 0.6, 1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "size", "picked"),
+    [
+        ({0: (0.5, 0.5), 1: (0.9, 0.1), 2: (0.1, 0.9), 3: (0.6, 0.6)}, 3, [0, 1, 2]),
+        ({0: (0.9, 0.9), 1: (0.1, 0.2), 2: (0.5, 0.4)}, 2, [0, 2]),  # none adds to the best: the best of the rest
+        ({0: (0.5,), 1: (0.6,)}, 5, [0, 1]),
+    ],
+)
+def test_a_portfolio_is_what_adds_most_to_the_best_score_on_each_kind_of_maps(scores, size, picked):
+    assert portfolio.pick(scores, size) == picked
+
+
+def test_settings_are_tried_and_picked(tiny_npz, tmp_path):
+    output = tmp_path / "record.json"
+    flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--settings", 2, "--epochs", 1, "--per-class", 6)
+    run("portfolio.py", *flags, "--output", output)
+    record = json.loads(output.read_text())
+    assert [setting["setting"] for setting in record["picked"]["lightning_cnn"]] == [0, 1]
+    first, second = (run["parameters"] for run in record["runs"])
+    assert first["learning_rate"] == 4e-3 != second["learning_rate"]
+    assert len(search_tables.portfolio(record)) == 4
+
+
+def test_a_busy_process_is_there_for_the_time_of_a_measurement_and_gone_after(monkeypatch):
+    import psutil
+
+    def busy():
+        return [p for p in psutil.Process().children() if "while True: pass" in p.cmdline()]
+
+    assert busy_machine.under(True, lambda: len(busy())) == 1
+    assert not busy() and busy_machine.under(False, lambda: len(busy())) == 0
+
+
+def test_trials_of_one_length_are_timed():
+    arguments = type("Flags", (), {"trials": 2, "epochs": 1, "samples_per_class": 20})
+    assert 0 < busy_machine.searched(arguments, "lightning_cnn", workers=2, threads=1) < 120
