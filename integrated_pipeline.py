@@ -530,12 +530,11 @@ class IntegratedMLPipeline:
         """Searches, and goes on training the best trial to the end of the time; without a search, trains from anew."""
         share = self.config.equal_share()
         self._start_model_run(model_type, parent)
-        plan = self.plan_search(model_type, share)
-        if not plan.none_because:
+        plan = self.plan_search(model_type, share) if self.config.enable_optuna else None
+        if plan and not plan.none_because:
             found = self.search(model_type, plan)
             return self.go_on(model_type, found, seconds=None if share is None else max(1.0, share - found.seconds))
-        why = plan.none_because if self.config.enable_optuna else None
-        if why:
+        if why := plan and plan.none_because:
             self.say(f"  no search: {why}")
         with self.terminal.timed("training"):
             record = self.train_final_model(model_type, seconds=share)
@@ -559,8 +558,6 @@ class IntegratedMLPipeline:
     def plan_search(self, model_type: str, seconds: float | None) -> SearchPlan:
         """How large a search is that leaves the winner the time to learn, of `seconds` for both."""
         config = self.config
-        if not config.enable_optuna:
-            return SearchPlan(0, 0, none_because="enable_optuna=False")
         an_epoch, decay = 0.0, find_model(model_type).parameters()["decay"]
         level = max(1, int(config.max_epochs * (1 - decay)))  # what is left is for the fall of the learning rate
         if seconds is not None:
