@@ -87,6 +87,9 @@ TARGETS = {
     "training_callbacks": Target("waferlab/training/callbacks.py", (CALLBACKS, TRAININGS)),
     "study": Target("waferlab/search/study.py", ("tests/search/test_study.py", WHOLE_SEARCHES)),
     "trials": Target("waferlab/search/trials.py", ("tests/search/test_trials.py", WHOLE_SEARCHES)),
+    "trial_files": Target("waferlab/search/trial_files.py", ("tests/search/test_trial_files.py", WHOLE_SEARCHES)),
+    "workers": Target("waferlab/search/workers.py", ("tests/search/test_workers.py",)),
+    "pace": Target("waferlab/training/pace.py", ("tests/training/test_pace.py",)),
     "budget": Target("waferlab/search/budget.py", ("tests/search/test_budget.py", WHOLE_SEARCHES)),
     "search": Target(
         "integrated_pipeline.py",
@@ -96,8 +99,8 @@ TARGETS = {
             *(
                 f"IntegratedMLPipeline.{name}"
                 for name in (
-                    "search", "search_and_train", "optuna_objective", "_train_trial", "_start_and_search",
-                    "train_with_the_best", "_open_study", "_default_trial", "_trial_weights", "_start_without_search",
+                    "plan_search", "search", "search_and_train", "go_on", "optuna_objective", "_train_trial",
+                    "_suggest", "_default_trial", "_trial_files", "_begin_final_training", "_start_without_search",
                 )
             ),
         ),

@@ -156,6 +156,7 @@ def make_summary(**changes) -> dict:
                     "sampler": "TPESampler", "seconds": 71.94,
                     "best": {"macro_f1": 0.777, "parameters": {"dropout": 0.3}},
                     "trials": [{"state": "complete"}, {"state": "pruned"}, {"state": "complete"}],
+                    "workers": 2, "why": "trial 2 leads the defaults by 0.040 [0.010, 0.070]",
                 },
                 "decision": {
                     "views": 8, "temperature": 1.314, **rule,
@@ -610,6 +611,25 @@ def test_the_model_card_names_weights_interval_and_limits(folder):
         assert all(f"{row['f1']:.3f}" in text for row in test["per_class"].values())
     assert "](confusion_matrix.png)" in markdown.read_text()
     assert page.read_text().count("data:image/png;base64,") == 2
+
+
+def test_the_pages_say_what_the_search_chose_and_why_or_why_there_was_none(folder):
+    page, (markdown, _) = (
+        Parsed(write_page(make_summary(), folder)).text,
+        write_model_card(make_summary(), folder=folder),
+    )
+    why = "trial 2 leads the defaults by 0.040 [0.010, 0.070]"
+    assert f"lightning_cnn, 2 trials at a time: {why}." in page and "2 complete, 1 pruned" in page
+    assert f"Parameters found in 3 trials (TPESampler): {why}." in markdown.read_text()
+    summary = make_summary()
+    for model in summary["models"]:
+        del model["search"]
+        model["no_search_because"] = "9 epochs fit into 20 s, and a search pays from 15 on"
+        model["weights_from"] = "trial 2, gone on with"
+    page, (markdown, _) = Parsed(write_page(summary, folder)).text, write_model_card(summary, folder=folder)
+    assert "yolo_inspired: no search, as 9 epochs fit into 20 s, and a search pays from 15 on." in page
+    assert "- No search for its parameters: 9 epochs fit into 20 s," in markdown.read_text()
+    assert "epoch 7 of 8 of trial 2, gone on with, best on validation" in markdown.read_text()
 
 
 def test_the_model_card_of_the_ultralytics_network_names_its_licence(folder):
