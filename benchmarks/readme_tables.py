@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from label_audit import table_of_audit
 from measure import NOT_RECORDED, ROOT, how_proposed, interval_holds, paired_difference, rows, score_text
 from provenance import changed
 from time_to_f1 import grouped, longest, machine_of, table_of_levels, table_of_runs
@@ -624,6 +625,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "pruning": pruning,
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,
+    "label_audit": table_of_audit,
     "monitoring": monitoring,
     "monitoring_shifts": monitoring_shifts,
     "monitoring_ordered": monitoring_ordered,
@@ -639,9 +641,7 @@ RECORDS_OF = {
     "monitoring_shifts": ("monitoring",),
 }
 # What they say of themselves refers to the table before them.
-AS_ABOVE = (
-    "champion", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts",
-)  # fmt: skip
+AS_ABOVE = ("champion", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import tiny_settings
+from made_up_predictions import assert_is_a_picture
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root, which has a wafer_pretraining of its own
@@ -474,3 +475,23 @@ def test_set_coverage_counts_simulated_lots_and_the_lots_that_a_model_was_not_tr
     for row in set_coverage.divided_again(parts, divisions=20, seed=0).values():
         assert row["lots"] == 80 and row["fits"] == 20
         assert row["interval"][0] < row["coverage"] < row["interval"][1] and abs(row["coverage"] - 0.91) < 0.03
+
+
+def test_label_audit_answers_each_map_once_goes_on_after_an_interruption_and_draws_the_likeliest(tiny_npz, tmp_path):
+    import label_audit
+
+    output, picture, folder = tmp_path / "audit.json", tmp_path / "audit.png", tmp_path / "folds"
+    flags = ("--data", tiny_npz, "--folds", 2, "--epochs", 2, "--image-size", 16, "--most", 5, "--folder", folder)
+    run("label_audit.py", *flags, "--picture", picture, "--output", output)
+    first = json.loads(output.read_text())
+    assert sum(fold["maps"] for fold in first["folds"]) == first["audit"]["n_samples"] == 360
+    assert len(first["suspects"]) == min(5, first["probably_wrong"]) and first["probably_wrong"] > 0
+    assert all(one["given"] != one["called"] for one in first["suspects"])
+    assert_is_a_picture(picture)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "answers_1.npz").unlink()  # interrupted in the second fold
+    run("label_audit.py", *flags, "--output", output)
+    again = json.loads(output.read_text())
+    assert [file.name for file in (folder / "checkpoints").iterdir()] == ["fold_1"]
+    assert again["folds"][0] == first["folds"][0] and again["audit"]["n_samples"] == 360
+    assert "| Loc | 40 |" in "\n".join(label_audit.table_of_audit(again))
