@@ -13,10 +13,9 @@ goes through it: data, models, training, search, MLflow, evaluation, what comes 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from rich.console import Console
 from simple_model import LightningCNN
 from waferlab.config import ExperimentConfig
 from waferlab.data.datamodule import WaferMapDataModule
-from waferlab.data.maps import CLASS_NAMES, WaferMaps
+from waferlab.data.maps import WaferMaps
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import Split, split_maps
 from waferlab.deployment.onnx_export import export_onnx
@@ -46,7 +45,7 @@ from waferlab.errors import (
 from waferlab.evaluation.inference import decision_of, measure_latency, score_model
 from waferlab.evaluation.predictions import Predictions
 from waferlab.models.classifier import WaferClassifier
-from waferlab.models.registry import ModelSpec, find_model, our_names, register_model
+from waferlab.models.registry import MODEL_REGISTRY, ModelSpec, find_model, our_names, register_model  # noqa: F401
 from waferlab.models.starting_weights import start_from
 from waferlab.models.torchvision_models import TorchvisionLightningModel
 from waferlab.models.yolo import YOLOLightningAdapter
@@ -58,11 +57,11 @@ from waferlab.records import (
     TrainedModel,
     TrainingRecord,
     code_tags,
-    environment,
     summarise,
     write_summary,
 )
-from waferlab.reports.run_report import draw_run, track_outcome, write_pages
+from waferlab.reports.run_report import draw_run, write_pages
+from waferlab.reports.tracked_run import start_pipeline_run, track_outcome
 from waferlab.search.budget import SearchPlan, plan_search, seconds_by_merit
 from waferlab.search.model_search import ModelSearch
 from waferlab.search.study import proposed_by, run_again, study_plots
@@ -133,30 +132,25 @@ def suggest_size(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str
     return {} if pretrained else {"model_size": trial.suggest_categorical("model_size", YOLOLightningAdapter.SIZES)}
 
 
+torchvision_spec = partial(ModelSpec, TorchvisionLightningModel)
 register_model(
     "lightning_cnn",
     ModelSpec(LightningCNN, suggest=suggest_for_cnn, defaults={"learning_rate": 4e-3, "dropout": 0.1}, in_all=True),
 )
 register_model(
     "torchvision_resnet",
-    ModelSpec(
-        TorchvisionLightningModel,
-        fixed={"architecture": "resnet18"},
-        suggest=suggest_freezing,
-        defaults={"learning_rate": 1e-3, "dropout": 0.2},
-        in_all=True,
+    torchvision_spec(
+        fixed={"architecture": "resnet18"}, suggest=suggest_freezing,
+        defaults={"learning_rate": 1e-3, "dropout": 0.2}, in_all=True,
     ),
-)
+)  # fmt: skip
 register_model(
     "torchvision_efficientnet",
-    ModelSpec(
-        TorchvisionLightningModel,
-        fixed={"architecture": "efficientnet_b0"},
-        suggest=suggest_freezing,
-        defaults={"learning_rate": 3e-3, "dropout": 0.2},
-        in_all=True,
+    torchvision_spec(
+        fixed={"architecture": "efficientnet_b0"}, suggest=suggest_freezing,
+        defaults={"learning_rate": 3e-3, "dropout": 0.2}, in_all=True,
     ),
-)
+)  # fmt: skip
 register_model(
     "yolo_inspired",
     ModelSpec(
@@ -165,21 +159,14 @@ register_model(
 )
 register_model(
     "torchvision_resnet50",
-    ModelSpec(
-        TorchvisionLightningModel,
-        fixed={"architecture": "resnet50"},
-        suggest=suggest_freezing,
-        defaults={"learning_rate": 1e-3, "dropout": 0.2},
+    torchvision_spec(
+        fixed={"architecture": "resnet50"}, suggest=suggest_freezing, defaults={"learning_rate": 1e-3, "dropout": 0.2}
     ),
 )
 # Adding an architecture is this one call.
 register_model(
     "vision_transformer",
-    ModelSpec(
-        TorchvisionLightningModel,
-        fixed={"architecture": "vit_b_16"},
-        defaults={"learning_rate": 1e-3, "dropout": 0.2},
-    ),
+    torchvision_spec(fixed={"architecture": "vit_b_16"}, defaults={"learning_rate": 1e-3, "dropout": 0.2}),
 )
 
 FORWARD_SHARE = 0.35  # of the time of a training step is that of an answer, which validation needs
@@ -243,7 +230,9 @@ class IntegratedMLPipeline:
             with self.terminal.timed("data"):
                 self.prepare_data()
             with self.open_tracking().closing():
-                return self._run(self._start_parent_run())
+                return self._run(
+                    start_pipeline_run(self.runs, self.config, self.maps, self.split, key=self._fingerprint())
+                )
 
     def _run(self, parent: Run) -> dict[str, Any]:
         """Trains, scores and writes down what came out, before anything is tried that may fail for another reason."""
@@ -438,8 +427,8 @@ class IntegratedMLPipeline:
                 precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
                 callbacks=callbacks, logger=logger, plugins=[CheckpointFiles()],
                 enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-                default_root_dir=config.checkpoints_dir, **({"limit_train_batches": batches} if batches else {}),
-                **config.trainer,
+                default_root_dir=config.checkpoints_dir,
+                **({"limit_train_batches": batches} if batches else {}) | config.trainer,
             )  # fmt: skip
             trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
         return trainer
@@ -557,13 +546,14 @@ class IntegratedMLPipeline:
         config = self.config
         if not config.enable_optuna:
             return SearchPlan(0, 0, none_because="enable_optuna=False")
-        an_epoch = 0.0
+        an_epoch, decay = 0.0, find_model(model_type).parameters()["decay"]
+        level = max(1, int(config.max_epochs * (1 - decay)))  # what is left is for the fall of the learning rate
         if seconds is not None:
             data, step = self.data_module(), self._seconds_a_step(model_type, self.precision(model_type))
             validation = len(self.split.validation) / config.batch_size * FORWARD_SHARE
             an_epoch = step * (min(len(data.train_dataloader()), self._batches_of_a_trial(data)) + validation)
         return plan_search(
-            trials=config.num_optuna_trials, epochs=min(config.search_epochs, config.max_epochs),
+            trials=config.num_optuna_trials, epochs=min(config.search_epochs, level),
             workers=workers_for(config), seconds=seconds, share=config.search_share, seconds_an_epoch=an_epoch,
         )  # fmt: skip
 
@@ -608,7 +598,7 @@ class IntegratedMLPipeline:
     def _become_worker(self, tell: Tell) -> None:
         """In a forked process: one thread, and whoever forked it prints and tracks."""
         self.config = replace(self.config, threads=1, quiet=True)
-        self.terminal = ToldTerminal(tell)
+        self.terminal = ToldTerminal(self.terminal, tell)
         self.say = self.terminal.say
         if not isinstance(self.runs, NoRuns):
             self.runs = ToldRuns(self.runs, tell)
@@ -716,26 +706,6 @@ class IntegratedMLPipeline:
                 tags=code_tags(),
             )
         return self.runs
-
-    def _start_parent_run(self) -> Run:
-        config, maps = self.config, self.maps
-        run = self.runs.start(config.experiment_name, key=self._fingerprint())
-        # Not what, but how or where: it may change when a run goes on, and a parameter cannot.
-        how = ("resume", "quiet", "output_dir", "pretrained_dir", "pretrained_wait", "enable_mlflow", "tracker",
-               "tracking_uri", "storage")  # fmt: skip
-        self.runs.params(run, **{k: v for k, v in asdict(config).items() if k not in how})
-        self.runs.tags(run, **{f"environment.{k}": str(v) for k, v in environment().items()})
-        counts = dict(zip(CLASS_NAMES, maps.class_counts.tolist(), strict=True))
-        parts = {part: len(indices) for part, indices in self.split.parts().items()}
-        self.runs.dataset(
-            run,
-            name=Path(maps.source).name,
-            digest=self.split.fingerprint,
-            source=str(maps.source),
-            profile=json.dumps({"maps": len(maps), "split": parts, "classes": counts}),
-        )
-        self.runs.watch_system(run)
-        return run
 
     def _start_model_run(self, model_type: str, parent: Run | None) -> None:
         self.model_runs[model_type] = self.runs.start(

@@ -33,9 +33,10 @@ BATCHES = ("resize_maps", "encode", "augment", "BatchIndexedMaps", "EpochBatches
 GENERATOR = ("generate_wafer_maps", "DieGrid", "Latents")
 TRAINING = (
     *_of("IntegratedMLPipeline", "data_module", "create_model", "precision", "fit", "train_final_model"),
-    *_of("IntegratedMLPipeline", "_callbacks_of_final_training", "_best_weights"),
+    "IntegratedMLPipeline._callbacks_of_final_training",
     *_of("ExperimentConfig", "data_augmentation", "class_balancing", "balance_by", "precision"),
-    *("WaferClassifier", "native_precision", "macro_f1", "TimeBudget", "SeedEachEpoch", "record_training"),
+    *("WaferClassifier", "macro_f1", "TimeBudget", "Patience", "SeedEachEpoch", "record_training", "best_weights"),
+    *("possible_precisions", "seconds_a_step", "QuickestThreads"),
 )
 CNN = ("LightningCNN", "ResidualBlock", "AverageAndMaxPool", "register_model('lightning_cnn')")
 TORCHVISION = ("TorchvisionLightningModel", "SmallImageConv2d", "quicken_small_convolutions")
@@ -52,11 +53,11 @@ GENERATED_WEIGHTS = (
     *("pretrain", "GeneratedStream", "GeneratedMaps", "draw_chunk", "load_generated_weights", "start_from"),
 )
 SEARCH = (
-    *_of("IntegratedMLPipeline", "search", "optuna_objective", "_train_trial", "_open_study", "_default_trial"),
+    *_of("IntegratedMLPipeline", "search", "optuna_objective", "_train_trial", "_suggest", "_default_trial"),
     *("suggest_parameters", "suggest_for_cnn", "suggest_freezing", "suggest_size", "make_sampler", "make_pruner"),
-    *("open_study", "SearchBudget", "TrialWeights", "search_record"),
+    *("open_study", "plan_search", "SearchBudget", "ModelSearch", "side_by_side", "search_record", "to_go_on_with"),
 )
-AFTER_SEARCH = ("IntegratedMLPipeline.train_with_the_best", "worth_training", "seconds_by_merit", "better_of")
+AFTER_SEARCH = ("IntegratedMLPipeline.go_on", "TrainingFolder.begin", "seconds_by_merit")
 SERIES = (
     *_of("TrainingSeries", "__init__", "_variant_config"),
     *("train_and_score", "mean_interval", "paired_differences", "holm_factors"),

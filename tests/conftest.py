@@ -83,6 +83,8 @@ def tiny_settings(tiny_npz, tmp_path, **more):
         "data": str(tiny_npz),
         "output_dir": str(tmp_path),
         "precision": "32-true",
+        "threads": 1,
+        "workers": 1,
         "quiet": True,
     } | more
 

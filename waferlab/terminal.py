@@ -84,15 +84,16 @@ class Terminal:
 
     def progress(self, title: str) -> ProgressBar | None:
         """A bar for a training; None where lines are printed instead, since nobody watches."""
-        return ProgressBar(self.console, title) if self._somebody_watches() else None
+        return ProgressBar(self.console, title) if self.somebody_watches() else None
 
     def watch(self, batches: Sequence[Any], title: str) -> Iterable[Any]:
         """The batches one by one, on a terminal with a bar that shows the time left."""
-        if not self._somebody_watches():
+        if not self.somebody_watches():
             return batches
         return track(batches, f"  {title}", console=self.console, transient=True)
 
-    def _somebody_watches(self) -> bool:
+    def somebody_watches(self) -> bool:
+        """Whether a person sees bars move."""
         return self.console.is_terminal and not self.quiet
 
     def print_configuration(self, config: ExperimentConfig) -> None:

@@ -43,7 +43,7 @@ class WaferClassifier(pl.LightningModule):
         num_classes: length of the logits.
 
     Raises:
-        ValueError: an unknown optimizer.
+        ValueError: an unknown optimizer, or a share that is none.
     """
 
     network: nn.Module
@@ -70,6 +70,8 @@ class WaferClassifier(pl.LightningModule):
             )
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r} is unknown. Allowed: {', '.join(OPTIMIZERS)}.")
+        if not 0 <= warmup < 1 or not 0 < decay <= 1:
+            raise ValueError(f"warmup={warmup!r}, decay={decay!r}: shares of a training. Allowed: 0 to 1, decay not 0.")
         self.learning_rate, self.weight_decay, self.optimizer_name = learning_rate, weight_decay, optimizer
         self.warmup, self.decay = warmup, decay
         self.time_progress, self.to_go_on, self._risen = 0.0, False, False
@@ -159,11 +161,15 @@ class WaferClassifier(pl.LightningModule):
         return min(1.0, max(step / self.total_steps, self.time_progress))
 
     def on_train_start(self) -> None:
-        """Counts in epochs that were shorter, as those of a trial that is gone on with may have been."""
-        trainer = self.trainer
-        if trainer.max_epochs > 0:
-            share_left = 1 - trainer.current_epoch / trainer.max_epochs
-            self.total_steps = max(1, round(trainer.global_step + share_left * trainer.estimated_stepping_batches))
+        """Counts epochs in that were shorter, as those of a trial that is gone on with may have been."""
+        self.plan_schedule(epochs_done=self.trainer.current_epoch)
+
+    def plan_schedule(self, *, epochs_done: int) -> None:
+        """Has the schedule end with the Trainer's last epoch, as that is now."""
+        if self.trainer.max_epochs > 0:
+            share_left = max(0.0, 1 - epochs_done / self.trainer.max_epochs)
+            steps_left = share_left * self.trainer.estimated_stepping_batches
+            self.total_steps = max(1, round(self.trainer.global_step + steps_left))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Tells whoever goes on from here that the learning rate has risen already."""

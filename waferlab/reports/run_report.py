@@ -21,8 +21,7 @@ from waferlab.reports.run_figures import (
     plot_training_history,
     save_study_plots,
 )
-from waferlab.reports.tables import comparison_rows, results_table, table_markdown, write_per_class_table
-from waferlab.tracking.runs import NoRuns, Run, RunTree
+from waferlab.reports.tables import comparison_rows, write_per_class_table
 
 FIRST = (
     "model_comparison.png", "confusion_matrix.png", "risk_coverage.png", "sample_predictions.png",
@@ -90,37 +89,3 @@ def write_pages(summary: Mapping[str, Any], *, folder: Path) -> None:
     drawn = [name for name in (*FIRST, *searches) if (folder / name).exists()]
     write_report(summary, folder=folder, pictures=drawn, path=folder / "report.html")
     write_model_card(summary, folder=folder)
-
-
-def track_outcome(
-    config: ExperimentConfig, summary: Mapping[str, Any], results: Sequence[ModelResult], *, runs: RunTree | NoRuns,
-    run: Run, model_runs: Mapping[str, Run],
-) -> None:  # fmt: skip
-    """Final scores, pictures and checkpoint of each model to its run, the comparison to the pipeline's.
-
-    Args:
-        config: of the run.
-        summary: what was written down.
-        results: of each model.
-        runs: the tree.
-        run: of the pipeline.
-        model_runs: of each model; they are ended.
-    """
-    folder = config.results_dir
-    for result in results:
-        name, of_model, test = result.model_type, model_runs[result.model_type], result.test
-        scores = {f"test_{score}": test[score] for score in ("accuracy", "macro_f1", "balanced_accuracy")}
-        costs = {cost: getattr(result, cost) for cost in ("train_seconds", "latency_ms", "n_parameters")}
-        runs.params(of_model, **result.parameters, seed=config.seed)
-        runs.metrics(of_model, scores | costs)
-        runs.tags(of_model, weights=str(result.weights), weights_from=result.weights_from)
-        pictures = pictures_of_model(result, folder=folder, alone=len(results) == 1)
-        checkpoint = config.checkpoints_dir / name / result.checkpoint
-        runs.files(of_model, [folder / f"per_class_{name}.csv", *pictures, checkpoint])
-        runs.end(of_model)
-    best = next(result for result in results if result.model_type == summary["best_model"])
-    runs.metrics(run, {"best_test_macro_f1": best.test["macro_f1"]})
-    runs.tags(run, best_model=summary["best_model"], seed=str(config.seed))
-    written = ("experiment_summary.json", "report.html", "MODEL_CARD.md", "model_card.html")
-    runs.files(run, [*sorted(folder.glob("*.png")), *(folder / name for name in written)])
-    runs.note(run, table_markdown(results_table(comparison_rows(results))))

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from rich.console import Console
 from waferlab.terminal import Terminal
 from waferlab.tracking.runs import Run
 from waferlab.training.pace import cores
+from waferlab.training.progress import Bars, ToldProgress
 
 if TYPE_CHECKING:
     from waferlab.config import ExperimentConfig
@@ -197,7 +199,7 @@ class Listener:
     ) -> None:
         self._tree, self._runs, self._terminal = tree, {above.token: above} if above else {}, terminal
         self._open: dict[int, set[str]] = {}
-        self._lost = lost
+        self._lost, self._bars = lost, Bars(terminal.console)
 
     def hear(self, worker: int, what: str, *content: Any) -> None:
         """What a worker tells."""
@@ -206,6 +208,8 @@ class Listener:
                 self._terminal.say(content[0], style=content[1])
             case "warn":
                 self._terminal.warn(*content)
+            case "bar":
+                self._bars.update(*content)
             case "run":
                 self._call(worker, *content)
             case "killed":
@@ -226,15 +230,19 @@ class Listener:
 
 
 class ToldTerminal(Terminal):
-    """A worker's side of the terminal: lines are told, and no bar is drawn."""
+    """A worker's side of a terminal: what it would print is told."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, terminal: Terminal, tell: Tell) -> None:
         super().__init__(Console(quiet=True), quiet=True)
-        self._tell = tell
+        self._tell, self._watched = tell, terminal.somebody_watches()
 
     def say(self, text: str, *, style: str | None = None) -> None:
         """Tells a line."""
         self._tell("say", text, style)
+
+    def progress(self, title: str) -> ToldProgress | None:
+        """A bar is drawn by the other process, if somebody watches."""
+        return ToldProgress(title, partial(self._tell, "bar")) if self._watched else None
 
     def warn(self, text: str) -> None:
         """Tells a warning."""

@@ -60,35 +60,30 @@ class Patience(EarlyStopping):
 
     def __init__(self, epochs: int) -> None:
         super().__init__("val_macro_f1", mode="max", patience=epochs)
-        self._last_step, self._last_epoch = 0, 0
+        self._last_epoch = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes up the earlier end of a run that is resumed."""
-        if self._last_step:
-            self._end_at(trainer, pl_module)
+        """Takes up the earlier end of a run that is resumed; the model's own hook, which plans by it, comes after."""
+        if self._last_epoch:
+            trainer.fit_loop.max_epochs = self._last_epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts the epochs without a better score."""
-        stopped_before = trainer.should_stop
+        stopped_before, level = trainer.should_stop, 1 - pl_module.decay
         super().on_train_epoch_end(trainer, pl_module)
-        level = 1 - pl_module.decay
         if trainer.should_stop and not stopped_before and pl_module.progress(trainer.global_step) < level:
-            trainer.should_stop, self.wait_count = False, 0
-            self._last_step = round(trainer.global_step / level)
-            self._last_epoch = math.ceil((trainer.current_epoch + 1) / level)
-            self._end_at(trainer, pl_module)
-
-    def _end_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.total_steps, trainer.fit_loop.max_epochs = self._last_step, self._last_epoch
+            trainer.should_stop, self.wait_count, epochs = False, 0, trainer.current_epoch + 1
+            trainer.fit_loop.max_epochs = self._last_epoch = math.ceil(epochs / level)
+            pl_module.plan_schedule(epochs_done=epochs)
 
     def state_dict(self) -> dict[str, Any]:
         """Kept in checkpoints."""
-        return super().state_dict() | {"last_step": self._last_step, "last_epoch": self._last_epoch}
+        return super().state_dict() | {"last_epoch": self._last_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up the count of the run that is resumed."""
         super().load_state_dict(state)
-        self._last_step, self._last_epoch = state["last_step"], state["last_epoch"]
+        self._last_epoch = state["last_epoch"]
 
 
 class SeedEachEpoch(pl.Callback):
