@@ -21,6 +21,7 @@ from pathlib import Path
 from label_audit import table_of_audit
 from measure import NOT_RECORDED, ROOT, how_proposed, interval_holds, paired_difference, rows, score_text
 from provenance import changed
+from speed_of_light import table_of_shares
 from time_to_f1 import grouped, longest, machine_of, table_of_levels, table_of_runs
 
 RESULTS = ROOT / "benchmarks/results"
@@ -609,6 +610,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "runs": runs_of_minutes,
     "levels": levels,
     "training_throughput": throughput,
+    "speed_of_light": table_of_shares,
     "against": against,
     "start_up": start_up,
     "quick_start": quick_start,
