@@ -144,6 +144,7 @@ def table_of_audit(record: dict) -> list[str]:
     listed = {name: sum(one["given"] == name for one in suspects) for name in audit["per_class"]}
     cells = [
         [name, f"{one['maps']:,}", str(one["lots"]), share_text(one["error_rate"], one["interval"]),
+         f"{one['as_published']:.1%}",
          ", ".join(f"{other} ({share:.1%})" for other, share in one["really"][:2]) or "-", str(listed[name]),
          f"{one['perfect_f1']:.3f}"]
         for name, one in audit["per_class"].items()
@@ -153,8 +154,8 @@ def table_of_audit(record: dict) -> list[str]:
     bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     return [
         *rows(
-            f"given class, maps, lots, estimated to be wrong, most often really, of the {len(suspects)} likeliest, "
-            "F1 of a perfect classifier",
+            "given class, maps, lots, estimated to be wrong, by the published thresholds, most often really, of the "
+            f"{len(suspects)} likeliest, F1 of a perfect classifier",
             cells,
         ),
         "",

@@ -31,6 +31,7 @@ def test_the_share_of_wrong_labels_lies_in_its_interval_and_the_wrong_maps_are_t
     truth = wrong[answers.labels == 1].mean()  # about 0.1 / 1.1
     assert low <= truth <= high and high - low < 0.06
     assert audit["interval"][0] <= wrong.mean() <= audit["interval"][1]
+    assert audit["per_class"]["b"]["as_published"] < 0.95 * audit["per_class"]["b"]["error_rate"]
     ((other, share), *_) = audit["per_class"]["b"]["really"]
     assert other == "a" and share == pytest.approx(truth, abs=0.03)
     found = likeliest_wrong(answers)

@@ -5,7 +5,8 @@ another one: Northcutt, Jiang & Chuang 2021, "Confident Learning: Estimating Unc
 Artificial Intelligence Research 70 (arXiv 1911.00068), as cleanlab does it. A map counts for a class from the mean
 probability on that the maps given this class have of it, so that calibration and class sizes matter little. One thing
 is different: only maps that are answered as they are given make this mean. As published, wrong labels lower it for
-their class, whose right maps then count more easily than its wrong ones: of 10% flipped labels it found 8%.
+their class, whose right maps then count more easily than its wrong ones: of 10% flipped labels it found 8%. A network's
+mistakes lower it, too, and maps of other classes then count for it more easily. The rates as published stand beside.
 
 What networks surely take for another class by a mistake of their own counts as a wrong label, too: look at the maps.
 """
@@ -34,9 +35,10 @@ def audit_labels(answers: Predictions) -> dict[str, Any]:
     Returns:
         As it goes into JSON: n_samples, n_groups; error_rate, of all maps, and its interval; perfect {accuracy,
         macro_f1, macro_f1_interval} of answers that are the true classes, scored against the given labels; per_class
-        {name: maps, lots, error_rate, interval, really [[other class, share], ...], perfect_f1}; joint [C, C], shares
-        of all maps by given (rows) and true class; interval_method. Intervals are 95%, or None below two lots. They
-        say how the estimate varies from lot to lot with the networks as they are, not what another network would say.
+        {name: maps, lots, error_rate, interval, as_published (the rate that way), really [[other class, share], ...],
+        perfect_f1}; joint [C, C], shares of all maps by given (rows) and true class; interval_method. Intervals are
+        95%, or None below two lots. They say how the estimate varies from lot to lot with the networks as they are, not
+        what another network would say.
 
     Raises:
         ConfigError: cleanlab is not installed.
@@ -78,6 +80,7 @@ def _intervals(answers: Predictions, found: dict[str, np.ndarray]) -> tuple[dict
 
 def _per_class(answers: Predictions, joint: np.ndarray, intervals: list[list[float]] | None) -> dict[str, Any]:
     rates, perfect, classes = _shares(joint)["error_rates"], _f1(joint), {}
+    published = _shares(estimated_joint(answers.labels, answers.probabilities, as_published=True))["error_rates"]
     for label, name in enumerate(answers.class_names):
         lots = len(np.unique(answers.groups[answers.labels == label]))
         classes[name] = {
@@ -85,34 +88,36 @@ def _per_class(answers: Predictions, joint: np.ndarray, intervals: list[list[flo
             "lots": lots,
             "error_rate": float(rates[label]),
             "interval": intervals[label] if intervals and lots > 1 else None,
+            "as_published": float(published[label]),
             "really": _others(joint[label], label, answers.class_names),
             "perfect_f1": float(perfect[label]),
         }
     return classes
 
 
-def estimated_joint(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def estimated_joint(labels: np.ndarray, probabilities: np.ndarray, *, as_published: bool = False) -> np.ndarray:
     """Shares of all maps by given (rows) and true class, float64 [C, C]; sums to 1, the rows to those of the labels.
 
     Args:
         labels: int64 [N], as given.
         probabilities: float64 [N, C], of networks that were trained without these maps.
+        as_published: with the mean over all maps of a class, see above.
     """
-    counts = _confident_counts(labels, probabilities)
+    counts = _confident_counts(labels, probabilities, as_published=as_published)
     # Calibrated here, as cleanlab rounds to whole maps, which hides how a small class varies.
     given = np.bincount(labels, minlength=probabilities.shape[1]) / len(labels)
     return counts / counts.sum(axis=1, keepdims=True) * given[:, None]
 
 
-def _confident_counts(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def _confident_counts(labels: np.ndarray, probabilities: np.ndarray, *, as_published: bool) -> np.ndarray:
     """Maps that surely are of a class, int64 [C, C], by given (rows) and that class; at least 1 on the diagonal."""
-    count, answered = _cleanlab().count, probabilities.argmax(axis=1)
-    n_classes = probabilities.shape[1]
-    agree = np.flatnonzero(answered == labels)
-    n_agree = np.bincount(labels[agree], minlength=n_classes)
-    total = np.bincount(labels[agree], weights=probabilities[agree, labels[agree]], minlength=n_classes)
-    as_published = count.get_confident_thresholds(labels, probabilities)
-    floors = np.where(n_agree > 0, total / np.maximum(n_agree, 1), as_published)
+    count, n_classes = _cleanlab().count, probabilities.shape[1]
+    floors = count.get_confident_thresholds(labels, probabilities)
+    if not as_published:
+        agree = np.flatnonzero(probabilities.argmax(axis=1) == labels)
+        n_agree = np.bincount(labels[agree], minlength=n_classes)
+        sums = np.bincount(labels[agree], weights=probabilities[agree, labels[agree]], minlength=n_classes)
+        floors = np.where(n_agree > 0, divide(sums, n_agree), floors)
     return count.compute_confident_joint(labels, probabilities, thresholds=floors, calibrate=False)
 
 
