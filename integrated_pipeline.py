@@ -106,7 +106,7 @@ def suggest_parameters(
     """
     spec = find_model(model_type)
     usual = learning_rate or spec.parameters()["learning_rate"]
-    around = max(1e-5, usual / 8), min(1e-1, usual * 8)
+    around = max(min(1e-5, usual), usual / 8), min(max(1e-1, usual), usual * 8)
     shared = {
         "learning_rate": trial.suggest_float("learning_rate", *around, log=True),
         "batch_size": trial.suggest_categorical("batch_size", tuple(sorted({16, 32, 64, batch_size}))),
@@ -286,15 +286,18 @@ class IntegratedMLPipeline:
             for name in names:
                 with self._or_a_row(name):
                     self.say(f"\n{name}, search", style="bold")
-                    self._start_model_run(name, parent)
-                    searched[name] = self.search(name, self.plan_search(name, config.equal_share()))
-        for name in [name for name in names if name not in self.failed]:
+                    plan = self.plan_search(name, config.equal_share())
+                    if not plan.none_because:
+                        self._start_model_run(name, parent)
+                        searched[name] = self.search(name, plan)
+        left = [name for name in names if name not in self.failed]
+        alone = [name for name in left if name not in searched]  # without a search, in equal shares
+        for name in left:
             with self._or_a_row(name):
                 self.say(f"\n{name}", style="bold")
-                if searched:
-                    seconds = seconds_by_merit(
-                        name, searched, limit=config.time_limit, favourite_share=config.favourite_share
-                    )
+                if name in searched:
+                    limit = config.time_limit - len(alone) * config.equal_share()
+                    seconds = seconds_by_merit(name, searched, limit=limit, favourite_share=config.favourite_share)
                     trained.append(self.go_on(name, searched[name], seconds=seconds))
                 else:
                     trained.append(self.search_and_train(name, parent))
@@ -527,15 +530,15 @@ class IntegratedMLPipeline:
         """Searches, and goes on training the best trial to the end of the time; without a search, trains from anew."""
         share = self.config.equal_share()
         self._start_model_run(model_type, parent)
-        plan = self.plan_search(model_type, share)
-        if not plan.none_because:
+        plan = self.plan_search(model_type, share) if self.config.enable_optuna else None
+        if plan and not plan.none_because:
             found = self.search(model_type, plan)
             return self.go_on(model_type, found, seconds=None if share is None else max(1.0, share - found.seconds))
-        if self.config.enable_optuna:
-            self.say(f"  no search: {plan.none_because}")
+        if why := plan and plan.none_because:
+            self.say(f"  no search: {why}")
         with self.terminal.timed("training"):
             record = self.train_final_model(model_type, seconds=share)
-        return TrainedModel(**vars(record), no_search_because=plan.none_because)
+        return TrainedModel(**vars(record), no_search_because=why)
 
     def go_on(self, model_type: str, found: SearchRecord, *, seconds: float | None = None) -> TrainedModel:
         """The final training: goes on from the trial that a search has found, to the end of the seconds."""
@@ -555,8 +558,6 @@ class IntegratedMLPipeline:
     def plan_search(self, model_type: str, seconds: float | None) -> SearchPlan:
         """How large a search is that leaves the winner the time to learn, of `seconds` for both."""
         config = self.config
-        if not config.enable_optuna:
-            return SearchPlan(0, 0, none_because="enable_optuna=False")
         an_epoch, decay = 0.0, find_model(model_type).parameters()["decay"]
         level = max(1, int(config.max_epochs * (1 - decay)))  # what is left is for the fall of the learning rate
         if seconds is not None:

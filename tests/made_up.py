@@ -65,7 +65,7 @@ class Scripted(WaferClassifier):
 
     def validation_step(self, batch, batch_idx):
         Scripted.seen.setdefault("val", []).append(batch[0].clone())
-        super().validation_step(batch, batch_idx)
+        return super().validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self):
         if self.script is None:

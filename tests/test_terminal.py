@@ -38,15 +38,19 @@ def test_what_is_switched_off_is_printed_as_none(terminal):
     ]
 
 
-def test_a_search_ends_with_a_line_that_names_its_best(terminal):
-    best = BestTrial(number=4, values=[0.75], macro_f1=0.75, best_epoch=2, parameters={}, checkpoint=None)
+def test_a_search_ends_with_a_line_that_says_what_goes_on_and_why(terminal):
+    best = BestTrial(number=4, values=[0.75], macro_f1=0.75, best_epoch=2, parameters={}, goes_on=True)
     terminal.print_search(
         SearchRecord(
-            study="s", sampler="TPESampler", pruner=None, proposed_by={}, objectives=["macro_f1"], seconds=12.4,
-            best=best, pareto_front=[], trials=[None] * 6,
+            study="s", sampler="TPESampler", pruner=None, proposed_by={}, pruned=2, workers=1,
+            objectives=["macro_f1"], seconds=12.4, best=best, why="no trial beats the defaults", pareto_front=[],
+            trials=[None] * 6,
         )
     )  # fmt: skip
-    assert printed(terminal) == "  6 trials in 12 s; the best is trial 4 (0.750 on validation)\n"
+    assert printed(terminal) == (
+        "  6 trials in 12 s, 2 of them stopped early; trial 4 goes on (0.750 on validation): no trial beats the "
+        "defaults\n"
+    )
 
 
 def test_a_table_is_printed_without_markup_or_escapes(terminal):

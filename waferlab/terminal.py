@@ -130,8 +130,8 @@ class Terminal:
         """What a search came to."""
         best = found.best
         self.say(
-            f"  {len(found.trials)} trials in {found.seconds:.0f} s; the best is trial {best.number} "
-            f"({best.macro_f1:.3f} on validation)"
+            f"  {len(found.trials)} trials in {found.seconds:.0f} s, {found.pruned} of them stopped early; trial "
+            f"{best.number} goes on ({best.macro_f1:.3f} on validation): {found.why}"
         )
 
     def print_table(self, table: reports.Table) -> None:

@@ -7,21 +7,27 @@ import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from waferlab.records import BestTrial, SearchRecord, StartingWeights, TrainingRecord, TrialRecord
+from waferlab.records import BestTrial, SearchRecord, StartingWeights, TrainingRecord
 
 MIDNIGHT = datetime.datetime(2026, 1, 1)
 
 
-def add_trial(study, value=None, *, state=None, seconds=1.0, params=None, values=None, reported=(), **user_attrs):
-    """Adds a trial to a study as if it had run, and returns it; one without a value was pruned."""
+def add_trial(
+    study, value=None, *, state=None, start=None, seconds=1.0, params=None, values=None, reported=(), **user_attrs
+):
+    """Adds a trial to a study as if it had run, and returns it; one without a value was pruned.
+
+    It began `start` seconds after midnight, or else when all before it had ended.
+    """
     if state is None:  # RUNNING is 0
         state = TrialState.PRUNED if value is None and values is None else TrialState.COMPLETE
-    params = params or {}
+    params, ended = params or {}, [t.datetime_complete for t in study.trials if t.datetime_complete]
+    start = max(ended, default=MIDNIGHT) if start is None else MIDNIGHT + datetime.timedelta(seconds=start)
     study.add_trial(
         FrozenTrial(
             number=-1, trial_id=-1, state=state, value=value, values=values,
-            datetime_start=MIDNIGHT if state != TrialState.WAITING else None,
-            datetime_complete=MIDNIGHT + datetime.timedelta(seconds=seconds) if state.is_finished() else None,
+            datetime_start=start if state != TrialState.WAITING else None,
+            datetime_complete=start + datetime.timedelta(seconds=seconds) if state.is_finished() else None,
             params=params, distributions={name: FloatDistribution(0, 1e6) for name in params},
             user_attrs=user_attrs, system_attrs={}, intermediate_values=dict(enumerate(reported)),
         )
@@ -58,20 +64,14 @@ def trained(*scores, **more):
 
 
 def a_search(macro_f1=0.5, *, seconds=0.0, trials=(), number=0, **best):
-    """The record of a search whose best trial reached this macro F1."""
-    best = {"parameters": {}, "checkpoint": None, "best_epoch": 1, "record": None, **best}
+    """The record of a search that a trial with this macro F1 came out of."""
+    best = {"parameters": {}, "goes_on": False, "best_epoch": 1, "record": None, **best}
     return SearchRecord(
-        study="made_up", sampler="TPESampler", pruner=None, proposed_by={}, objectives=["macro_f1"], seconds=seconds,
-        best=BestTrial(number=number, values=[macro_f1], macro_f1=macro_f1, **best),
+        study="made_up", sampler="TPESampler", pruner=None, proposed_by={}, pruned=0, workers=1,
+        objectives=["macro_f1"], seconds=seconds,
+        best=BestTrial(number=number, values=[macro_f1], macro_f1=macro_f1, **best), why="made up",
         pareto_front=[], trials=list(trials),
     )  # fmt: skip
-
-
-def a_trial(number, value, parameters, *, state="complete"):
-    """The record of a trial."""
-    return TrialRecord(
-        number=number, state=state, values=[value], last_macro_f1=value, epochs=1, parameters=parameters, seconds=1.0
-    )
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Promises about whole searches: pruned, resumable, shared, never worse than the best trial, as scripted or trained."""
+"""Promises about whole searches: pruned, gone on with, resumable, shared, as scripted or trained."""
 
 import gc
 import json
@@ -13,29 +13,42 @@ import time
 from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import optuna
 import pytest
 import torch
 from conftest import tiny_settings
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from made_up import Scripted, before_training
 from made_up import pipeline as scripted_pipeline
 from made_up_trials import Clock, trained
 from optuna_integration import PyTorchLightningPruningCallback
+from sklearn.metrics import f1_score
 from torch import nn
 
 from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec, suggest_parameters
 from waferlab.config import ExperimentConfig
-from waferlab.errors import ConfigError, SearchFailedError, TrainingDivergedError, TrialFailedError
+from waferlab.data.images import encode
+from waferlab.errors import (
+    ConfigError,
+    DamagedFileError,
+    RunError,
+    SearchFailedError,
+    TrainingDivergedError,
+    TrialFailedError,
+)
 from waferlab.records import StartingWeights
+from waferlab.search.budget import SearchPlan
 from waferlab.search.study import proposed_by, run_again
-from waferlab.training.callbacks import TimeBudget
+from waferlab.search.trials import pack_answers, unpack_answers, worth_keeping
+from waferlab.training.callbacks import Patience, TimeBudget
+from waferlab.training.checkpoints import load_trained
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-settings = partial(tiny_settings, enable_mlflow=False)
+settings = partial(tiny_settings, enable_mlflow=False, max_epochs=4)
 
 
 def pipeline(tiny_npz, tmp_path, **more):
@@ -46,7 +59,7 @@ def pipeline(tiny_npz, tmp_path, **more):
 
 def searching(data, folder, **more):
     """A pipeline that searches with the scripted model."""
-    return scripted_pipeline(data, folder, **{"enable_optuna": True, "pruner": "none", **more})
+    return scripted_pipeline(data, folder, **{"enable_optuna": True, "pruner": "none", "max_epochs": 8, **more})
 
 
 @pytest.fixture(autouse=True)
@@ -72,109 +85,284 @@ def suggest_only(self, trial, model_type):
     return 0.5
 
 
-# --- what a trial is worth, and which weights stay
+# --- what a trial is worth, and what the final training goes on from
 
 
-def test_the_summary_tells_every_trial_and_the_weights_are_the_better_ones(tiny_npz, tmp_path):
+def test_the_summary_tells_every_trial_and_the_weights_are_those_of_the_best_epoch_of_all(tiny_npz, tmp_path):
     summary = pipeline(tiny_npz, tmp_path).run_complete_pipeline()
     (model,) = summary["models"]
-    trials = model["search"]["trials"]
-    assert [t["number"] for t in trials] == [0, 1, 2]
-    assert trials[0]["parameters"]["learning_rate"] == MODEL_REGISTRY["lightning_cnn"].defaults["learning_rate"]
-    complete = [t for t in trials if t["state"] == "complete"]
-    assert model["search"]["best"]["macro_f1"] == max(t["values"][0] for t in complete)
-    better = max(model["search"]["best"]["macro_f1"], *model["history"]["val_macro_f1"])
-    assert model["validation"]["macro_f1"] == pytest.approx(better, abs=1e-6)
+    search, history = model["search"], model["history"]["val_macro_f1"]
+    assert [t["number"] for t in search["trials"]] == [0, 1, 2]
+    assert (
+        search["trials"][0]["parameters"]["learning_rate"] == MODEL_REGISTRY["lightning_cnn"].defaults["learning_rate"]
+    )
+    complete = [t for t in search["trials"] if t["state"] == "complete"]
+    assert search["best"]["number"] in [t["number"] for t in complete] and search["workers"] == 1
+    assert search["pruned"] == len(search["trials"]) - len(complete)
+    assert max(history[: search["trials"][search["best"]["number"]]["epochs"]]) == search["best"]["macro_f1"]
+    assert model["validation"]["macro_f1"] == pytest.approx(max(history), abs=1e-6)
+
+
+class Start(pl.Callback):
+    """What a training begins with."""
+
+    def on_train_start(self, trainer, module):
+        self.epoch, self.step = trainer.current_epoch, trainer.global_step
+        self.weights = {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """What all trainings began with, in their order."""
+    seen, fit = [], pl.Trainer.fit
+
+    def watched(trainer, *args, **kwargs):
+        seen.append(Start())
+        trainer.callbacks.append(seen[-1])
+        return fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(pl.Trainer, "fit", watched)
+    return seen
+
+
+def test_the_final_training_goes_on_from_the_last_weights_of_the_trial_with_its_epochs_and_history(
+    starts, tiny_npz, tmp_path
+):
+    of_the_trial = [0.3, 0.8, 0.4]
+    Scripted.scripts = [of_the_trial, [0.1, 0.2, 0.1], [None, None, None, 0.5, 0.9, 0.6]]
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=2, search_epochs=3, max_epochs=6)
+    record = made.search_and_train("scripted")
+    found = record.search
+    assert [t.values for t in found.trials] == [pytest.approx([0.8]), pytest.approx([0.2])]
+    assert [t.last_macro_f1 for t in found.trials] == [pytest.approx(0.4), pytest.approx(0.1)]
+    assert (found.best.number, found.best.best_epoch, found.best.macro_f1) == (0, 2, pytest.approx(0.8))
+    assert found.best.record is None  # what it tells is in the record itself
+
+    assert [(start.epoch, start.weights["network.epoch"].item()) for start in starts] == [(0, 0), (0, 0), (3, 3)]
+    assert record.weights_from == "trial 0, gone on with"
+    assert record.epochs == 6 and record.history["epoch"] == [1, 2, 3, 4, 5, 6]
+    assert record.history["val_macro_f1"] == pytest.approx([*of_the_trial, 0.5, 0.9, 0.6])
+    assert record.best_epoch == 5 and made.load_model(record).network.epoch == 5
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_record_describes_the_weights_that_stay(resume, tiny_npz, tmp_path, monkeypatch):
-    """The defaults are trained for one epoch and lose to the trial that had four: its record takes their place."""
-
-    def suggest(trial, model_type, **_):
-        return {
-            "learning_rate": trial.suggest_float("learning_rate", 3e-3, 6e-3),
-            "base_channels": trial.suggest_categorical("base_channels", (16, 32)),
-            "batch_size": trial.suggest_categorical("batch_size", (16,)),
-        }
-
-    defaults = {"learning_rate": 4e-3, "base_channels": 16, "batch_size": 8}
-    monkeypatch.setattr("integrated_pipeline.suggest_parameters", suggest)
-    monkeypatch.setattr("integrated_pipeline.worth_training", lambda *_, **__: defaults)
-    more = {"max_epochs": 1, "search_epochs": 4, "num_optuna_trials": 2}
-    (model,) = pipeline(tiny_npz, tmp_path, **more).run_complete_pipeline()["models"]
+def test_the_best_epoch_of_a_trial_stays_if_the_final_training_never_beats_it(resume, tiny_npz, tmp_path):
+    Scripted.scripts = [[0.3, 0.8, 0.4], [None, None, None, 0.5, 0.79, 0.6]]
+    settings = {"num_optuna_trials": 1, "search_epochs": 3, "max_epochs": 6}
+    record = searching(tiny_npz, tmp_path, **settings).search_and_train("scripted")
     if resume:
-        (model,) = pipeline(tiny_npz, tmp_path, **more, resume=True).run_complete_pipeline()["models"]
-    best = model["search"]["best"]
-    assert model["weights_from"] == f"trial {best['number']}"
-    weights = torch.load(tmp_path / "checkpoints/tiny/lightning_cnn" / model["checkpoint"], weights_only=True)
-    said = {name: model["parameters"][name] for name in ("learning_rate", "base_channels")}
-    assert said == {name: weights["hyper_parameters"][name] for name in said}
-    assert said["base_channels"] == weights["state_dict"]["network.0.weight"].shape[0]
-    assert model["parameters"]["batch_size"] == 16 and model["epochs"] == 4
-    assert model["n_parameters"] == sum(
-        v.numel()
-        for n, v in weights["state_dict"].items()
-        if n.startswith("network") and "running" not in n and "num_batches" not in n
+        record = searching(tiny_npz, tmp_path, resume=True, **settings).search_and_train("scripted")
+    assert record.best_epoch == 2 and record.epochs == 6 and record.val_macro_f1 == pytest.approx(0.8)
+    assert searching(tiny_npz, tmp_path, **settings).load_model(record).network.epoch == 2
+
+
+def test_a_real_trial_is_gone_on_with_from_exactly_where_it_was(starts, tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, num_optuna_trials=2, pruner="none", search_epochs=2)
+    record = made.search_and_train("lightning_cnn")
+    left = torch.load(
+        tmp_path / f"checkpoints/tiny/lightning_cnn/trials/{record.search.best.number}.state.ckpt", weights_only=True
     )
-    assert max(model["history"]["val_macro_f1"]) == best["macro_f1"]
-    assert model["validation"]["macro_f1"] == pytest.approx(best["macro_f1"], abs=1e-6)
-    assert model["final_training"]["parameters"]["batch_size"] == 8 and model["final_training"]["epochs"] == 1
-    spent = model["search"]["seconds"] + model["final_training"]["train_seconds"]
-    assert model["total_seconds"] == pytest.approx(spent)
+    final = starts[-1]
+    assert len(starts) == 3 and (final.epoch, final.step) == (2, left["global_step"])
+    assert left["state_dict"].keys() == final.weights.keys()
+    for name, weights in left["state_dict"].items():
+        assert torch.equal(final.weights[name], weights), name
+    trial = made.studies["lightning_cnn"].trials[record.search.best.number].user_attrs["record"]
+    for name, series in trial["history"].items():
+        assert record.history[name][:2] == series and len(record.history[name]) == 4, name
 
 
-@pytest.mark.parametrize(("lead", "wins"), [(0.004, "defaults"), (0.02, "best")])
-def test_the_final_training_keeps_the_defaults_unless_they_are_clearly_beaten(
-    lead, wins, tiny_npz, tmp_path, monkeypatch
+def test_the_record_describes_the_parameters_of_the_trial_that_is_gone_on_with(tiny_npz, tmp_path):
+    """The second trial leads clearly."""
+    Scripted.scripts = [[0.2], [0.6], [None, 0.9]]
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=2, search_epochs=1, max_epochs=2)
+    made.prepare_data()
+    labels = made.maps.labels[made.split.validation]
+    answers = {0: np.zeros_like(labels), 1: labels}
+    with pytest.MonkeyPatch.context() as patch:  # answers follow no script
+        patch.setattr("integrated_pipeline.pack_answers", lambda _: pack_answers(answers[2 - len(Scripted.scripts)]))
+        record = made.search_and_train("scripted")
+    won = record.search.trials[1].parameters
+    assert record.search.best.number == 1 and record.search.best.parameters == won
+    assert record.search.why.startswith("trial 1 leads the defaults by")
+    assert {name: record.parameters[name] for name in won} == won
+    hyper = torch.load(tmp_path / "checkpoints/tiny/scripted/best.ckpt", weights_only=True)["hyper_parameters"]
+    assert {name: hyper[name] for name in won if name != "batch_size"} == {
+        name: value for name, value in won.items() if name != "batch_size"
+    }
+
+
+def test_a_trial_leaves_the_answers_of_its_best_epoch_to_the_validation_maps(tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, num_optuna_trials=1, pruner="none", search_epochs=2, max_epochs=4)
+    made.search("lightning_cnn")
+    (trial,) = made.studies["lightning_cnn"].trials
+    file, known = made.config.checkpoints_dir / "lightning_cnn/trials/0.ckpt", trial.user_attrs["record"]
+    model = load_trained(MODEL_REGISTRY["lightning_cnn"].model, file, expected=known["checkpoint_sha256"])
+    data = made.data_module()
+    with torch.no_grad():
+        said = torch.cat([model(encode(images)) for images, _ in data.val_dataloader()]).argmax(1).numpy()
+    assert unpack_answers(trial.user_attrs["answers"]).tolist() == said.tolist()
+    labels = made.maps.labels[made.split.validation]
+    assert f1_score(labels, said, average="macro") == pytest.approx(trial.value, abs=1e-6)
+
+
+def test_seconds_of_the_trial_that_is_gone_on_with_are_in_the_record_and_counted_once(tiny_npz, tmp_path, monkeypatch):
+    clock, start = Clock(), Scripted.on_train_epoch_start
+    monkeypatch.setattr("waferlab.training.callbacks.time", clock)
+
+    def slow_epoch(self):
+        clock.now += 100
+        start(self)
+
+    monkeypatch.setattr(Scripted, "on_train_epoch_start", slow_epoch)
+    Scripted.scripts = [[0.5, 0.6], [None, None, 0.5, 0.9]]
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=1, search_epochs=2, max_epochs=4)
+    record = made.search_and_train("scripted")
+    assert record.train_seconds == 400
+    assert record.total_seconds == pytest.approx(record.search.seconds + 200)
+
+
+def test_the_clock_of_the_final_training_goes_on_from_that_of_the_trial(tiny_npz, tmp_path, monkeypatch):
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=1, search_epochs=2)
+    found = made.search("scripted", SearchPlan(1, 2, seconds=1000.0))
+    seen = before_training(monkeypatch, lambda: made.go_on("scripted", found, seconds=60))
+    took = found.best.record.train_seconds
+    assert seen.callback(TimeBudget).seconds == 60 + took
+    state = torch.load(tmp_path / "checkpoints/tiny/scripted/resume.ckpt", weights_only=True)["callbacks"]
+    assert state["TimeBudget"]["used"] == pytest.approx(took, abs=1.0)  # and this much is used
+
+
+class Rates(pl.Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.steps.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_the_learning_rate_of_what_is_gone_on_with_never_rises_again(tiny_npz, tmp_path, monkeypatch):
+    rates, fit = [], pl.Trainer.fit
+
+    def watched(trainer, *args, **kwargs):
+        rates.append(Rates())
+        trainer.callbacks.append(rates[-1])
+        return fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(pl.Trainer, "fit", watched)
+    monkeypatch.setattr("integrated_pipeline.MAPS_OF_A_TRIALS_EPOCH", 160)  # its epochs are shorter
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=1, search_epochs=2, max_epochs=8)
+    made.search_and_train("scripted")
+    trial, final = (one.steps for one in rates)
+    peak, top = max(trial), trial.index(max(trial))
+    assert peak == pytest.approx(1e-3) and trial[:top] == sorted(trial[:top]) and set(trial[top:]) == {peak}
+    assert len(trial) == 2 * 10 and final[0] == final[1] == peak
+    assert final == sorted(final, reverse=True) and final[-1] < 0.02 * peak
+    level = len([rate for rate in final if rate == peak]) / (len(final) + len(trial))
+    assert len(final) == 6 * (len(made.split.train) // 16) and 0.25 < level < 0.5
+
+
+def weights_in(folder, name):
+    return torch.load(folder / "checkpoints/tiny/scripted" / name, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("cut_in", [2, 4])
+def test_a_final_training_that_is_cut_off_and_resumed_gives_the_weights_of_an_unbroken_one(
+    cut_in, tiny_npz, tmp_path, monkeypatch
 ):
-    def objective(self, trial, model_type):
-        trial.set_user_attr("macro_f1", 0.5 + lead * (trial.number == 1))
-        suggest_parameters(trial, model_type, batch_size=16)
-        return 0.5 + lead * (trial.number == 1)
+    """Cut off in its first epoch after those of the trial, or later."""
+    settings = {"num_optuna_trials": 2, "search_epochs": 2, "max_epochs": 6}
+    start = Scripted.on_train_epoch_start
+    unbroken = searching(tiny_npz, tmp_path / "unbroken", **settings).search_and_train("scripted")
 
-    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", objective)
-    asked = []
+    def interrupted(self):
+        if self.current_epoch == cut_in:
+            raise KeyboardInterrupt
+        start(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Scripted, "on_train_epoch_start", interrupted)
+        searching(tiny_npz, tmp_path / "broken", **settings).search_and_train("scripted")
+    record = searching(tiny_npz, tmp_path / "broken", resume=True, **settings).search_and_train("scripted")
+    assert record.search.best.number == unbroken.search.best.number and record.weights_from == unbroken.weights_from
+    assert record.history == unbroken.history and record.epochs == 6
+    for name in ("best.ckpt", "resume.ckpt"):
+        expected, found = (weights_in(tmp_path / run, name) for run in ("unbroken", "broken"))
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+def test_a_final_training_that_goes_on_is_not_begun_from_a_damaged_file(tiny_npz, tmp_path):
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=1)
+    found = made.search("scripted")
+    state = tmp_path / "checkpoints/tiny/scripted/trials/0.state.ckpt"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(DamagedFileError, match=r"0\.state\.ckpt"):
+        made.go_on("scripted", found)
+
+
+def test_a_search_that_does_not_fit_into_the_time_is_left_out_and_the_run_says_why(tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.setattr("integrated_pipeline.seconds_a_step", lambda *_, **__: 10.0)
+    made, said = pipeline(tiny_npz, tmp_path, time_limit=60, max_epochs=2), []
+    monkeypatch.setattr(made, "say", lambda text, **_: said.append(text))
+    (model,) = made.run_complete_pipeline()["models"]
+    assert model["no_search_because"] == "0 epochs fit into 60 s, and a search pays from 15 on"
+    assert f"  no search: {model['no_search_because']}" in said
+    assert "search" not in model and model["weights_from"] == "final training" and model["epochs"] == 2
+
+
+def test_a_run_that_wants_no_search_gives_no_reason_for_it(tiny_npz, tmp_path):
+    record = searching(tiny_npz, tmp_path, enable_optuna=False, max_epochs=1).search_and_train("scripted")
+    assert record.no_search_because is None and record.search is None
+
+
+def test_models_whose_search_does_not_fit_have_an_equal_share_and_the_others_the_rest_by_merit(
+    tiny_npz, tmp_path, monkeypatch
+):
+    """With `favourite_share`: of three models, a search of the scripted one does not pay."""
+    monkeypatch.setitem(MODEL_REGISTRY, "quick", ModelSpec(Scripted))
+    monkeypatch.setitem(MODEL_REGISTRY, "quicker", ModelSpec(Scripted))
+    trainings = {}
     monkeypatch.setattr(
-        IntegratedMLPipeline,
-        "train_final_model",
-        lambda self, name, parameters, **_: asked.append(parameters) or trained(0.4),
+        IntegratedMLPipeline, "_seconds_a_step", lambda self, name, how: 100.0 if name == "scripted" else 1e-6
     )
-    one = pipeline(tiny_npz, tmp_path)
-    found = one.search("lightning_cnn")
-    one.train_with_the_best("lightning_cnn", found)
-    assert found.best.number == 1
-    assert asked == [found.trials[{"defaults": 0, "best": 1}[wins]].parameters]
+
+    def no_more(self, name, params=None, *, seconds=None, trial=None):
+        trainings[name] = seconds
+        raise TrainingDivergedError("made up")
+
+    monkeypatch.setattr(IntegratedMLPipeline, "train_final_model", no_more)
+    names = ["quick", "scripted", "quicker"]
+    made = searching(
+        tiny_npz, tmp_path, model_type=names, time_limit=3000, favourite_share=0.75, num_optuna_trials=1,
+        search_epochs=1,
+    )  # fmt: skip
+    Scripted.scripts = [[0.5], [0.6]]
+    with pytest.raises(RunError, match="No model could be trained"):
+        made.run_complete_pipeline()
+    assert trainings["scripted"] == 1000
+    assert trainings["quick"] + trainings["quicker"] == pytest.approx(2000, abs=60)
+    assert trainings["quicker"] == pytest.approx(3 * trainings["quick"], rel=0.01)
 
 
-def test_only_weights_that_can_still_win_are_kept(tiny_npz, tmp_path):
+def test_the_portfolio_is_tried_after_the_defaults_and_as_much_of_it_as_there_are_trials(
+    tiny_npz, tmp_path, monkeypatch
+):
+    common = {"batch_size": 32, "dropout": 0.3, "weight_decay": 0.01}
+    portfolio = [{"learning_rate": rate, **common} for rate in (2e-3, 3e-3, 4e-3)]
+    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1}, portfolio=portfolio)
+    monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
+    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", suggest_only)
+    found = searching(tiny_npz, tmp_path, num_optuna_trials=3).search("scripted")
+    assert [t.parameters["learning_rate"] for t in found.trials] == [1e-3, 2e-3, 3e-3]
+    assert [t.state for t in found.trials] == ["complete"] * 3
+    assert found.proposed_by == {"the defaults": 1, "the portfolio": 2}
+
+
+def test_only_files_of_trials_that_may_be_gone_on_with_are_kept(tiny_npz, tmp_path):
     Scripted.scripts = [[0.3, 0.4], [0.5, 0.6], [0.2, 0.1], [0.4, 0.4]]
     made = searching(tiny_npz, tmp_path, num_optuna_trials=4)
-    assert made.search("scripted").best.number == 1
-    assert [file.name for file in (made.config.checkpoints_dir / "scripted/trials").iterdir()] == ["1.ckpt"]
-
-
-def test_a_trial_is_worth_its_best_epoch_and_leaves_the_weights_of_that_one(tiny_npz, tmp_path):
-    Scripted.scripts = [[0.3, 0.8, 0.4], [0.5, 0.6, 0.7], [0.1, 0.2, 0.1]]
-    made = searching(tiny_npz, tmp_path, num_optuna_trials=2, search_epochs=3, max_epochs=3)
-    record = made.search_and_train("scripted")
-    found = record.search
-    assert [t.values for t in found.trials] == [pytest.approx([0.8]), pytest.approx([0.7])]
-    assert [t.last_macro_f1 for t in found.trials] == [pytest.approx(0.4), pytest.approx(0.7)]
-    best = found.best
-    assert (best.number, best.best_epoch, best.macro_f1) == (0, 2, pytest.approx(0.8))
-    assert record.weights_from == "trial 0"
-    assert made.load_model(record).network.epoch == 2
-
-
-def test_the_final_training_stays_where_its_best_epoch_beats_the_best_trial_though_its_last_does_not(
-    tiny_npz, tmp_path
-):
-    Scripted.scripts = [[0.5, 0.6], [0.2, 0.7, 0.1]]
-    made = searching(tiny_npz, tmp_path, num_optuna_trials=1, max_epochs=3)
-    record = made.search_and_train("scripted")
-    assert record.weights_from == "final training"
-    assert record.best_epoch == 2 and made.load_model(record).network.epoch == 2
+    made.search("scripted")
+    kept = sorted(file.name for file in (made.config.checkpoints_dir / "scripted/trials").iterdir())
+    assert kept == ["0.ckpt", "0.state.ckpt", "1.ckpt", "1.state.ckpt"]  # the defaults, and the best
 
 
 def test_values_of_several_objectives_stand_in_their_order(tiny_npz, tmp_path, monkeypatch):
@@ -187,9 +375,8 @@ def test_values_of_several_objectives_stand_in_their_order(tiny_npz, tmp_path, m
     size = 16 * 9 + 9
     assert [t.values for t in found.trials] == [pytest.approx([f1, 12.5, size]) for f1 in (0.4, 0.6)]
     assert found.objectives == ["macro_f1", "latency", "parameters"]
-    assert found.best.number == 1 and found.best.macro_f1 == pytest.approx(0.6)
     (front,) = found.pareto_front
-    assert front == {"number": 1, "values": found.best.values, "parameters": found.best.parameters}
+    assert front == {"number": 1, "values": found.trials[1].values, "parameters": found.trials[1].parameters}
     study = made.studies["scripted"]
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
 
@@ -205,20 +392,6 @@ def test_two_objectives_give_a_pareto_front_and_no_pruning(tiny_npz, tmp_path):
         assert not any(a >= f1 and b <= size and (a, b) != (f1, size) for a, b in everything)
 
 
-def test_the_winners_parameters_and_batch_size_are_trained_and_recorded(tiny_npz, tmp_path, monkeypatch):
-    """The second trial leads clearly; the final training scores higher than both."""
-    Scripted.scripts = [[0.2], [0.6], [0.9]]
-    made = searching(tiny_npz, tmp_path, num_optuna_trials=2, search_epochs=1, max_epochs=1)
-    record = made.search_and_train("scripted")
-    won = record.search.trials[1].parameters
-    assert record.search.best.number == 1 and record.search.best.parameters == won
-    assert {name: record.parameters[name] for name in won} == won
-    hyper = torch.load(tmp_path / "checkpoints/tiny/scripted/best.ckpt", weights_only=True)["hyper_parameters"]
-    assert {name: hyper[name] for name in won if name != "batch_size"} == {
-        name: value for name, value in won.items() if name != "batch_size"
-    }
-
-
 # --- what is stopped early, and what fails
 
 
@@ -231,11 +404,11 @@ class AlwaysPrune(optuna.pruners.BasePruner):
 
 def test_pruned_trials_stop_early_and_are_recorded_as_pruned(tiny_npz, tmp_path, monkeypatch):
     made = pipeline(tiny_npz, tmp_path)
-    monkeypatch.setattr("integrated_pipeline.make_pruner", lambda *_, **__: AlwaysPrune())
+    monkeypatch.setattr("waferlab.search.model_search.make_pruner", lambda *_, **__: AlwaysPrune())
     found = made.search("lightning_cnn")
     assert [t.state for t in found.trials] == ["complete", "pruned", "pruned"]
     assert [t.epochs for t in found.trials] == [2, 1, 1]
-    assert found.best.number == 0
+    assert found.best.number == 0 and found.pruned == 2
 
 
 GOOD, BAD = [0.5, 0.6, 0.7, 0.8], [0.1, 0.1, 0.1, 0.1]
@@ -246,12 +419,12 @@ GOOD, BAD = [0.5, 0.6, 0.7, 0.8], [0.1, 0.1, 0.1, 0.1]
     [
         ("none", [4, 4, 4, 4]),
         ("median", [4, 4, 4, 2]),  # not among the first three, nor after the first epoch
-        ("auto", [4, 4, 4, 2]),
+        ("auto", [4, 2, 2, 2]),  # after a third of the epochs
         ("halving", [4, 2, 2, 2]),  # of each three the best goes on after the second epoch
     ],
 )
 def test_the_chosen_pruner_stops_unpromising_trials(pruner, epochs, tiny_npz, tmp_path):
-    first = [0.9, 0.9, 0.9, 0.9] if pruner == "halving" else GOOD
+    first = [0.9, 0.9, 0.9, 0.9] if pruner in ("halving", "auto") else GOOD
     Scripted.scripts = [first, GOOD, GOOD, BAD]
     made = searching(tiny_npz, tmp_path, pruner=pruner, num_optuna_trials=4, search_epochs=4)
     found = made.search("scripted")
@@ -353,7 +526,7 @@ def test_a_trial_is_watched_by_the_pruner_and_keeps_the_best_epoch(tiny_npz, tmp
     assert seen.callback(PyTorchLightningPruningCallback).monitor == "val_macro_f1"
     best = seen.callback(ModelCheckpoint)
     assert (best.monitor, best.mode, best.save_top_k) == ("val_macro_f1", "max", 1)
-    assert not [c for c in seen.trainer.callbacks if isinstance(c, EarlyStopping)]  # trials differ in nothing else
+    assert not [c for c in seen.trainer.callbacks if isinstance(c, Patience)]  # trials differ in nothing else
     several = searching(tiny_npz, tmp_path, objectives=("macro_f1", "parameters"))
     seen = before_training(monkeypatch, lambda: several.search("scripted"))
     assert not [c for c in seen.trainer.callbacks if isinstance(c, PyTorchLightningPruningCallback)]
@@ -384,6 +557,15 @@ def test_every_architectures_space_can_be_searched():
         assert np.isfinite(params["learning_rate"])
 
 
+@pytest.mark.parametrize("rate", [1e-6, 4e-3, 0.5, 3.0])
+def test_learning_rates_are_looked_for_around_the_usual_one_whatever_it_is(rate):
+    trial = optuna.trial.FixedTrial({"learning_rate": rate, "batch_size": 32, "dropout": 0.1, "weight_decay": 1e-4,
+                                     "base_channels": 16, "optimizer": "adamw"})  # fmt: skip
+    suggest_parameters(trial, "lightning_cnn", batch_size=32, pretrained=False, learning_rate=rate)
+    range = trial.distributions["learning_rate"]
+    assert rate / 8 * 0.999 <= range.low <= rate <= range.high <= rate * 8
+
+
 @pytest.mark.parametrize(
     "weights", [StartingWeights("random", reason="its host does not answer"), StartingWeights("published", "ResNet18")]
 )
@@ -396,7 +578,7 @@ def test_a_search_freezes_the_backbone_only_where_pretrained_weights_were_had(we
         model.starting_weights = weights
         return model
 
-    def train_trial(self, trial, model_type, params, search, run):
+    def train_trial(self, trial, model_type, params, run):
         asked.append(params)
         return self.create_model(model_type), 0.5
 
@@ -439,7 +621,7 @@ def test_a_search_has_the_rest_of_its_seconds_only_and_a_trial_twice_its_even_sh
 
     monkeypatch.setattr("lightning.pytorch.Trainer.fit", a_trial)
     with pytest.raises(SearchFailedError):
-        made.search("scripted", seconds=100)
+        made.search("scripted", SearchPlan(4, 2, seconds=100))
     assert budgets == [50, 50, 40, 10]
 
 
@@ -455,11 +637,11 @@ def test_a_resumed_search_has_the_seconds_that_earlier_sittings_left(tiny_npz, t
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Scripted, "on_train_epoch_start", interrupted_in_the_second)
-        searching(tiny_npz, tmp_path, **more).search("scripted", seconds=30)
+        searching(tiny_npz, tmp_path, **more).search("scripted", SearchPlan(2, 1, seconds=30))
 
     monkeypatch.setattr("waferlab.search.budget.time", Clock())
     resumed = searching(tiny_npz, tmp_path, resume=True, **more)
-    seen = before_training(monkeypatch, lambda: resumed.search("scripted", seconds=30))
+    seen = before_training(monkeypatch, lambda: resumed.search("scripted", SearchPlan(2, 1, seconds=30)))
     first, cut_off = resumed.studies["scripted"].trials[:2]
     assert cut_off.params == resumed.studies["scripted"].trials[2].params
     # What was cut off runs again, so its seconds are not counted.
@@ -515,7 +697,7 @@ def test_a_search_whose_time_is_up_is_not_gone_on_with_for_an_instant(tiny_npz, 
     done = [t.duration.total_seconds() for t in first.studies["scripted"].trials[:3]]
     monkeypatch.setattr("waferlab.search.budget.time", Clock())
     resumed = searching(tiny_npz, tmp_path, num_optuna_trials=9, resume=True)
-    found = resumed.search("scripted", seconds=sum(done) + 0.4 * sum(done) / len(done))
+    found = resumed.search("scripted", SearchPlan(9, 2, seconds=sum(done) + 0.4 * sum(done) / len(done)))
     assert sum(trial.state == "complete" for trial in found.trials) == 3
 
 
@@ -544,7 +726,7 @@ def journal(tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path):
-    config = settings(tiny_npz, tmp_path, search_epochs=5, pruner="none")
+    config = settings(tiny_npz, tmp_path, search_epochs=5, max_epochs=10, pruner="none")
     child = start_child(config)
     deadline = time.monotonic() + 120
     running = []
@@ -562,7 +744,7 @@ def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path
     # A child that is interrupted ends with a traceback of its own; Optuna's logger adds none.
     assert errors.count(b"Traceback") == (sent == signal.SIGINT) and b"[W " not in errors
 
-    resumed = pipeline(tiny_npz, tmp_path, search_epochs=5, pruner="none", resume=True)
+    resumed = pipeline(tiny_npz, tmp_path, search_epochs=5, max_epochs=10, pruner="none", resume=True)
     found = resumed.search("lightning_cnn")
     states = [t.state for t in found.trials]
     assert states == ["complete", "fail", "complete", "complete"]
@@ -663,9 +845,9 @@ def test_the_record_says_who_proposed_each_trial(sampler, last, tiny_npz, tmp_pa
         "_sample",
         lambda self, study, trial, space: asked.append(trial.number) or relative(self, study, trial, space),
     )
-    found = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=12, sampler=sampler)
+    found = proposals(tiny_npz, tmp_path, monkeypatch, num_optuna_trials=6, sampler=sampler)
     said = [trial.proposed_by for trial in found.trials]
-    assert said == ["the defaults", *["chance"] * 9, last, last]
+    assert said == ["the defaults", "chance", "chance", *[last] * 3]
     assert {t.number for t in found.trials if t.proposed_by == "TPE"} == set(asked)
     assert found.proposed_by["the defaults"] == 1
 
@@ -700,9 +882,9 @@ def test_ctrl_c_while_the_journals_lock_is_given_back_is_still_ctrl_c(tiny_npz, 
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_best_trials_weights_reach_whoever_trains_the_winner(shared, tiny_npz, tmp_path, monkeypatch):
-    """One process finds the best trial, another one ends the search with a final training that is much shorter."""
-    more = {"search_epochs": 4, "num_optuna_trials": 2, "max_epochs": 1, "storage": f"sqlite:///{tmp_path}/study.db"}
+def test_what_the_best_trial_left_reaches_whoever_goes_on_with_it(shared, tiny_npz, tmp_path, monkeypatch):
+    """One process finds the best trial, another one ends the search and trains."""
+    more = {"num_optuna_trials": 2, "storage": f"sqlite:///{tmp_path}/study.db", "pruner": "none"}
     if not shared:
         monkeypatch.setattr(ExperimentConfig, "shared_weights_dir", None)
     first = pipeline(tiny_npz, tmp_path / "a", **more).search("lightning_cnn")
@@ -710,14 +892,18 @@ def test_the_best_trials_weights_reach_whoever_trains_the_winner(shared, tiny_np
     said = []
     monkeypatch.setattr(made, "say", lambda text, **_: said.append(text))
     (model,) = made.run_complete_pipeline()["models"]
-    assert model["search"]["best"]["macro_f1"] == first.best.macro_f1 > 0.2
+    assert model["search"]["best"]["number"] == first.best.number and len(model["search"]["trials"]) == 2
+    history, missed = model["history"]["val_macro_f1"], [text for text in said if "artifacts=" in text]
+    assert model["search"]["best"]["goes_on"] is shared and len(history) == 4
     if shared:
-        assert model["weights_from"] == f"trial {first.best.number}"
-        assert model["validation"]["macro_f1"] == pytest.approx(first.best.macro_f1, abs=1e-6)
-        assert len(list((tmp_path / "study.db_weights").iterdir())) == 1  # those of beaten trials are gone
+        assert model["weights_from"] == f"trial {first.best.number}, gone on with" and not missed
+        assert history[:2] == first.best.record.history["val_macro_f1"]
+        kept = len(worth_keeping(made.studies["lightning_cnn"], first.trials[0].parameters))
+        assert len(list((tmp_path / "study.db_weights").iterdir())) == 2 * kept  # those of beaten trials are gone
     else:
         assert model["weights_from"] == "final training"
-        assert any("artifacts=" in text for text in said)
+        assert len(missed) == 1 and f"trial {first.best.number}, the best, left is not here" in missed[0]
+        assert model["total_seconds"] == pytest.approx(model["search"]["seconds"] + model["train_seconds"])
 
 
 def share_a_study(tiny_npz, tmp_path, storage):

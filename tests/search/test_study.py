@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from waferlab.errors import ConfigError, DamagedFileError
 from waferlab.search.study import (
+    forget_lost_trials,
     make_pruner,
     make_sampler,
     mend_journal,
@@ -20,7 +21,8 @@ from waferlab.search.study import (
 )
 from waferlab.tracking.processes import this_process
 
-FIRST = {"rate": 4e-3}
+DEFAULTS = {"rate": 4e-3}
+PORTFOLIO = ({"rate": 1e-3}, {"rate": 1e-2})
 
 
 @pytest.fixture
@@ -28,14 +30,17 @@ def journal(tmp_path):
     return tmp_path / "results/journal.log"
 
 
-def opened(journal, *, go_on=False, fingerprint="one", pruner=None, sampler="auto", seed=0, storage=None):
+def opened(
+    journal, *, go_on=False, fingerprint="one", pruner=None, sampler="auto", seed=0, storage=None, worker=0,
+    portfolio=(),
+):  # fmt: skip
     return open_study(
         "made_up",
         storage=storage or study_storage(None, journal=journal),
         directions=["maximize"],
-        sampler=lambda so_far: make_sampler(sampler, seed=seed, trials_so_far=so_far, shared=False),
+        sampler=lambda so_far: make_sampler(sampler, seed=seed, trials_so_far=so_far, shared=False, worker=worker),
         pruner=pruner or optuna.pruners.NopPruner(),
-        first=FIRST,
+        first=[DEFAULTS, *portfolio],
         fingerprint=fingerprint,
         go_on=go_on,
     )
@@ -54,18 +59,18 @@ def rates(study):
 
 
 @pytest.mark.parametrize(
-    ("asked", "trials", "kind"),
+    ("asked", "kind"),
     [
-        ("auto", 29, optuna.pruners.MedianPruner),
-        ("auto", 30, optuna.pruners.HyperbandPruner),
-        ("median", 100, optuna.pruners.MedianPruner),
-        ("halving", 29, optuna.pruners.SuccessiveHalvingPruner),
-        ("hyperband", 4, optuna.pruners.HyperbandPruner),
-        ("none", 100, optuna.pruners.NopPruner),
+        ("auto", optuna.pruners.SuccessiveHalvingPruner),
+        ("median", optuna.pruners.MedianPruner),
+        ("halving", optuna.pruners.SuccessiveHalvingPruner),
+        ("hyperband", optuna.pruners.HyperbandPruner),
+        ("none", optuna.pruners.NopPruner),
     ],
 )
-def test_the_pruner_is_the_one_that_was_asked_for(asked, trials, kind):
-    assert type(make_pruner(asked, trials=trials, epochs=4)) is kind
+def test_the_pruner_is_the_one_that_was_asked_for(asked, kind):
+    for epochs in (1, 4, 8):
+        assert type(make_pruner(asked, epochs=epochs)) is kind
 
 
 def epochs_of(pruner, *scripts):
@@ -92,23 +97,33 @@ GOOD, BAD, BEST = [0.5, 0.6, 0.7, 0.8], [0.1] * 4, [0.9] * 4
     [
         ("none", (GOOD, GOOD, GOOD, BAD), [4, 4, 4, 4]),
         ("median", (GOOD, GOOD, GOOD, BAD), [4, 4, 4, 2]),  # not among the first three, nor after the first epoch
-        ("auto", (GOOD, GOOD, GOOD, BAD), [4, 4, 4, 2]),
+        ("auto", (BEST, GOOD, GOOD, BAD), [4, 2, 2, 2]),
         ("halving", (BEST, GOOD, GOOD, BAD), [4, 2, 2, 2]),  # of each three the best goes on after the second epoch
     ],
 )
 def test_unpromising_trials_are_stopped(pruner, scripts, epochs):
-    assert epochs_of(make_pruner(pruner, trials=4, epochs=4), *scripts) == epochs
+    assert epochs_of(make_pruner(pruner, epochs=4), *scripts) == epochs
 
 
 @pytest.mark.parametrize(("last", "stopped"), [(0.45, False), (0.35, True)])
 def test_halving_lets_the_best_third_go_on(last, stopped):
-    study = optuna.create_study(direction="maximize", pruner=make_pruner("halving", trials=6, epochs=8))
+    study = optuna.create_study(direction="maximize", pruner=make_pruner("halving", epochs=8))
     for value in (0.5, 0.4, 0.3, 0.2, 0.1, last):
         trial = study.ask()
         trial.report(value, step=1)
         is_stopped = trial.should_prune()
         study.tell(trial, state=TrialState.PRUNED)
     assert is_stopped is stopped  # second of six is among the best third, third of six is not
+
+
+@pytest.mark.parametrize(("epochs", "compared"), [(6, 2), (8, 2), (30, 10)])
+def test_by_default_trials_are_compared_after_a_third_of_their_epochs_and_not_before(epochs, compared):
+    """The scores of a trial until there do not matter: where it ends is what it has come to by then."""
+    best, late, bad = [0.9] * epochs, [0.1] * (compared + 1) + [0.95] * epochs, [0.2] * epochs
+    ended = epochs_of(make_pruner("auto", epochs=epochs), best, bad, late[:epochs])
+    assert ended == [epochs, compared + 1, compared + 1]
+    early = [0.1] * compared + [0.95] * epochs
+    assert epochs_of(make_pruner("auto", epochs=epochs), best, bad, early[:epochs])[2] == epochs
 
 
 # --- who proposes
@@ -128,7 +143,10 @@ def test_the_sampler_is_the_one_that_was_asked_for(asked, kind, journal):
 
 
 @pytest.mark.parametrize(("sampler", "last"), [("auto", "TPE"), ("random", "chance")])
-def test_each_trial_knows_who_proposed_it(sampler, last, journal, monkeypatch):
+@pytest.mark.parametrize("portfolio", [(), PORTFOLIO])
+def test_each_trial_knows_who_proposed_it_which_is_tpe_from_the_fourth_on(
+    sampler, last, portfolio, journal, monkeypatch
+):
     asked = []
     relative = optuna.samplers.TPESampler._sample  # what TPE calls once it does more than to draw at random
     monkeypatch.setattr(
@@ -136,11 +154,35 @@ def test_each_trial_knows_who_proposed_it(sampler, last, journal, monkeypatch):
         "_sample",
         lambda self, study, trial, space: asked.append(trial.number) or relative(self, study, trial, space),
     )
-    study = opened(journal, sampler=sampler)
-    study.optimize(objective, n_trials=12)
+    study = opened(journal, sampler=sampler, portfolio=portfolio)
+    study.optimize(objective, n_trials=6)
     said = [trial.user_attrs["proposed_by"] for trial in study.trials]
-    assert said == ["the defaults", *["chance"] * 9, last, last]
+    begin = ["the defaults", *(["the portfolio"] * 2 if portfolio else ["chance"] * 2)]
+    assert said == [*begin, last, last, last]
     assert {number for number, who in enumerate(said) if who == "TPE"} == set(asked)
+
+
+def test_the_defaults_are_tried_first_and_then_the_portfolio_in_its_order_and_nothing_twice(journal):
+    portfolio = [*PORTFOLIO, dict(DEFAULTS)]  # which has them, too
+    study = opened(journal, portfolio=portfolio)
+    study.optimize(objective, n_trials=4)
+    assert rates(study)[:3] == [DEFAULTS["rate"], 1e-3, 1e-2] and len(set(rates(study))) == 4
+    resumed = opened(journal, portfolio=portfolio, go_on=True)
+    resumed.optimize(objective, n_trials=1)
+    assert len(set(rates(resumed))) == 5
+
+
+def test_workers_draw_different_proposals_and_each_the_same_again(tmp_path):
+    def drawn(run):
+        opened(tmp_path / run)
+        first, second = (opened(tmp_path / run, go_on=True, worker=worker) for worker in (1, 2))
+        first.ask()  # has the defaults
+        asked = [one.ask().suggest_float("rate", 1e-5, 1e-1, log=True) for one in (first, second, first, second)]
+        return asked[::2], asked[1::2]
+
+    one, two = drawn("a")
+    assert len({*one, *two}) == 4
+    assert drawn("b") == (one, two)
 
 
 def test_proposals_follow_the_seed(tmp_path):
@@ -150,7 +192,7 @@ def test_proposals_follow_the_seed(tmp_path):
         return rates(study)
 
     first, again, other = proposed("a", 3), proposed("b", 3), proposed("c", 4)
-    assert first == again and first[0] == other[0] == FIRST["rate"]
+    assert first == again and first[0] == other[0] == DEFAULTS["rate"]
     assert len({*first, *other}) == 7
 
 
@@ -191,6 +233,18 @@ def test_trials_of_processes_that_are_gone_run_again_and_those_of_others_go_on(j
     states = [trial.state for trial in study.trials]
     assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING, TrialState.WAITING]
     assert study.ask().user_attrs == {"again": 0, "proposed_by": "a trial that was cut off"}
+
+
+def test_the_trial_of_a_worker_that_was_killed_fails_with_the_reason_and_is_not_run_again(journal):
+    study = opened(journal)
+    of_the_dead, alive, elsewhere = (study.ask() for _ in range(3))
+    of_the_dead.set_user_attr("process", f"{this_process().rpartition(' ')[0]} 1")
+    alive.set_user_attr("process", this_process())
+    elsewhere.set_user_attr("process", "another-machine 1 1")
+    forget_lost_trials(study, "its process was killed")
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING]
+    assert study.trials[0].user_attrs["reason"] == "its process was killed"
+    assert [trial.user_attrs.get("reason") for trial in study.trials[1:]] == [None, None]
 
 
 def test_what_runs_again_comes_first_with_what_it_was_asked_to_try():

@@ -1,22 +1,28 @@
-"""Promises about trials: which count, which weights stay, what is gone on from, what is said of them."""
+"""Promises about trials: which count, which is gone on with, what is said of them."""
 
-from dataclasses import replace
-
+import numpy as np
 import optuna
 import pytest
-from made_up_trials import a_search, a_study, a_trial, add_trial, trained
+from made_up_trials import a_study, add_trial, trained
 from optuna.trial import TrialState
 
 from waferlab.errors import SearchFailedError
+from waferlab.search.trial_files import TrialFiles
 from waferlab.search.trials import (
-    TrialWeights,
-    better_of,
+    Validation,
     counted_trials,
+    pack_answers,
     search_record,
     study_seconds,
+    to_go_on_with,
     trial_line,
-    worth_training,
+    unpack_answers,
+    worth_keeping,
 )
+
+DEFAULTS, OTHER = {"rate": 1.0}, {"rate": 2.0}
+LABELS, LOTS = np.arange(360) % 9, np.arange(360) // 18  # 20 lots with two maps of each class
+VALIDATION = Validation(LABELS, LOTS)
 
 
 @pytest.fixture
@@ -38,6 +44,23 @@ def test_a_trial_that_was_cut_off_runs_again_and_counts_once_with_its_seconds():
     assert study_seconds(study) == 8 + 12 + 4 + 2
 
 
+@pytest.mark.parametrize(
+    ("trials", "seconds"),
+    [
+        ([(0, 10), (0, 10)], 10),  # side by side
+        ([(0, 10), (4, 10)], 14),
+        ([(4, 10), (0, 10)], 14),  # in whichever order they are numbered
+        ([(0, 10), (2, 3), (6, 8)], 14),  # one within another
+        ([(0, 10), (100, 5)], 15),  # the nights between two sittings are not searched
+    ],
+)
+def test_seconds_of_trials_side_by_side_count_once(trials, seconds):
+    study = a_study()
+    for start, lasted in trials:
+        add_trial(study, 0.5, start=start, seconds=lasted)
+    assert study_seconds(study) == seconds
+
+
 @pytest.mark.parametrize(("seconds_left", "left"), [(float("inf"), 20), (5.2, 5), (-3, 0)])
 def test_the_line_of_a_trial_says_how_long_the_search_will_take(seconds_left, left):
     study = a_study(0.5, seconds=8)
@@ -53,79 +76,123 @@ def test_the_line_of_a_failed_trial_says_why_and_what_is_best_so_far():
     assert line.startswith("  trial 3/9  fail        -    best 0.750  rate 0.00125") and line.endswith("(made up)")
 
 
-# --- their weights
+# --- which is gone on with
 
 
-def kept(folder):
-    return sorted(int(file.stem) for file in folder.iterdir())
+def wrong(*maps):
+    """Answers to the validation maps that are wrong on some."""
+    answers = LABELS.copy()
+    answers[list(maps)] = (LABELS[list(maps)] + 1) % 9
+    return answers
 
 
-def leave_weights(weights, *numbers):
-    weights.folder.mkdir(parents=True, exist_ok=True)
-    for number in numbers:
-        weights.file(number).write_bytes(b"weights of %d" % number)
+def against_the_defaults(lead, *, of_defaults=DEFAULTS, answers=True):
+    """A study of the defaults, whose answers to 60 maps are wrong, and of a trial with fewer wrong, on other maps."""
+    study, draw = a_study(), np.random.default_rng(0)
+    theirs, others = draw.permutation(360)[:60], draw.permutation(360)[: 60 - lead]
+    for maps, params, value in ((theirs, of_defaults, 0.5), (others, OTHER, 0.5 + lead / 360)):
+        kept = {"answers": pack_answers(wrong(*maps))} if answers else {}
+        add_trial(study, value, params=params, macro_f1=value, **kept)
+    return study
 
 
-def test_only_weights_that_can_still_win_are_kept(tmp_path):
-    study, weights = a_study(0.2, 0.6, None, 0.4), TrialWeights(tmp_path)
-    add_trial(study, state=TrialState.RUNNING)
-    leave_weights(weights, *range(5))
-    (tmp_path / "3-v1.ckpt").touch()  # of nobody
-    weights.forget_beaten(study)
-    assert kept(tmp_path) == [1, 4]
+@pytest.mark.parametrize(("lead", "number"), [(1, 0), (5, 0), (20, 1), (40, 1)])
+def test_the_defaults_stay_unless_they_are_clearly_beaten_on_validation(lead, number):
+    trial, _ = to_go_on_with(against_the_defaults(lead), DEFAULTS, VALIDATION)
+    assert trial.number == number and trial.params == (OTHER if number else DEFAULTS)
 
 
-def test_all_weights_of_a_pareto_front_are_kept(tmp_path):
-    study = optuna.create_study(directions=["maximize", "minimize"])
+@pytest.mark.parametrize(("difference", "number"), [(0.024, 0), (0.026, 1)])
+def test_clearly_is_by_more_than_a_quarter_of_the_intervals_width(difference, number, monkeypatch):
+    compared = []
+
+    def compare(self, new, old):
+        compared.append(((new != LABELS).sum(), (old != LABELS).sum()))
+        return {"difference": difference, "interval": [difference - 0.05, difference + 0.05]}
+
+    monkeypatch.setattr(Validation, "compare", compare)
+    trial, why = to_go_on_with(against_the_defaults(20), DEFAULTS, VALIDATION)
+    assert trial.number == number and compared == [(40, 60)]
+    lead = f"trial 1 leads the defaults by {difference:.3f} [{difference - 0.05:.3f}, {difference + 0.05:.3f}]"
+    assert why == lead + ("" if number else ", which is no more than its standard error: the defaults go on")
+
+
+def test_answers_are_compared_map_by_map_and_lots_are_left_out_in_turn():
+    found = VALIDATION.compare(wrong(), wrong(0, 1))
+    assert found["n_groups"] == 20 and 0 < found["difference"] < 0.01
+    low, high = found["interval"]
+    assert low < found["difference"] < high
+
+
+def test_where_the_defaults_did_not_come_to_their_end_the_best_goes_on():
+    trial, why = to_go_on_with(against_the_defaults(1, of_defaults={"rate": 3.0}), DEFAULTS, VALIDATION)
+    assert trial.number == 1 and why == "trial 1 is the best; the defaults were not tried to their end"
+    study = a_study()
+    add_trial(study, state=TrialState.PRUNED, params=DEFAULTS)
+    add_trial(study, 0.1, params=OTHER)
+    assert to_go_on_with(study, DEFAULTS, VALIDATION)[0].number == 1
+
+
+def test_defaults_that_nobody_beats_go_on_and_of_two_such_trials_the_better_one():
+    study = against_the_defaults(1)
+    add_trial(study, 0.9, params=DEFAULTS)
+    add_trial(study, 0.8, params=DEFAULTS)
+    trial, why = to_go_on_with(study, DEFAULTS, VALIDATION)
+    assert (trial.number, why) == (2, "no trial beats the defaults")
+
+
+def test_trials_without_answers_are_compared_by_their_values():
+    trial, why = to_go_on_with(against_the_defaults(1, answers=False), DEFAULTS, VALIDATION)
+    assert (trial.number, why) == (1, "trial 1 is the best")
+
+
+@pytest.mark.parametrize("maps", [0, 1, 10_000])
+def test_answers_come_back_from_their_short_text(maps):
+    answers = np.random.default_rng(0).integers(0, 9, maps)
+    text = pack_answers(answers)
+    assert unpack_answers(text).tolist() == answers.tolist() and unpack_answers(text).dtype == np.int64
+    assert len(text) <= 20 + maps and text.isascii()
+
+
+def test_worth_keeping_are_those_that_no_other_beats_and_the_defaults():
+    assert worth_keeping(a_study(None), DEFAULTS) == set()
+    study = a_study(0.2, 0.6, None, 0.4)
+    assert worth_keeping(study, DEFAULTS) == {1}
+    add_trial(study, 0.3, params=DEFAULTS)
+    add_trial(study, 0.1, params=DEFAULTS)
+    assert worth_keeping(study, DEFAULTS) == {1, 4}
+    front = optuna.create_study(directions=["maximize", "minimize"])
     for values in ((0.5, 10), (0.6, 20), (0.55, 30)):
-        add_trial(study, values=values, macro_f1=values[0])
-    weights = TrialWeights(tmp_path)
-    leave_weights(weights, 0, 1, 2)
-    weights.forget_beaten(study)
-    assert kept(tmp_path) == [0, 1]
-
-
-def test_weights_reach_who_shares_the_folder_and_those_of_beaten_trials_go(tmp_path):
-    here, there = (TrialWeights(tmp_path / name, shared=tmp_path / "shared") for name in ("here", "there"))
-    study = optuna.create_study(direction="maximize")
-    for value in (0.5, 0.6):
-        trial = study.ask()
-        leave_weights(here, trial.number)
-        here.share(trial)
-        study.tell(trial, value)
-    assert there.fetch(study.best_trial).read_bytes() == b"weights of 1"
-    assert len(list((tmp_path / "shared").iterdir())) == 2
-    there.forget_beaten(study)
-    assert len(list((tmp_path / "shared").iterdir())) == 1
-    assert there.fetch(study.trials[0]) is None
-    here.forget_beaten(study)  # the other one was first
-    assert kept(tmp_path / "here") == [1]
-
-
-def test_weights_that_were_not_shared_are_not_there(tmp_path):
-    study = a_study(0.5)
-    assert TrialWeights(tmp_path / "a").fetch(study.best_trial) is None
-    assert TrialWeights(tmp_path / "a", shared=tmp_path / "shared").fetch(study.best_trial) is None
+        add_trial(front, values=values)
+    assert worth_keeping(front, DEFAULTS) == {0, 1}
 
 
 # --- what a search found
+
+
+def recorded(study, folder, said, *, objectives=("macro_f1",), defaults=DEFAULTS):
+    return search_record(
+        study, TrialFiles(folder), objectives=objectives, defaults=defaults, validation=VALIDATION, workers=2,
+        say=said.append,
+    )  # fmt: skip
 
 
 def test_a_search_without_one_finished_trial_says_why(tmp_path, said):
     study = a_study(None)
     add_trial(study, state=TrialState.FAIL, reason="not enough memory")
     with pytest.raises(SearchFailedError, match=r"none of 2 trials.*Reasons: not enough memory\. Give the search more"):
-        search_record(study, TrialWeights(tmp_path), objectives=["macro_f1"], say=said.append)
+        recorded(study, tmp_path, said)
 
 
 def test_the_record_tells_every_trial_and_a_pruned_one_by_its_last_report(tmp_path, said):
     study = a_study(0.5, params={"rate": 2.0}, reported=(0.3, 0.5), seconds=3, proposed_by="the defaults")
     add_trial(study, reported=(0.4, 0.2), seconds=2, proposed_by="chance")
-    found = search_record(study, TrialWeights(tmp_path), objectives=["macro_f1"], say=said.append)
+    found = recorded(study, tmp_path, said)
     first, second = found.trials
     assert (first.state, first.values, first.last_macro_f1, first.epochs) == ("complete", [0.5], 0.5, 2)
     assert (first.parameters, first.seconds) == ({"rate": 2.0}, 3)
     assert (second.state, second.values, second.last_macro_f1, second.epochs) == ("pruned", None, 0.2, 2)
+    assert found.pruned == 1 and found.workers == 2
     assert found.seconds == 5 and found.proposed_by == {"the defaults": 1, "chance": 1}
     assert found.best.number == 0 and found.best.parameters == {"rate": 2.0}
 
@@ -135,7 +202,7 @@ def test_the_record_says_who_searched_and_what_stands_on_the_front(tmp_path, sai
     record = trained(0.3, 0.7)
     for values, params in (((0.6, 10), {"rate": 1.0}), ((0.7, 20), {"rate": 2.0}), ((0.65, 30), {"rate": 3.0})):
         add_trial(study, values=list(values), params=params, macro_f1=values[0], record=record.as_json())
-    found = search_record(study, TrialWeights(tmp_path), objectives=["macro_f1", "latency"], say=said.append)
+    found = recorded(study, tmp_path, said, objectives=("macro_f1", "latency"))
     assert (found.sampler, found.pruner, found.objectives) == ("TPESampler", None, ["macro_f1", "latency"])
     assert found.pareto_front == [
         {"number": 0, "values": [0.6, 10], "parameters": {"rate": 1.0}},
@@ -143,7 +210,7 @@ def test_the_record_says_who_searched_and_what_stands_on_the_front(tmp_path, sai
     ]
     assert (found.best.number, found.best.values, found.best.macro_f1) == (1, [0.7, 20], 0.7)
     assert (found.best.best_epoch, found.best.record) == (2, record)
-    alone = search_record(a_study(0.5), TrialWeights(tmp_path), objectives=["macro_f1"], say=said.append)
+    alone = recorded(a_study(0.5), tmp_path, said)
     assert (alone.sampler, alone.pruner) == ("TPESampler", "MedianPruner") and alone.best.record is None
 
 
@@ -152,54 +219,35 @@ def test_the_record_says_why_a_trial_failed_what_ran_again_and_what_still_runs(t
     add_trial(study, state=TrialState.FAIL, reason="made up")
     add_trial(study, 0.6, macro_f1=0.6, again=1)
     add_trial(study, state=TrialState.RUNNING)
-    trials = search_record(study, TrialWeights(tmp_path), objectives=["macro_f1"], say=said.append).trials
+    trials = recorded(study, tmp_path, said).trials
     assert [trial.state for trial in trials] == ["complete", "fail", "complete", "running"]
     assert [trial.reason for trial in trials] == [None, "made up", None, None]
     assert [trial.again for trial in trials] == [None, None, 1, None]
     assert [trial.seconds for trial in trials] == [1, 1, 1, None]
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_weights_of_the_best_trial_that_are_not_here_are_missed_aloud(there, tmp_path, said):
-    weights = TrialWeights(tmp_path)
-    if there:
-        leave_weights(weights, 1)
-    found = search_record(a_study(0.5, 0.6), weights, objectives=["macro_f1"], say=said.append)
-    assert found.best.checkpoint == ("trials/1.ckpt" if there else None)
-    assert bool(said) is not there
-    assert there or ("trial 1, the best, are not here" in said[0] and "artifacts=" in said[0])
+@pytest.mark.parametrize("missing", [(), ("1.ckpt",), ("1.state.ckpt",)])
+def test_what_the_best_trial_left_is_gone_on_from_or_missed_aloud(missing, tmp_path, said):
+    study = a_study(0.5, 0.6, record=trained(0.6).as_json())
+    for name in {"1.ckpt", "1.state.ckpt"}.difference(missing):
+        (tmp_path / name).touch()
+    found = recorded(study, tmp_path, said)
+    assert found.best.number == 1 and found.best.goes_on is not bool(missing)
+    if missing:
+        assert "what trial 1, the best, left is not here: its parameters are trained anew" in said[0]
+        assert "artifacts=" in said[0]
+    else:
+        assert not said
 
 
-# --- what is gone on from
-
-DEFAULTS, OTHER = {"rate": 1.0}, {"rate": 2.0}
-
-
-@pytest.mark.parametrize(("lead", "trained"), [(0.004, DEFAULTS), (0.02, OTHER)])
-def test_the_defaults_are_trained_unless_they_are_clearly_beaten(lead, trained, said):
-    trials = [a_trial(0, 0.5, DEFAULTS), a_trial(1, 0.5 + lead, OTHER)]
-    found = a_search(0.5 + lead, number=1, trials=trials, parameters=OTHER)
-    assert worth_training(found, DEFAULTS, say=said.append) == trained
-    assert bool(said) == (trained == DEFAULTS)
-    never_tried = replace(found, trials=[trials[1], replace(trials[0], state="fail")])
-    assert worth_training(never_tried, DEFAULTS, say=said.append) == OTHER
+def test_a_trial_that_nothing_describes_is_not_gone_on_from(tmp_path, said):
+    for name in ("0.ckpt", "0.state.ckpt"):
+        (tmp_path / name).touch()
+    assert not recorded(a_study(0.5), tmp_path, said).best.goes_on
 
 
-def test_the_better_weights_stay_with_the_record_that_describes_them(said):
-    of_trial = trained(0.3, 0.8, checkpoint="trials/4.ckpt", parameters=OTHER)
-    found = a_search(0.8, seconds=30, number=4, checkpoint="trials/4.ckpt", record=of_trial)
-    final = trained(0.6, 0.7, 0.1, train_seconds=20.0, parameters=DEFAULTS)
-    record = better_of(final, found, say=said.append)
-    assert (record.checkpoint, record.parameters, record.best_epoch) == ("trials/4.ckpt", OTHER, 2)
-    assert (record.weights_from, record.total_seconds) == ("trial 4", 50)
-    assert record.final_training["parameters"] == DEFAULTS and record.final_training["epochs"] == 3
-    assert record.search.best.record is None  # it stands in the record itself
-    assert "trial 4 stays: 0.800" in said[0]
-
-
-@pytest.mark.parametrize("checkpoint", ["trials/4.ckpt", None])
-def test_the_final_training_stays_where_the_best_trial_is_no_better_or_its_weights_are_not_here(checkpoint, said):
-    found = a_search(0.7 if checkpoint else 0.9, seconds=30, checkpoint=checkpoint, record=trained(0.9))
-    record = better_of(trained(0.6, 0.7, 0.1, train_seconds=20.0), found, say=said.append)
-    assert (record.weights_from, record.final_training, record.total_seconds) == ("final training", None, 50)
-    assert record.history["val_macro_f1"] == [0.6, 0.7, 0.1] and not said
+def test_the_record_says_why_the_final_training_goes_on_from_that_trial(tmp_path, said):
+    study = against_the_defaults(lead=5)
+    found = recorded(study, tmp_path, said)
+    assert found.best.number == 0 and found.best.parameters == DEFAULTS
+    assert found.why == to_go_on_with(study, DEFAULTS, VALIDATION)[1] and found.why.endswith("the defaults go on")

@@ -65,7 +65,7 @@ def tracked(tiny_arrays, tmp_path_factory):
     np.savez(folder / "tiny.npz", **tiny_arrays)
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(folder / "tiny.npz", folder)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("integrated_pipeline.make_pruner", lambda *_, **__: PruneTheSecond())
+        patch.setattr("waferlab.search.model_search.make_pruner", lambda *_, **__: PruneTheSecond())
         summary = pipeline.run_complete_pipeline()
     runs, client = runs_of(folder)
     return folder, summary, runs, client

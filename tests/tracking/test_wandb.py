@@ -101,7 +101,7 @@ def tracked(tiny_arrays, tmp_path_factory):
     )  # fmt: skip
     pipeline = IntegratedMLPipeline(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("integrated_pipeline.make_pruner", lambda *_, **__: PruneTheSecond())
+        patch.setattr("waferlab.search.model_search.make_pruner", lambda *_, **__: PruneTheSecond())
         summary = pipeline.run_complete_pipeline()
     return folder, summary, runs_of(folder)
 

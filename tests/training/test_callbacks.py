@@ -8,17 +8,19 @@ import signal
 import threading
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from made_up import Scripted, pipeline
 from rich.console import Console
 
 from waferlab.errors import TrainingDivergedError
+from waferlab.models.registry import MODEL_REGISTRY, ModelSpec
 from waferlab.training import checkpoints
-from waferlab.training.callbacks import EpochLines, History, KeepInterrupt, TimeBudget
+from waferlab.training.callbacks import BestAnswers, EpochLines, History, KeepInterrupt, TimeBudget
 from waferlab.training.checkpoints import CheckpointFiles
-from waferlab.training.progress import ProgressBar
+from waferlab.training.progress import Bars, ProgressBar, ToldProgress
 
 
 @pytest.fixture
@@ -189,6 +191,99 @@ def test_the_seconds_of_all_sittings_are_in_the_record_and_off_the_budget(
     assert budget == {"used": 1530}
 
 
+# --- patience
+
+
+class Rates(pl.Callback):
+    """The learning rate that each epoch begins and the last one ends with."""
+
+    def __init__(self):
+        self.epochs, self.last = {}, None
+
+    def on_train_batch_start(self, trainer, module, *_):
+        self.last = trainer.optimizers[0].param_groups[0]["lr"]
+        self.epochs.setdefault(trainer.current_epoch, self.last)
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Of each training one."""
+    seen, fit = [], pl.Trainer.fit
+
+    def watched(trainer, *args, **kwargs):
+        seen.append(Rates())
+        trainer.callbacks.append(seen[-1])
+        return fit(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(pl.Trainer, "fit", watched)
+    return seen
+
+
+NO_BETTER = [0.3, 0.5, 0.4, 0.4, 0.6, 0.61, 0.62, 0.63]  # from the second on, and then as the rate falls
+PATIENT = {"max_epochs": 12, "early_stopping_patience": 2, "learning_rate": 0.1}
+
+
+def test_a_training_that_gets_no_better_at_its_peak_lets_the_learning_rate_fall_before_it_ends(
+    scripted, rates, tiny_npz, tmp_path
+):
+    Scripted.scripts = [NO_BETTER]
+    record = pipeline(tiny_npz, tmp_path, **PATIENT).train_final_model("scripted")
+    assert record.epochs == 8 and record.best_epoch == 8  # after four of twelve: the fall has half of what they are
+    begins = [rates[0].epochs[epoch] for epoch in range(8)]
+    assert begins[2:5] == pytest.approx([0.1] * 3)
+    assert begins[5:] == pytest.approx([0.075, 0.05, 0.025]) and 0 < rates[0].last < 0.002
+
+
+def test_patience_goes_on_counting_while_the_learning_rate_falls(scripted, tiny_npz, tmp_path):
+    Scripted.scripts = [NO_BETTER[:4] + [0.4] * 4]
+    assert pipeline(tiny_npz, tmp_path, **PATIENT).train_final_model("scripted").epochs == 4 + 2
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.5])
+def test_a_training_that_is_resumed_while_it_falls_early_ends_as_an_unbroken_one(
+    decay, scripted, rates, tiny_npz, tmp_path, monkeypatch
+):
+    """With a share of 0.3 to fall in, four epochs of 0.7 are no whole number."""
+    spec = ModelSpec(Scripted, defaults={"decay": decay})
+    monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
+    start = Scripted.on_train_epoch_start
+
+    def interrupted(self):
+        if self.current_epoch == 5 and interrupt:
+            raise KeyboardInterrupt
+        start(self)
+
+    monkeypatch.setattr(Scripted, "on_train_epoch_start", interrupted)
+    interrupt, Scripted.scripts = False, [NO_BETTER] * 3
+    unbroken = pipeline(tiny_npz, tmp_path / "unbroken", **PATIENT).train_final_model("scripted")
+    interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(tiny_npz, tmp_path / "broken", **PATIENT).train_final_model("scripted")
+    interrupt = False
+    resumed = pipeline(tiny_npz, tmp_path / "broken", resume=True, **PATIENT).train_final_model("scripted")
+    assert unbroken.epochs == math.ceil(4 / (1 - decay)) and resumed.history == unbroken.history
+    assert rates[2].epochs[5] == rates[0].epochs[5] and rates[2].last == rates[0].last < 0.01
+    expected, found = (
+        torch.load(tmp_path / run / "checkpoints/tiny/scripted/resume.ckpt", weights_only=True)["state_dict"]
+        for run in ("unbroken", "broken")
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --- answers
+
+
+def test_the_answers_of_the_best_epoch_are_kept_in_the_order_of_the_maps():
+    answers, trainer = BestAnswers(), a_trainer()
+    assert answers.best.tolist() == []
+    for score, said in ((0.5, ([1, 2], [3])), (0.7, ([4, 5], [6])), (0.7, ([7, 7], [7])), (0.6, ([8, 8], [8]))):
+        for batch in said:
+            answers.on_validation_batch_end(trainer, a_module(), torch.tensor(batch), None, 0)
+        trainer.callback_metrics = {"val_macro_f1": torch.tensor(score)}
+        answers.on_validation_end(trainer, a_module())
+    assert answers.best.tolist() == [4, 5, 6] and answers.best.dtype == np.int64
+
+
 # --- checkpoint files
 
 
@@ -237,7 +332,7 @@ def test_trainings_write_their_checkpoints_so(scripted, tiny_npz, tmp_path, monk
     folder = tmp_path / "checkpoints/tiny/scripted"
     assert sorted(written) == [str(folder / name) for name in ("best.ckpt", "resume.ckpt", "resume.ckpt")]
     kept = {key.split("{")[0] for key in torch.load(folder / "resume.ckpt", weights_only=True)["callbacks"]}
-    assert {"History", "EarlyStopping", ModelCheckpoint.__name__} <= kept
+    assert {"History", "Patience", "_Kept"} <= kept
 
 
 # --- Ctrl-C
@@ -331,3 +426,42 @@ def test_a_training_of_one_step_or_none_does_not_stop_the_bar(steps, share):
     bar.on_train_batch_end(trainer, module, None, None, 0)
     assert bar._progress.tasks[0].completed == share
     bar.on_fit_end(trainer, module)
+
+
+def test_another_process_is_told_how_far_a_training_is_a_few_times_a_second(monkeypatch):
+    clock, told = SimpleNamespace(now=1000.0), []
+    monkeypatch.setattr("waferlab.training.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    progress = ToldProgress("trial 3", lambda *what: told.append(what))
+    trainer, module = a_trainer(global_step=1, estimated_stepping_batches=4), a_module()
+    progress.on_train_batch_end(trainer, module, None, None, 0)
+    clock.now += 0.2
+    progress.on_train_batch_end(trainer, module, None, None, 0)  # it was told just now
+    clock.now += 0.1
+    module.time_progress, trainer.callback_metrics = 0.5, {"val_macro_f1": torch.tensor(0.75)}
+    progress.on_train_batch_end(trainer, module, None, None, 0)
+    assert told == [
+        ("trial 3", 0.25, "trial 3  epoch 1/10"),
+        ("trial 3", 0.5, "trial 3  epoch 1/10  val macro F1 0.750"),
+    ]
+    progress.on_exception(trainer, module, ValueError())
+    progress.teardown(trainer, module, "fit")
+    assert told[2:] == [("trial 3", 1.0, "")] * 2
+
+
+def test_each_of_several_trainings_has_a_bar_and_none_is_left_when_they_end():
+    bars = Bars(Console(file=io.StringIO(), force_terminal=True, width=100))
+    live = bars._progress.live
+    bars.update("trial 0", 0.25, "trial 0  epoch 1/4")
+    bars.update("trial 1", 0.1, "trial 1  epoch 1/4")
+    bars.update("trial 0", 0.5, "trial 0  epoch 2/4")
+    shown = {task.description: task.completed for task in bars._progress.tasks}
+    assert shown == {"trial 0  epoch 2/4": 0.5, "trial 1  epoch 1/4": 0.1} and live.is_started
+    bars.update("trial 0", 1.0, "")
+    bars.remove("trial 0")  # it is gone already
+    assert [task.description for task in bars._progress.tasks] == ["trial 1  epoch 1/4"] and live.is_started
+    bars.update("trial 1", 1.0, "")
+    assert not bars._progress.tasks and not live.is_started
+    bars.update("trial 2", 0.5, "trial 2  epoch 1/4")
+    assert live.is_started
+    bars.remove("trial 2")
+    assert not live.is_started

@@ -58,7 +58,7 @@ def plan_search(
         return SearchPlan(0, 0, 0.0, why)
     go_on = 1 + math.log(trials)  # of trials in random order, so many are better than all before
     full_trials = trials / 3 + go_on * 2 / 3
-    longest = max(3, min(epochs, int(fit * share * workers / full_trials)))
+    longest = min(epochs, max(3, int(fit * share * workers / full_trials)))
     return SearchPlan(trials, longest, seconds * share)
 
 
@@ -105,7 +105,12 @@ class SearchBudget:
 def seconds_by_merit(
     model_type: str, searches: Mapping[str, SearchRecord], *, limit: float, favourite_share: float
 ) -> float:
-    """What is left after all searches: `favourite_share` of it for the model that did best, the rest in equal parts."""
+    """What is left after all searches: `favourite_share` of it for the model that did best, the rest in equal parts.
+
+    A model that is the only one has all of it.
+    """
     left = max(float(len(searches)), limit - sum(search.seconds for search in searches.values()))
+    if len(searches) == 1:
+        return left
     favourite = max(searches, key=lambda name: searches[name].best.macro_f1)
     return left * favourite_share if model_type == favourite else left * (1 - favourite_share) / (len(searches) - 1)

@@ -73,7 +73,7 @@ class ModelSearch:
                 config.sampler, seed=config.seed, trials_so_far=so_far, shared=config.storage is not None, worker=worker
             ),
             pruner=make_pruner(config.pruner, epochs=self.plan.epochs),
-            first=[self.defaults, *self.portfolio],
+            first=[self.defaults, *self.portfolio][: self.plan.trials],
             fingerprint=self.fingerprint,
             go_on=config.resume or config.storage is not None or worker > 0,
         )

@@ -57,8 +57,10 @@ def side_by_side(work: Callable[[int, Tell], None], *, workers: int, hear: Calla
         What `work` raised, of the first that did; the others are interrupted.
         KeyboardInterrupt: this process was interrupted, and has interrupted the others, which have ended.
     """
-    crew = [_start(work, number) for number in range(workers)]
+    crew: Crew = []
     try:
+        for number in range(workers):
+            crew.append(_start(work, number))
         _hear_out(crew, hear)
     except BaseException:
         for process, _ in crew:
@@ -79,7 +81,11 @@ def _start(work: Callable[[int, Tell], None], number: int) -> tuple[BaseProcess,
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(work, number, theirs, os.getpid()), daemon=True)
-    process.start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # one that comes before the work begins would be lost
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     theirs.close()
     return process, ours
 
@@ -94,6 +100,7 @@ def _work(work: Callable[[int, Tell], None], number: int, connection: Connection
         connection.send((what, *content))
 
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         work(number, tell)
     except BaseException as error:
         tell("raised", _as_it_can_be_sent(error))

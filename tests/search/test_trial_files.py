@@ -1,0 +1,80 @@
+"""Promises about what trials leave on disk: it stays as long as it may be gone on from, and reaches who shares it."""
+
+import optuna
+import pytest
+from made_up_trials import a_study, add_trial
+from optuna.trial import TrialState
+
+from waferlab.search.trial_files import TrialFiles
+
+
+def kept(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def both(*numbers):
+    return sorted(f"{number}{end}" for number in numbers for end in (".ckpt", ".state.ckpt"))
+
+
+def leave_files(files, *numbers):
+    files.folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        files.best(number).write_bytes(b"weights of %d" % number)
+        files.state(number).write_bytes(b"state of %d" % number)
+
+
+def test_files_of_trials_that_still_run_or_may_be_gone_on_with_stay_and_no_others(tmp_path):
+    study, files = a_study(0.2, 0.6, None, 0.4), TrialFiles(tmp_path)
+    add_trial(study, state=TrialState.RUNNING)
+    leave_files(files, *range(5), 12)
+    (tmp_path / "3-v1.ckpt").touch()  # of nobody
+    files.forget_all_but({1}, study)
+    assert kept(tmp_path) == both(1, 4)
+    files.forget_all_but({1}, study)  # nothing is left to do
+    assert kept(tmp_path) == both(1, 4)
+
+
+def test_a_trial_can_be_gone_on_with_only_where_both_files_are(tmp_path):
+    study, files = a_study(0.5), TrialFiles(tmp_path)
+    assert not files.fetch(study.best_trial)
+    leave_files(files, 0)
+    assert files.fetch(study.best_trial)
+    files.state(0).unlink()
+    assert not files.fetch(study.best_trial)
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """Two who share a study, and the study: three trials of the first, with their files."""
+    here, there = (TrialFiles(tmp_path / name, shared=tmp_path / "shared") for name in ("here", "there"))
+    study = optuna.create_study(direction="maximize")
+    for value in (0.5, 0.6, 0.4):
+        trial = study.ask()
+        leave_files(here, trial.number)
+        here.share(trial)
+        study.tell(trial, value)
+    return here, there, study
+
+
+def test_files_reach_who_shares_the_folder_and_those_of_beaten_trials_go(shared, tmp_path):
+    here, there, study = shared
+    assert len(kept(tmp_path / "shared")) == 6
+    assert there.fetch(study.best_trial)
+    assert there.best(1).read_bytes() == b"weights of 1" and there.state(1).read_bytes() == b"state of 1"
+    there.forget_all_but({0, 1}, study)
+    assert len(kept(tmp_path / "shared")) == 4 and kept(tmp_path / "here") == both(0, 1, 2)
+    assert there.fetch(study.trials[0]) and not there.fetch(study.trials[2])
+    here.forget_all_but({0, 1}, study)  # the other one was first
+    assert kept(tmp_path / "here") == both(0, 1)
+
+
+def test_files_that_are_here_are_not_fetched_again(shared):
+    here, _, study = shared
+    here.best(1).write_bytes(b"ours")
+    assert here.fetch(study.best_trial) and here.best(1).read_bytes() == b"ours"
+
+
+def test_files_that_were_not_shared_are_not_there(tmp_path):
+    study = a_study(0.5)
+    assert not TrialFiles(tmp_path / "a").fetch(study.best_trial)
+    assert not TrialFiles(tmp_path / "a", shared=tmp_path / "shared").fetch(study.best_trial)
