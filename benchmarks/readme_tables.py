@@ -18,9 +18,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from label_audit import table_of_audit
 from measure import NOT_RECORDED, ROOT, how_proposed, interval_holds, rows, score_text
 from provenance import changed
 from search_tables import busy_machine, portfolio, search_pays
+from speed_of_light import table_of_shares
 from time_to_f1 import grouped, longest, machine_of, table_of_levels, table_of_runs
 
 RESULTS = ROOT / "benchmarks/results"
@@ -613,6 +615,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "runs": runs_of_minutes,
     "levels": levels,
     "training_throughput": throughput,
+    "speed_of_light": table_of_shares,
     "against": against,
     "start_up": start_up,
     "quick_start": quick_start,
@@ -632,6 +635,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "busy_machine": busy_machine,
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,
+    "label_audit": table_of_audit,
     "monitoring": monitoring,
     "monitoring_shifts": monitoring_shifts,
     "monitoring_ordered": monitoring_ordered,
@@ -647,9 +651,7 @@ RECORDS_OF = {
     "monitoring_shifts": ("monitoring",),
 }
 # What they say of themselves refers to the table before them.
-AS_ABOVE = (
-    "champion", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts",
-)  # fmt: skip
+AS_ABOVE = ("champion", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_settings
+from made_up_predictions import assert_is_a_picture
+
+from waferlab.models.classifier import WaferClassifier
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import keep_experiment  # noqa: E402
+import label_audit  # noqa: E402
 import measure  # noqa: E402
 import provenance  # noqa: E402
 import readme_tables  # noqa: E402
+import speed_of_light  # noqa: E402
 import time_to_f1  # noqa: E402
 
 RECORDS = sorted((ROOT / "benchmarks/results").glob("*.json"))
@@ -550,3 +556,79 @@ def test_set_coverage_counts_simulated_lots_and_the_lots_that_a_model_was_not_tr
     for row in set_coverage.divided_again(parts, divisions=20, seed=0).values():
         assert row["lots"] == 80 and row["fits"] == 20
         assert row["interval"][0] < row["coverage"] < row["interval"][1] and abs(row["coverage"] - 0.91) < 0.03
+
+
+def test_label_audit_answers_each_map_once_goes_on_after_an_interruption_and_draws_the_likeliest(
+    tiny_npz, tmp_path, monkeypatch
+):
+    output, picture, folder = tmp_path / "audit.json", tmp_path / "audit.png", tmp_path / "folds"
+    flags = ["--data", tiny_npz, "--folds", 2, "--epochs", 1, "--image-size", 16, "--most", 5, "--folder", folder]
+    flags = ["label_audit.py", *map(str, flags), "--picture", str(picture), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", flags)
+    label_audit.main()
+    first = json.loads(output.read_text())
+    assert sum(fold["maps"] for fold in first["folds"]) == first["audit"]["n_samples"] == 360
+    assert len(first["suspects"]) == min(5, first["probably_wrong"]) and first["probably_wrong"] > 0
+    assert all(one["given"] != one["called"] for one in first["suspects"])
+    assert_is_a_picture(picture)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "answers_1.npz").unlink()  # interrupted in the second fold
+    label_audit.main()
+    again = json.loads(output.read_text())
+    assert [file.name for file in (folder / "checkpoints").iterdir()] == ["fold_1"]
+    assert again["folds"][0] == first["folds"][0] and again["audit"]["n_samples"] == 360
+    assert "| Loc | 40 |" in "\n".join(label_audit.table_of_audit(again))
+
+
+def test_what_the_audit_cannot_do_is_a_sentence_before_any_training(tiny_npz, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "folds"
+    flags = ["label_audit.py", "--data", str(tiny_npz), "--folds", "1", "--folder", str(folder)]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit, match="2"):
+        label_audit.main()
+    assert "Choose two folds or more" in capsys.readouterr().err and not folder.exists()
+
+
+def test_the_work_of_a_step_is_counted_by_groups_and_with_or_without_the_borders():
+    class OneLayer(WaferClassifier):
+        def __init__(self, groups):
+            super().__init__()
+            layer = torch.nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+            self.network = torch.nn.Sequential(
+                torch.nn.Conv2d(1, 4, 1),
+                layer,
+                torch.nn.AdaptiveAvgPool2d(1),
+                torch.nn.Flatten(),
+                torch.nn.Linear(4, 9),
+            )
+
+    counts = {g: speed_of_light.flop_a_map(OneLayer(g), batch_size=3, pixels=2) for g in (1, 4)}
+    others = 2 * (2 * 4 * 4) + 3 * (2 * 4 * 9)  # the first layer has no gradient of the image
+    for groups, found in counts.items():
+        products = 4 * 4 // groups * 4
+        assert found["counted"] == 3 * 2 * products * 9 + others
+        assert found["without_borders"] == 3 * 2 * products * 4 + others  # at two by two, four of nine
+    assert counts[1]["by_torch"] == counts[1]["counted"] and counts[4]["by_torch"] > counts[4]["counted"]
+
+
+def test_speed_of_light_sets_steps_against_matrix_products_and_names_the_dearest_operators(tmp_path, monkeypatch):
+    output = tmp_path / "speed.json"
+    monkeypatch.setattr(speed_of_light, "SIDE", 64)
+    monkeypatch.setattr(speed_of_light, "SECONDS", 0.01)
+    flags = ["--models", "lightning_cnn", "--image-size", "16", "--batch-size", "2", "4", "--turns", "2", "--profile"]
+    monkeypatch.setattr(sys, "argv", ["speed_of_light.py", *flags, "--output", str(output)])
+    threads = torch.get_num_threads()
+    speed_of_light.main()
+    assert torch.get_num_threads() == threads
+    record = json.loads(output.read_text())
+    assert {(row["batch_size"], row["threads"]) for row in record["rows"]} >= {(2, 1), (4, 1)}
+    for row in record["rows"]:
+        share = row["mflop_a_map"]["counted"] * row["maps_per_second"][0] / row["peak_gflops"][0] / 1000
+        assert row["share_counted"]["low"] - 0.002 <= share <= row["share_counted"]["high"] + 0.002  # rounded
+        assert row["mflop_a_map"]["without_borders"] < row["mflop_a_map"]["counted"]
+    (dearest,) = record["operators"].values()
+    shares = [one["share"] for one in dearest]
+    assert len(dearest) == 10 and shares == sorted(shares, reverse=True) and sum(shares) <= 1
+    assert any("conv" in one["operator"] for one in dearest)
+    page = "\n".join(speed_of_light.table_of_shares(record))
+    assert "| lightning_cnn | 2 | 1 | 32-true |" in page and f"; {dearest[-1]['operator'][6:12]}" in page

@@ -8,7 +8,7 @@ import pytest
 
 from waferlab.data.maps import CLASS_NAMES, pack_maps
 from waferlab.data.reading import load_wafer_maps
-from waferlab.data.splitting import split_by_lot, split_in_order, split_maps
+from waferlab.data.splitting import split_by_lot, split_in_order, split_into_folds, split_maps
 from waferlab.errors import DataError
 
 
@@ -378,3 +378,33 @@ def test_what_cannot_be_split_in_order_is_refused_with_the_reason():
         split_in_order(made_up(np.where(np.arange(50) < 40, np.arange(50) % 2, 5), np.arange(50)))
     with pytest.raises(DataError, match="1 class"):
         split_in_order(made_up((np.arange(50) >= 40).astype(int), np.arange(50)))
+
+
+def test_folds_hold_each_map_once_and_share_no_lot_or_copy_with_what_is_trained_on(generated):
+    turned = [np.rot90(generated[i]) for i in range(len(generated)) if i % 40 == 0]  # copies in other lots
+    of_turned = np.arange(0, len(generated), 40)
+    maps = pack_maps(
+        [*(generated[i] for i in range(len(generated))), *turned],
+        np.concatenate([generated.labels, generated.labels[of_turned]]),
+        groups=np.concatenate([generated.groups, generated.groups.max() + 1 + np.arange(len(turned))]),
+        source="with copies",
+    )
+    splits = split_into_folds(maps, folds=3, seed=0)
+    assert sorted(np.concatenate([split.test for split in splits])) == list(range(len(maps)))
+    for split in splits:
+        parts = list(split.parts().values())
+        assert sorted(np.concatenate(parts)) == list(range(len(maps)))
+        for one, other in itertools.combinations(parts, 2):
+            assert not {*maps.groups[one]} & {*maps.groups[other]}
+            assert not {*maps.digests()[one]} & {*maps.digests()[other]}
+        assert np.abs(shares_of(maps, split)[2] - 1 / 3).max() < 0.15
+    assert len({split.fingerprint for split in splits}) == 3
+    again = split_into_folds(maps, folds=3, seed=0)
+    assert [split.fingerprint for split in again] == [split.fingerprint for split in splits]
+
+
+@pytest.mark.parametrize("folds", [1, 7])
+def test_folds_that_cannot_be_had_are_refused_with_the_reason(folds):
+    maps = made_up(np.arange(12) % 2, np.arange(12) // 2)
+    with pytest.raises(DataError, match=f"{folds} folds of 6 lots"):
+        split_into_folds(maps, folds=folds)

@@ -17,6 +17,8 @@ GEOMETRIES = {  # channels in, out, image, kernel, stride, groups
     "halved": (6, 10, 3, 3, 2, 1),
     "pointwise": (6, 10, 2, 1, 1, 1),
     "pointwise, halved": (6, 10, 3, 1, 2, 1),
+    "many channels": (384, 384, 2, 3, 1, 1),  # enough that the way forward is another, too
+    "many channels, halved": (384, 512, 3, 3, 2, 1),
     "depthwise": (6, 6, 2, 5, 1, 6),
     "depthwise, halved": (6, 6, 3, 5, 2, 6),
 }
@@ -56,6 +58,9 @@ def test_elsewhere_it_is_pytorchs_own(monkeypatch):
         layer(torch.randn(2, 4, 2, 2))
     layer.double()(torch.randn(2, 4, 2, 2).double())
     layer.float().eval()(torch.randn(2, 4, 2, 2))  # outside training
+    depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    quicken_small_convolutions(depthwise)
+    depthwise(torch.randn(2, 4, 3, 3))  # which PyTorch does well, as long as the kernel is no larger than the image
     frozen = layer.train().requires_grad_(False)
     frozen(torch.randn(2, 4, 2, 2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -144,6 +145,35 @@ def split_by_lot(maps: WaferMaps, *, seed: int = 0) -> Split:
         )
     notes = _notes_on(table, part, class_counts=maps.class_counts)
     return Split(train, validation, test, _fingerprint(maps, (train, validation, test)), notes)
+
+
+def split_into_folds(maps: WaferMaps, *, folds: int, seed: int = 0) -> list[Split]:
+    """So many splits whose test parts together hold each map once, with each class spread over them.
+
+    No lot, and no copy of a map, is in two parts of a split. What is not its test part is split by `split_by_lot`,
+    whose validation part is the validation; the rest is for training.
+
+    Raises:
+        DataError: there are fewer units of lots than folds, or too few units to train on.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    units = _lots_joined_by_copies(maps)
+    if not 2 <= folds <= units.max() + 1:
+        raise DataError(
+            f"{maps.source}: {folds} folds of {units.max() + 1} lots, those that share copies of maps counted as one. "
+            "Choose two folds or more, and no more than there are lots."
+        )
+    with warnings.catch_warnings():  # of classes with fewer maps than folds: they are then in some folds only
+        warnings.simplefilter("ignore", UserWarning)
+        dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        dealt = list(dealer.split(units, maps.labels, units))
+    splits = []
+    for others, test in dealt:
+        rest = split_by_lot(maps.select(others), seed=seed)
+        parts = others[np.union1d(rest.train, rest.test)], others[rest.validation], test
+        splits.append(Split(*parts, _fingerprint(maps, parts), rest.notes))
+    return splits
 
 
 def _lots_joined_by_copies(maps: WaferMaps) -> np.ndarray:

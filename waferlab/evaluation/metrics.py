@@ -202,9 +202,12 @@ def _score_interval(score: np.ndarray, without: np.ndarray, *, n_lots: int | np.
     return np.stack([low, high], axis=-1)
 
 
-def jackknife_interval(scores: np.ndarray, without: np.ndarray) -> np.ndarray:
-    """95% intervals [..., 2] of scores [...] in 0..1, from the scores without each of two lots or more [G, ...]."""
-    return _score_interval(np.asarray(scores), without, n_lots=len(without))
+def jackknife_interval(scores: np.ndarray, without: np.ndarray, *, n_lots: np.ndarray | None = None) -> np.ndarray:
+    """95% intervals [..., 2] of scores [...] in 0..1, from the scores without each of two lots or more [G, ...].
+
+    Each score is known from `n_lots` [...] of them, without meaning below two; None: from all.
+    """
+    return _score_interval(np.asarray(scores), without, n_lots=len(without) if n_lots is None else n_lots)
 
 
 def share_interval(shares: np.ndarray) -> list[float]:

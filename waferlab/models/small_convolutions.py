@@ -7,19 +7,21 @@ gradient of a convolution on a CPU takes several times as long as the matrix pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
 
 import torch
 from torch import nn
 
 MAX_PIXELS = 9  # of the input, where the products win; measured for ResNet18 and EfficientNet-B0
+LEAST_KERNELS = 2**17  # input times output channels from which on they win on the way forward, too
 
 
 class SmallImageConv2d(nn.Conv2d):
-    """`nn.Conv2d` with another way to its gradients where that is quicker: on a CPU, in float32, on tiny images.
+    """`nn.Conv2d` by other ways where they are quicker: on a CPU, in float32, on tiny images, in training.
 
-    Parameters, state dict and output are those of `nn.Conv2d`; gradients are equal to within rounding. Elsewhere, and
-    outside training, it is `nn.Conv2d`.
+    Parameters and state dict are those of `nn.Conv2d`, output and gradients equal to its to within rounding. Elsewhere,
+    and outside training, it is `nn.Conv2d`.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,7 @@ class SmallImageConv2d(nn.Conv2d):
             and not torch.is_autocast_enabled("cpu")
             and pixels <= MAX_PIXELS
             and plain
-            and (self.groups == 1 or depthwise)
+            and (self.groups == 1 or (depthwise and max(self.kernel_size) > min(x.shape[-2:])))
         )
 
 
@@ -52,42 +54,60 @@ def quicken_small_convolutions(network: nn.Module) -> None:
 
 
 class _Convolution(torch.autograd.Function):
-    """Forward as ever; backward as a sum over pairs of an input and an output pixel that a tap of the kernel joins."""
+    """A sum over the taps of the kernel, each a product of the pixels that it joins; no border of zeros is multiplied.
+
+    Forward only where that is half of the work and the products are large, else as ever.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding, groups):
+        sizes = list(zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True))
+        axes, outputs = [_joined(*of_axis) for of_axis in sizes], [_outputs(*of_axis) for of_axis in sizes]
         ctx.save_for_backward(x, weight)
-        ctx.geometry = stride, padding, groups
-        return torch.conv2d(x, weight, None, stride, padding, 1, groups)
+        ctx.groups, ctx.taps = groups, [tuple(zip(*both, strict=True)) for both in itertools.product(*axes)]
+        joined = math.prod(sum(to.stop - to.start for _, to, _ in axis) for axis in axes)
+        every = math.prod(outputs) * weight[0, 0].numel()
+        if groups > 1 or weight.shape[0] * weight.shape[1] < LEAST_KERNELS or 2 * joined > every:
+            return torch.conv2d(x, weight, None, stride, padding, 1, groups)
+        pixels, out = _channels_last(x), x.new_zeros(len(x), *outputs, len(weight))
+        for tap, to, of in ctx.taps:
+            out[:, *to] += pixels[:, *of] @ weight[:, :, *tap].T
+        return out.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        stride, padding, groups = ctx.geometry
-        grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
+        pixels, errors = _channels_last(x), _channels_last(grad)
+        grad_x = torch.zeros_like(pixels)
         grad_weight = torch.zeros_like(weight, memory_format=torch.channels_last)
-        for (i, j), (k, m), (r, c) in _joined_pixels(x.shape, weight.shape, grad.shape, stride, padding):
-            seen, error = x[:, :, i, j], grad[:, :, k, m]
-            if groups == 1:
-                grad_weight[:, :, r, c].addmm_(error.T, seen)
-                grad_x[:, :, i, j].addmm_(error, weight[:, :, r, c])
+        for tap, to, of in ctx.taps:
+            seen, error = pixels[:, *of], errors[:, *to]
+            if ctx.groups == 1:
+                error = error.reshape(-1, error.shape[-1])
+                grad_weight[:, :, *tap].addmm_(error.T, seen.reshape(-1, seen.shape[-1]))
+                grad_x[:, *of] += (error @ weight[:, :, *tap]).view_as(seen)
             else:
-                grad_weight[:, 0, r, c] += (error * seen).sum(0)
-                grad_x[:, :, i, j].addcmul_(error, weight[:, 0, r, c])
-        return grad_x, grad_weight, None, None, None
+                grad_weight[:, 0, *tap] = (error * seen).sum((0, 1, 2))
+                grad_x[:, *of].addcmul_(error, weight[:, 0, *tap])
+        return grad_x.permute(0, 3, 1, 2), grad_weight, None, None, None
 
 
-def _joined_pixels(x_shape, weight_shape, out_shape, stride, padding) -> Iterator[tuple]:
-    """Input pixel, output pixel and the tap of the kernel between them, each as (row, column)."""
-    rows, columns = (
-        [
-            (i, k, i + padding[axis] - k * stride[axis])
-            for i in range(x_shape[axis + 2])
-            for k in range(out_shape[axis + 2])
-            if 0 <= i + padding[axis] - k * stride[axis] < weight_shape[axis + 2]
-        ]
-        for axis in (0, 1)
-    )
-    for i, k, r in rows:
-        for j, m, c in columns:
-            yield (i, j), (k, m), (r, c)
+def _channels_last(images: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] as [B, H, W, C], contiguous."""
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def _joined(size: int, width: int, stride: int, padding: int) -> list[tuple[int, slice, slice]]:
+    """Along one axis, each tap of the kernel that meets the image, with the output and the input pixels it joins."""
+    outputs, found = _outputs(size, width, stride, padding), []
+    for tap in range(width):
+        meeting = [out for out in range(outputs) if 0 <= out * stride - padding + tap < size]
+        if meeting:
+            first, last = (out * stride - padding + tap for out in (meeting[0], meeting[-1]))
+            found.append((tap, slice(meeting[0], meeting[-1] + 1), slice(first, last + 1, stride)))
+    return found
+
+
+def _outputs(size: int, width: int, stride: int, padding: int) -> int:
+    """Pixels of the output along one axis."""
+    return (size + 2 * padding - width) // stride + 1
