@@ -26,6 +26,8 @@ from typing import Any
 from measure import ROOT, write_record
 from provenance import BATCHES, FAMILY, GENERATOR, SCORES, SPLIT, TRAINING, changed
 
+MEASURES = (*GENERATOR, *SPLIT, *BATCHES, *TRAINING, *SCORES)  # and the families that are trained
+
 TRAIN = """
 import json, sys, tempfile
 import optuna
@@ -137,7 +139,7 @@ def write(output: Path, runs: list[dict[str, Any]], size: int) -> None:
     families = {name: FAMILY.get(name, ()) for name in picked}
     write_record(
         output, {"benchmark": "portfolio", "picked": picked, "runs": runs},
-        measures=(*GENERATOR, *SPLIT, *BATCHES, *TRAINING, *SCORES, *(n for names in families.values() for n in names)),
+        measures=(*MEASURES, *(n for names in families.values() for n in names)),
         repeats="1 seed", precision=[run["precision"] for run in runs],
     )  # fmt: skip
 

@@ -25,6 +25,16 @@ from typing import TYPE_CHECKING, Any
 from measure import paired_difference, plain_config, write_record
 from provenance import AFTER_SEARCH, BATCHES, FAMILY, GENERATOR, SCORES, SEARCH, SPLIT, TRAINING, changed
 
+MEASURES = (
+    *GENERATOR,
+    *SPLIT,
+    *BATCHES,
+    *TRAINING,
+    *SEARCH,
+    *AFTER_SEARCH,
+    *SCORES,
+)  # and the families that are trained
+
 if TYPE_CHECKING:
     pass
 
@@ -127,7 +137,7 @@ def write(output: Path | None, runs: list[dict[str, Any]]) -> None:
     write_record(
         output,
         {"benchmark": "search_pays", "rows": compare(runs), "runs": runs},
-        measures=(*GENERATOR, *SPLIT, *BATCHES, *TRAINING, *SEARCH, *AFTER_SEARCH, *SCORES, *sorted(families)),
+        measures=(*MEASURES, *sorted(families)),
         repeats=f"{len({run['seed'] for run in runs})} seeds",
         precision=[run["precision"] for run in runs],
         search="as each row says",
