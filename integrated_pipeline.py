@@ -90,6 +90,7 @@ from waferlab.training.checkpoints import (
     load_trained,
     record_training,
 )
+from waferlab.training.memory import keep_freed_memory
 from waferlab.training.pace import QuickestThreads, possible_precisions, seconds_a_step
 
 # ------------------------------------------------------------------------------------------------- the architectures
@@ -422,6 +423,7 @@ class IntegratedMLPipeline:
         With `batches`, an epoch has at most so many.
         """
         config, interrupt = self.config, KeepInterrupt()
+        keep_freed_memory()
         logger = False if run is None else self.runs.logger(run)
         callbacks = [interrupt, SeedEachEpoch(), *callbacks, *([LearningRateMonitor("epoch")] if logger else [])]
         if config.threads is None:

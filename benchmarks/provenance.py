@@ -36,7 +36,7 @@ TRAINING = (
     "IntegratedMLPipeline._callbacks_of_final_training",
     *_of("ExperimentConfig", "data_augmentation", "class_balancing", "balance_by", "precision"),
     *("WaferClassifier", "macro_f1", "TimeBudget", "Patience", "SeedEachEpoch", "record_training", "best_weights"),
-    *("possible_precisions", "seconds_a_step", "QuickestThreads"),
+    *("possible_precisions", "seconds_a_step", "QuickestThreads", "keep_freed_memory"),
 )
 CNN = ("LightningCNN", "ResidualBlock", "AverageAndMaxPool", "register_model('lightning_cnn')")
 TORCHVISION = ("TorchvisionLightningModel", "SmallImageConv2d", "quicken_small_convolutions")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MEASURES = (
     *FAMILIES, *_of("WaferClassifier", "forward", "setup", "_step", "configure_optimizers"), "possible_precisions",
+    "keep_freed_memory",
     *_of("speed_of_light", "training_step", "peak_of", "flop_a_map", "seconds_of", "measure"),
 )  # fmt: skip
 SIDE = 1536  # of the square matrices: larger ones are no faster
@@ -53,7 +54,9 @@ def training_step(model: WaferClassifier, *, batch_size: int, pixels: int, preci
     import torch
 
     from waferlab.data.images import encode
+    from waferlab.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     model.train().setup("fit")
     model.trainer = SimpleNamespace(estimated_stepping_batches=10**6)  # all that the optimizer asks of it
     optimizer = model.configure_optimizers()["optimizer"]

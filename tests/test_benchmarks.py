@@ -639,4 +639,4 @@ def test_speed_of_light_sets_steps_against_matrix_products_and_names_the_dearest
     assert len(dearest) == 10 and shares == sorted(shares, reverse=True) and sum(shares) <= 1
     assert any("conv" in one["operator"] for one in dearest)
     page = "\n".join(speed_of_light.table_of_shares(record))
-    assert "| lightning_cnn | 2 | 1 | 32-true |" in page and f"; {dearest[-1]['operator'][6:12]}" in page
+    assert "| lightning_cnn | 2 | 1 | 32-true |" in page and "convolution_backward" in page
