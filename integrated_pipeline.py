@@ -61,7 +61,7 @@ from waferlab.records import (
     write_summary,
 )
 from waferlab.reports.run_report import draw_run, write_pages
-from waferlab.reports.tracked_run import start_pipeline_run, track_outcome
+from waferlab.reports.tracked_run import start_pipeline_run, track_epochs, track_outcome
 from waferlab.search.budget import SearchPlan, plan_search, seconds_by_merit
 from waferlab.search.model_search import ModelSearch
 from waferlab.search.study import proposed_by, run_again, study_plots
@@ -504,7 +504,8 @@ class IntegratedMLPipeline:
         """The model, and the checkpoint that Lightning is to go on from: of this training, or of a trial."""
         files = self._trial_files(model_type)
         from_trial = trial and (trial.record, files.best(trial.number), files.state(trial.number))
-        resume_from = folder.begin(resume=self.config.resume, from_trial=from_trial)
+        cut_off = self.config.resume and folder.resume_point() is not None
+        resume_from = folder.begin(resume=cut_off, from_trial=from_trial)
         fresh = None if resume_from is None else False  # a checkpoint brings all weights
         model = self.create_model(model_type, params, class_weights=data.class_weights, pretrained=fresh)
         if resume_from is None:
@@ -512,6 +513,8 @@ class IntegratedMLPipeline:
             self.terminal.print_start(model.starting_weights, wanted=self.config.use_pretrained)
         else:
             folder.restore_start(model)  # a checkpoint cannot tell how its training started
+        if trial and not cut_off and model_type in self.model_runs:
+            track_epochs(self.runs, self.model_runs[model_type], trial.record)
         return model, resume_from
 
     def _callbacks_of_final_training(

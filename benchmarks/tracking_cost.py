@@ -76,15 +76,16 @@ def in_a_process(way: str) -> dict[str, float | str]:
 
 def search_and_train(arguments: argparse.Namespace) -> dict[str, float | str]:
     import integrated_pipeline as story
+    from waferlab.search import model_search
 
     with tempfile.TemporaryDirectory() as folder:
         config = plain_config(
             model_type=arguments.model, data=arguments.data, image_size=arguments.image_size, enable_optuna=True,
             num_optuna_trials=arguments.trials, search_epochs=arguments.epochs, max_epochs=arguments.epochs,
-            pruner="none", registry_name=None, enable_mlflow=arguments.one == "tracked", output_dir=folder,
+            pruner="none", workers=1, registry_name=None, enable_mlflow=arguments.one == "tracked", output_dir=folder,
         )  # fmt: skip
         watch = Stopwatch()
-        story.study_storage = watch.of_what_gives(story.study_storage)
+        model_search.study_storage = watch.of_what_gives(model_search.study_storage)
         summary = story.IntegratedMLPipeline(config).run_complete_pipeline()
         return {
             "search_seconds": round(summary["seconds"]["search"], 3),

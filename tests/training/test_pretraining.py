@@ -31,7 +31,7 @@ def pretrain(model_type, folder, *, seed=0, image_size=16, say=lambda text: None
     """Pre-trains a network that a pipeline makes and trains."""
     config = ExperimentConfig(
         model_type=model_type, use_pretrained=False, enable_mlflow=False, seed=seed, image_size=image_size,
-        output_dir=folder, quiet=True,
+        output_dir=folder, quiet=True, threads=1,
     )  # fmt: skip
     made = IntegratedMLPipeline(config)
     return pretraining.pretrain(

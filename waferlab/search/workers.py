@@ -100,9 +100,11 @@ def _work(work: Callable[[int, Tell], None], number: int, connection: Connection
         connection.send((what, *content))
 
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background may ignore it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         work(number, tell)
     except BaseException as error:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what it raised is on its way
         tell("raised", _as_it_can_be_sent(error))
 
 

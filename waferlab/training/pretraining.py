@@ -144,8 +144,8 @@ def pretrain(
 ) -> Path:
     """Trains a network with its default parameters on generated maps and keeps its weights after the last epoch.
 
-    The same arguments give the same tensors on the same machine. The file appears when it is whole; what a run that
-    was cut off had reached is in a checkpoint beside it.
+    The same arguments give the same tensors on the same machine, with the same number of threads. The file appears
+    when it is whole; what a run that was cut off had reached is in a checkpoint beside it.
 
     Args:
         model_type: a registered name.
