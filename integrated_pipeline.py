@@ -682,6 +682,7 @@ class IntegratedMLPipeline:
             model_type, model, data, callbacks, run=run, batches=self._batches_of_a_trial(data),
             max_epochs=search.plan.epochs if search else self.config.search_epochs,
         )  # fmt: skip
+        # Optimiser, schedule and clock beside the weights; it is read again as plain values only, like all checkpoints.
         trainer.save_checkpoint(files.state(trial.number), weights_only=False)
         record = record_training(
             model_type, model, data, history, precision=self.precision(model_type), checkpoint=file

@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import ROOT, write_record
-from provenance import BATCHES, FAMILY, GENERATOR, SCORES, SPLIT, TRAINING, changed
+from measure import ROOT, earlier_runs, write_record
+from provenance import BATCHES, FAMILY, GENERATOR, SCORES, SPLIT, TRAINING
 
 MEASURES = (*GENERATOR, *SPLIT, *BATCHES, *TRAINING, *SCORES)  # and the families that are trained
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
 
-    runs = earlier_runs(arguments.output)
+    runs = earlier_runs(arguments.output, {})
     known = {key(run) for run in runs}
     cases = [
         {"model": model, "setting": setting, "data": Path(data).name, "path": data, "epochs": arguments.epochs,
@@ -78,16 +78,6 @@ def main() -> None:
 
 def key(run: dict[str, Any]) -> tuple:
     return tuple(run[name] for name in ("model", "setting", "data", "epochs", "per_class"))
-
-
-def earlier_runs(output: Path) -> list[dict[str, Any]]:
-    if not output.exists():
-        return []
-    record = json.loads(output.read_text())
-    if changed(record["code"]):
-        print(f"{output} was made by other code: all is measured anew")
-        return []
-    return record["runs"]
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:

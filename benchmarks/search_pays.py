@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import paired_difference, plain_config, write_record
-from provenance import AFTER_SEARCH, BATCHES, FAMILY, GENERATOR, SCORES, SEARCH, SPLIT, TRAINING, changed
+from measure import earlier_runs, paired_difference, plain_config, write_record
+from provenance import AFTER_SEARCH, BATCHES, FAMILY, GENERATOR, SCORES, SEARCH, SPLIT, TRAINING
 
 MEASURES = (
     *GENERATOR,
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
-    runs = earlier_runs(arguments.output)
+    runs = earlier_runs(arguments.output, {})
     for case in cases(arguments):
         if any({key: run[key] for key in KEYS} == case | {"data": Path(case["data"]).name} for run in runs):
             continue
@@ -73,16 +73,6 @@ def cases(arguments: argparse.Namespace):
                     for start in arguments.starts:
                         for way in ("without", "with"):
                             yield dict(zip(KEYS, (data, model, start, seconds, seed, way), strict=True))
-
-
-def earlier_runs(output: Path | None) -> list[dict[str, Any]]:
-    if output is None or not output.exists():
-        return []
-    record = json.loads(output.read_text())
-    if changed(record["code"]):
-        print(f"{output} was made by other code: all is measured anew")
-        return []
-    return record["runs"]
 
 
 def measure(case: dict[str, Any], fields: list[str]) -> dict[str, Any]:

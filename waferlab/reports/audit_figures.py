@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from waferlab.reports.style import FAIL_COLOUR, INK, MUTED, PALETTE, PASS_COLOUR, save, shorten, theme
-from waferlab.reports.wafers import draw_wafer
+from waferlab.reports.style import INK, MUTED, PALETTE, save, shorten, theme
+from waferlab.reports.wafers import draw_wafer, wafer_sheet
 
 TILES_IN_A_ROW = 10
 
@@ -37,13 +35,7 @@ def plot_suspects(
     n_columns = min(TILES_IN_A_ROW, len(maps))
     width = max(n_columns * tile_width + 0.3, 7.3)
     height = header + math.ceil(len(maps) / n_columns) * tile_height + 0.1
-    figure = Figure((width, height))
-    sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
-    sheet.set_axis_off()
-    sheet.text(0.25, 0.32, title, fontsize=16, fontweight="bold", va="center")
-    dies = [Patch(color=PASS_COLOUR, label="die passed"), Patch(color=FAIL_COLOUR, label="die failed")]
-    place = {"loc": "center right", "bbox_to_anchor": (width - 0.1, 0.32), "bbox_transform": sheet.transData}
-    sheet.legend(handles=dies, ncols=2, **place)
+    figure, sheet = wafer_sheet(width, height, title=title, y=0.32)
     for number, (one, (given, called, probability)) in enumerate(zip(maps, captions, strict=True)):
         row, column = divmod(number, n_columns)
         x, y = 0.15 + (column + 0.5) * tile_width, header + row * tile_height + radius + 0.05

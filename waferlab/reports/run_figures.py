@@ -26,7 +26,6 @@ from waferlab.reports.style import (
     INK,
     MUTED,
     PALETTE,
-    PASS_COLOUR,
     draw_estimate,
     legend_below,
     model_colours,
@@ -39,7 +38,7 @@ from waferlab.reports.style import (
     wrap,
     wrap_name,
 )
-from waferlab.reports.wafers import draw_wafer
+from waferlab.reports.wafers import draw_wafer, wafer_sheet
 
 TILES_IN_A_ROW = 6
 Caption = Sequence[tuple[str, str]]  # lines, each with its colour
@@ -159,14 +158,7 @@ def _draw_sheet(title: str, sections: Sequence[tuple[str, str, Sequence[Tile]]])
     n_rows = sum(math.ceil(len(tiles) / TILES_IN_A_ROW) for _, _, tiles in sections)
     width = TILES_IN_A_ROW * tile_width + 0.3
     height = header + len(sections) * heading + n_rows * tile_height + 0.1
-    figure = Figure((width, height))
-    # One sheet measured in inches, y downwards, for all wafers: two dozen axes would take much longer to draw.
-    sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
-    sheet.set_axis_off()
-    sheet.text(0.25, 0.4, title, fontsize=16, fontweight="bold", va="center")
-    dies = [Patch(color=PASS_COLOUR, label="die passed"), Patch(color=FAIL_COLOUR, label="die failed")]
-    place = {"loc": "center right", "bbox_to_anchor": (width - 0.1, 0.4), "bbox_transform": sheet.transData}
-    sheet.legend(handles=dies, ncols=2, **place)
+    figure, sheet = wafer_sheet(width, height, title=title, y=0.4)
     top = header
     for text, colour, tiles in sections:
         sheet.text(0.25, top + 0.12, text, fontsize=12, fontweight="bold", color=colour, va="center")

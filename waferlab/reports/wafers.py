@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Circle
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Patch
 
 from waferlab.reports.style import FAIL_COLOUR, PASS_COLOUR, WAFER_COLOUR
+
+
+def wafer_sheet(width: float, height: float, *, title: str, y: float) -> tuple[Figure, Axes]:
+    """An empty sheet for many wafers, with a title and what the colours of dies mean.
+
+    It is one pair of axes, measured in inches, y downwards: two dozen of them would take much longer to draw.
+
+    Args:
+        width: inches.
+        height: inches.
+        title: of the figure.
+        y: of the title's middle.
+    """
+    figure = Figure((width, height))
+    sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    sheet.set_axis_off()
+    sheet.text(0.25, y, title, fontsize=16, fontweight="bold", va="center")
+    dies = [Patch(color=PASS_COLOUR, label="die passed"), Patch(color=FAIL_COLOUR, label="die failed")]
+    place = {"loc": "center right", "bbox_to_anchor": (width - 0.1, y), "bbox_transform": sheet.transData}
+    sheet.legend(handles=dies, ncols=2, **place)
+    return figure, sheet
 
 
 def draw_wafer(

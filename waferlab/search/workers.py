@@ -116,6 +116,7 @@ def _end_with(parent: int) -> None:
 
 
 def _as_it_can_be_sent(error: BaseException) -> BaseException:
+    """The error, or its words where it cannot be made again from what it holds; it never leaves these processes."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
