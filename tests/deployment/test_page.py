@@ -46,11 +46,22 @@ def page(browser, server):
 
 
 def drop(page, *files):
-    """As a hand does it."""
+    """As a hand does it: held over the page until the page shows that it has seen them (a browser may miss the
+    events of a page that it has not painted yet), then let go."""
     browser = page.context.new_cdp_session(page)
     data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
-    for kind in ("dragEnter", "dragOver", "drop"):
+
+    def move(kind):
         browser.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
+
+    seen = page.locator("#drop.over")
+    for _ in range(100):
+        move("dragEnter")
+        move("dragOver")
+        if seen.count():
+            break
+        page.wait_for_timeout(50)
+    move("drop")
 
 
 def failing(page, card):
