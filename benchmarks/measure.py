@@ -151,19 +151,6 @@ def plain_config(**settings: Any) -> ExperimentConfig:
     return ExperimentConfig(**plain | settings)
 
 
-def how_proposed(trials: int) -> str:
-    """How the parameters of so many trials are chosen: Optuna's TPE begins with random ones, before it can learn."""
-    import inspect
-
-    from optuna.samplers import TPESampler
-
-    at_random = inspect.signature(TPESampler).parameters["n_startup_trials"].default
-    first = "the first with the defaults"
-    if trials <= at_random:
-        return f"{first}, the others at random (TPE proposes from trial {at_random + 1} on)"
-    return f"{first}, up to trial {at_random} at random, then by TPE"
-
-
 def prepare(arguments: argparse.Namespace, model_type: str | list[str]) -> IntegratedMLPipeline:
     """A pipeline with its data ready, as the flags say, that trains from random weights and tracks nothing."""
     from integrated_pipeline import IntegratedMLPipeline

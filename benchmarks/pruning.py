@@ -4,8 +4,8 @@ Measured: seconds of a whole search with each pruner and with none, the best val
 weights of its best trial score on all real maps of the test lots. The last is the fair one: the best of N noisy
 validation scores flatters the search that finishes more trials. Maps, split, sampler, seed and number of trials are
 the same, in turn; a seed changes the split, the proposals and the weights. Left out of the clock: imports, reading the
-maps, scoring. Tracking is off. The first trial has the default parameters, the next nine are drawn at random, and TPE,
-Optuna's default, proposes the rest. A second call with the same output file adds its seeds or pruners to the record.
+maps, scoring. Tracking is off. The first trials have the default parameters and those of the portfolio, TPE proposes
+the others. A second call with the same output file adds its seeds or pruners to the record.
 
     python benchmarks/pruning.py --data wm811k.npz --output benchmarks/results/pruning.json
 """
@@ -23,7 +23,6 @@ from measure import (
     as_text,
     earlier_runs,
     few_maps,
-    how_proposed,
     paired_difference,
     paired_ratio,
     plain_config,
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="of a trial that is not pruned")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--pruners", nargs="+", default=["halving"], help="each against none")
+    parser.add_argument("--pruners", nargs="+", default=["auto"], help="each against none")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -73,7 +72,7 @@ def main() -> None:
             measures=(*MEASURES, *FAMILY.get(arguments.model, ())),
             repeats=f"{len({run['seed'] for run in runs})} seeds",
             precision=[str(pipeline.precision(arguments.model))],
-            search=f"searches of {arguments.trials} trials, {how_proposed(arguments.trials)}",
+            search=f"searches of {arguments.trials} trials",
         )
     for name in names:
         found = against_none(runs, name)

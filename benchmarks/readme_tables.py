@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from label_audit import table_of_audit
-from measure import NOT_RECORDED, ROOT, how_proposed, interval_holds, rows, score_text
+from measure import NOT_RECORDED, ROOT, interval_holds, rows, score_text
 from provenance import changed
 from search_tables import busy_machine, portfolio, search_pays
 from speed_of_light import table_of_shares
@@ -158,7 +158,7 @@ def search_text(trials: Sequence[int]) -> str:
     if not trials:
         return "no search"
     few, many = min(trials), max(trials)
-    return f"searches of {few if few == many else f'{few} to {many}'} trials, {how_proposed(many)}"
+    return f"searches of {few if few == many else f'{few} to {many}'} trials"
 
 
 def not_ranked(trained: Sequence[tuple[str, float, int]]) -> str | None:

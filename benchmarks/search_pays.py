@@ -20,7 +20,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from measure import earlier_runs, paired_difference, plain_config, write_record
 from provenance import AFTER_SEARCH, BATCHES, FAMILY, GENERATOR, SCORES, SEARCH, SPLIT, TRAINING
@@ -34,9 +34,6 @@ MEASURES = (
     *AFTER_SEARCH,
     *SCORES,
 )  # and the families that are trained
-
-if TYPE_CHECKING:
-    pass
 
 STARTS = {"defaults": 1.0, "too-large": 10.0, "too-small": 0.1}  # times the default learning rate
 KEYS = ("data", "model", "start", "seconds", "seed", "way")

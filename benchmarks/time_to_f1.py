@@ -25,16 +25,22 @@ import time
 from pathlib import Path
 
 from measure import NOT_RECORDED, interval_holds, odd_groups_macro_f1, plain_config, rows, score_text
-from provenance import BATCHES, FAMILY, ROOT, SCORES, SPLIT, TRAINING, changed, digests
+from provenance import BATCHES, FAMILY, ROOT, SCORES, SPLIT, TORCHVISION, TRAINING, changed, digests
 
 MEASURES = (*SPLIT, *BATCHES, *TRAINING, *SCORES)
 LEVELS = (0.80, 0.85, 0.88, 0.90, 0.91)
+SMALL_STEM = "resnet18_small_stem"  # not among the project's models: it is here to stand beside its ResNet18
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="synthetic", help="labelled maps, anything that --data of the scripts takes")
-    parser.add_argument("--models", nargs="+", default=["all"], help="model types (default: the four families)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["all"],
+        help=f"model types, or {SMALL_STEM} (default: the four families)",
+    )
     parser.add_argument("--minutes", type=float, nargs="+", default=[10], help="of training (default 10)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch-size", type=int, default=128)
@@ -92,6 +98,8 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
     from integrated_pipeline import IntegratedMLPipeline
     from waferlab.records import environment
 
+    if model_type == SMALL_STEM:
+        register_small_stem()
     config = plain_config(
         experiment_name=f"{model_type}_{minutes:g}min_seed{seed}",
         model_type=model_type,
@@ -143,8 +151,18 @@ def measure(arguments: argparse.Namespace, model_type: str, minutes: float, seed
         "maps": {part: len(indices) for part, indices in pipeline.split.parts().items()},
         "split": pipeline.split.fingerprint,
         "environment": environment(),
-        "code": digests((*MEASURES, *FAMILY.get(model_type, ()))),
+        "code": digests((*MEASURES, *FAMILY.get(model_type, TORCHVISION))),
     }
+
+
+def register_small_stem() -> None:
+    """ResNet18 with the first layer that is customary for images of 32 pixels, and ResNet18's defaults."""
+    from dataclasses import replace
+
+    from integrated_pipeline import find_model, register_model
+
+    resnet = find_model("torchvision_resnet")
+    register_model(SMALL_STEM, replace(resnet, fixed={**resnet.fixed, "small_stem": True}, portfolio=(), in_all=False))
 
 
 def longest(runs: list[dict]) -> list[dict]:

@@ -287,14 +287,6 @@ def test_the_machine_is_named_as_the_record_has_it():
     )
 
 
-def test_a_short_search_is_called_random_and_a_long_one_is_not():
-    assert (
-        measure.how_proposed(4) == "the first with the defaults, the others at random (TPE proposes from trial 11 on)"
-    )
-    assert measure.how_proposed(10).endswith("(TPE proposes from trial 11 on)")
-    assert measure.how_proposed(16) == "the first with the defaults, up to trial 10 at random, then by TPE"
-
-
 def test_the_score_of_odd_groups_is_that_of_the_maps_whose_group_in_the_file_is_odd(tmp_path):
     labels = np.arange(9).repeat(4)
     groups = np.tile([2, 5, 8, 7], 9)
@@ -533,11 +525,11 @@ def test_pruning_scores_what_was_found_on_the_test_lots_and_a_second_call_adds_t
     both = json.loads(output.read_text())
     assert both["runs"][:2] == first["runs"] and len(both["runs"]) == 4
     assert all(0 <= r["test_macro_f1_odd_groups"] <= 1 for r in both["runs"])
-    assert "the others at random" in both["training"]["search"]
+    assert both["training"]["search"] == "searches of 2 trials"
     assert all(0 < r["test_macro_f1"] <= 1 and r["epochs"] + 2 * r["failed"] <= 4 for r in both["runs"])
-    found = both["against_none"]["halving"]
+    found = both["against_none"]["auto"]
     assert found["seeds"] == [0, 1] and found["times_faster"]["turns"] == 2
-    none, halving = ([r["test_macro_f1"] for r in both["runs"] if r["pruner"] == name] for name in ("none", "halving"))
+    none, halving = ([r["test_macro_f1"] for r in both["runs"] if r["pruner"] == name] for name in ("none", "auto"))
     mean = sum(b - a for a, b in zip(none, halving, strict=True)) / 2
     assert found["test_macro_f1"]["mean"] == pytest.approx(mean, abs=1e-4)
 

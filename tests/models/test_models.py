@@ -90,6 +90,14 @@ def test_frozen_backbones_leave_only_the_head_to_train():
     assert trainable and all(name.startswith("fc.") for name in trainable)
 
 
+def test_a_small_stem_loses_no_die():
+    model, seen = TorchvisionLightningModel(small_stem=True), []
+    model.network.layer1.register_forward_hook(lambda *call: seen.append(call[-1].shape))
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 9) and seen == [(2, 64, 32, 32)]
+    with pytest.raises(ValueError, match="efficientnet_b0 has none"):
+        TorchvisionLightningModel(architecture="efficientnet_b0", small_stem=True)
+
+
 def test_the_head_has_512_units_and_the_asked_dropout():
     for architecture in ("resnet18", "efficientnet_b0"):
         head = list(TorchvisionLightningModel(architecture=architecture, dropout=0.37).network.children())[-1]

@@ -61,7 +61,7 @@ def test_differences_are_paired_by_seed_and_unpaired_seeds_left_out():
     ("scores", "size", "picked"),
     [
         ({0: (0.5, 0.5), 1: (0.9, 0.1), 2: (0.1, 0.9), 3: (0.6, 0.6)}, 3, [0, 1, 2]),
-        ({0: (0.9, 0.9), 1: (0.1, 0.2), 2: (0.5, 0.4)}, 2, [0, 2]),  # none adds to the best: the best of the rest
+        ({0: (0.9, 0.9), 1: (0.1, 0.2), 2: (0.5, 0.4)}, 2, [0]),  # none adds to the best
         ({0: (0.5,), 1: (0.6,)}, 5, [0, 1]),
     ],
 )
@@ -74,10 +74,11 @@ def test_settings_are_tried_and_picked(tiny_npz, tmp_path):
     flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--settings", 2, "--epochs", 1, "--per-class", 6)
     run("portfolio.py", *flags, "--output", output)
     record = json.loads(output.read_text())
-    assert [setting["setting"] for setting in record["picked"]["lightning_cnn"]] == [0, 1]
+    picked = record["picked"]["lightning_cnn"]
+    assert picked[0]["setting"] == 0 and len(search_tables.portfolio(record)) == 2 + len(picked)
     first, second = (run["parameters"] for run in record["runs"])
-    assert first["learning_rate"] == 4e-3 != second["learning_rate"]
-    assert len(search_tables.portfolio(record)) == 4
+    differ = {name for name in first if first[name] != second[name]}
+    assert first["learning_rate"] == 4e-3 and 0 < len(differ) < len(first)
 
 
 def test_a_busy_process_is_there_for_the_time_of_a_measurement_and_gone_after(monkeypatch):
