@@ -21,6 +21,7 @@ from pathlib import Path
 from label_audit import table_of_audit
 from measure import NOT_RECORDED, ROOT, interval_holds, rows, score_text
 from provenance import changed
+from recipes import table_of_recipes
 from search_tables import busy_machine, portfolio, search_pays
 from speed_of_light import table_of_shares
 from time_to_f1 import grouped, longest, machine_of, table_of_levels, table_of_runs
@@ -628,6 +629,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "serving_fuzz": serving_fuzz,
     "explaining": explaining,
     "scale": scale,
+    "recipes": table_of_recipes,
     "transfer": transfer,
     "pruning": pruning,
     "search_pays": search_pays,
