@@ -1,6 +1,6 @@
 """Which settings a search should try first: a few that together do well on other maps than those that it will see.
 
-Measured: `--settings` settings, the defaults and others, each trained from random weights for the same epochs on each
+Measured: `--settings` settings, the defaults and others, each trained from random weights for the same seconds on each
 kind of maps, and scored on their test part. The others are drawn from the search space of the architecture, but about
 half of their parameters, by lot, are those of the defaults: a setting that is drawn whole is hardly ever as good. From
 the table a portfolio is picked greedily: after the defaults, the setting that adds most to the mean, over the kinds of
@@ -39,7 +39,7 @@ case = json.loads(sys.argv[1])
 with tempfile.TemporaryDirectory() as folder:
     pipeline = IntegratedMLPipeline(measure.plain_config(
         model_type=case["model"], data=case["path"], max_samples_per_class=case["per_class"], threads=1,
-        max_epochs=case["epochs"], output_dir=folder))
+        max_epochs=1000, time_limit=case["seconds"], output_dir=folder))
     pipeline.prepare_data()
     parameters = pipeline._default_trial(case["model"])
     if case["setting"]:
@@ -50,7 +50,7 @@ with tempfile.TemporaryDirectory() as folder:
     record = pipeline.train_final_model(case["model"], parameters)
     (result,), _ = pipeline.evaluate([record])
 print(json.dumps({"parameters": parameters, "macro_f1": round(result.test["macro_f1"], 4),
-                  "seconds": round(record.train_seconds, 1), "precision": record.precision}))
+                  "epochs": record.epochs, "precision": record.precision}))
 """
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--models", nargs="+", default=["lightning_cnn", "torchvision_resnet"])
     parser.add_argument("--settings", type=int, default=12, help="of each architecture, the defaults included")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=60, help="of each training (default 60)")
     parser.add_argument("--per-class", type=int, default=150, help="maps of each class, at most")
     parser.add_argument("--size", type=int, default=5, help="of the portfolio, the defaults included")
     parser.add_argument("--processes", type=int, default=2)
@@ -69,7 +69,7 @@ def main() -> None:
     runs = earlier_runs(arguments.output, {})
     known = {key(run) for run in runs}
     cases = [
-        {"model": model, "setting": setting, "data": Path(data).name, "path": data, "epochs": arguments.epochs,
+        {"model": model, "setting": setting, "data": Path(data).name, "path": data, "seconds": arguments.seconds,
          "per_class": arguments.per_class}
         for setting in range(arguments.settings) for model in arguments.models for data in arguments.data
     ]  # fmt: skip
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def key(run: dict[str, Any]) -> tuple:
-    return tuple(run[name] for name in ("model", "setting", "data", "epochs", "per_class"))
+    return tuple(run[name] for name in ("model", "setting", "data", "seconds", "per_class"))
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:

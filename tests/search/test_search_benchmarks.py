@@ -71,7 +71,7 @@ def test_a_portfolio_is_what_adds_most_to_the_best_score_on_each_kind_of_maps(sc
 
 def test_settings_are_tried_and_picked(tiny_npz, tmp_path):
     output = tmp_path / "record.json"
-    flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--settings", 2, "--epochs", 1, "--per-class", 6)
+    flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--settings", 2, "--seconds", 1, "--per-class", 6)
     run("portfolio.py", *flags, "--output", output)
     record = json.loads(output.read_text())
     picked = record["picked"]["lightning_cnn"]
