@@ -24,7 +24,7 @@ from provenance import changed
 from recipes import table_of_recipes
 from search_tables import busy_machine, portfolio, search_pays
 from speed_of_light import table_of_shares
-from time_to_f1 import grouped, longest, machine_of, table_of_levels, table_of_runs
+from time_to_f1 import grouped, longest, machine_of, score_of_seeds, table_of_levels, table_of_runs
 
 RESULTS = ROOT / "benchmarks/results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
@@ -440,16 +440,18 @@ def serving_fuzz(record: dict) -> list[str]:
 
 
 def image_sizes(runs: list[dict]) -> list[str]:
-    table = rows(
-        "pixels, validation F1, test F1, of odd groups, epochs, latency (ms)",
-        [
-            [str(r["image_size"]), f"{r['validation_macro_f1']:.3f}",
-             score_text(r["test_macro_f1"], r["test_macro_f1_interval"], r.get("interval_method")),
-             odd_text(r.get("test_macro_f1_odd_groups")), str(r["epochs"]), f"{r['latency_ms']:.1f}"]
-            for r in sorted(runs, key=lambda r: r["image_size"])
-        ],
-    )  # fmt: skip
-    return [*table, "", brackets(r.get("interval_method") for r in runs)]
+    """Of each family, a row for each size."""
+    cells = []
+    for (_, model_type, minutes, pixels), some in sorted(grouped(runs).items(), key=lambda item: item[0][1:]):
+        cells.append([
+            model_type, f"{minutes:g}", str(pixels), str(len(some)),
+            f"{statistics.mean(run['validation_macro_f1'] for run in some):.3f}", score_of_seeds(some),
+            f"{statistics.mean(run['epochs'] for run in some):.0f}",
+            f"{statistics.mean(run['latency_ms'] for run in some):.1f}",
+        ])  # fmt: skip
+    table = rows("model, minutes, pixels, seeds, validation F1, test F1, epochs, latency (ms)", cells)
+    single = [some[0].get("interval_method") for some in grouped(runs).values() if len(some) == 1]
+    return [*table, *(["", brackets(single)] if single else [])]
 
 
 def transfer(record: dict) -> list[str]:
