@@ -24,7 +24,7 @@ from waferlab.evaluation.deletion import area_between, deletion_curves
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAYERS = {  # where the side is a quarter of the image's for the last time
-    "lightning_cnn": lambda model: model.network[5],
+    "lightning_cnn": lambda model: model.network[4],
     "torchvision_resnet": lambda model: model.network.layer1,
     "torchvision_efficientnet": lambda model: model.network.features[3][0].block[0],
     "yolo_inspired": lambda model: model.network.model[2],
