@@ -338,7 +338,7 @@ def runs_of_minutes(runs: list[dict]) -> list[str]:
     more = [run["decision"]["seconds"] - run["seconds"] for run in runs if run.get("decision")]
     shown = [f"{run['model_type']} {run['minutes']:g} min on {machine_of(run)}" for run in longest(runs)]
     notes = [
-        "Rows of different machines, minutes or pixels are not ranked against each other.",
+        "Rows of different machines, minutes, pixels or batches are not ranked against each other.",
         f"The picture shows one seed of each model's longest training: {'; '.join(shown)}.",
     ]
     if more:
@@ -442,7 +442,7 @@ def serving_fuzz(record: dict) -> list[str]:
 def image_sizes(runs: list[dict]) -> list[str]:
     """Of each family, a row for each size."""
     cells = []
-    for (_, model_type, minutes, pixels), some in sorted(grouped(runs).items(), key=lambda item: item[0][1:]):
+    for (_, model_type, minutes, pixels, _), some in sorted(grouped(runs).items(), key=lambda item: item[0][1:]):
         cells.append([
             model_type, f"{minutes:g}", str(pixels), str(len(some)),
             f"{statistics.mean(run['validation_macro_f1'] for run in some):.3f}", score_of_seeds(some),

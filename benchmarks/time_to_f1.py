@@ -43,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, nargs="+", default=[10], help="of training (default 10)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32, help="maps a training batch (default 32)")
     parser.add_argument("--image-size", type=int, default=40)
     parser.add_argument("--tune-decision", action="store_true", help="also score the decision chosen on validation")
     parser.add_argument("--work-dir", default=ROOT / "results/time_to_f1", help="for checkpoints and pictures")
@@ -193,19 +193,19 @@ def draw(runs: list[dict], path: Path) -> None:
 
 
 def table_of_runs(runs: list[dict]) -> list[str]:
-    """Markdown: one line for each machine, model, training time and image size.
+    """Markdown: one line for each machine, model, training time, image size and batch size.
 
     The bracket of one seed is its interval over lots, where today's method made it.
     """
-    heading = "machine, model, minutes, pixels, seeds, test macro F1, of odd groups, decision tuned, accuracy, epochs, "
-    heading += "parameters"
+    heading = "machine, model, minutes, pixels, batch, seeds, test macro F1, of odd groups, decision tuned, accuracy, "
+    heading += "epochs, parameters"
     cells = []
-    for (machine, model_type, minutes, image_size), some in grouped(runs).items():
+    for (machine, model_type, minutes, pixels, batch), some in grouped(runs).items():
         tuned = [run["decision"]["test_macro_f1"] for run in some if run.get("decision")]
         odd = [run["test_macro_f1_odd_groups"] for run in some if run.get("test_macro_f1_odd_groups") is not None]
         epochs = [run["epochs"] for run in some]
         cells.append([
-            machine, model_type, f"{minutes:g}", str(image_size), str(len(some)), score_of_seeds(some),
+            machine, model_type, f"{minutes:g}", str(pixels), str(batch), str(len(some)), score_of_seeds(some),
             mean_and_deviation(odd) if len(odd) == len(some) else NOT_RECORDED,
             mean_and_deviation(tuned) if len(tuned) == len(some) else "-",
             f"{statistics.mean(run['test_accuracy'] for run in some):.3f}",
@@ -229,7 +229,7 @@ def mean_and_deviation(scores: list[float]) -> str:
 def table_of_levels(runs: list[dict]) -> list[str]:
     """Markdown: for each machine and model, seconds from the start of the process to each score, where reached."""
     groups, cells = grouped(runs), []
-    for row in dict.fromkeys((machine, model_type) for machine, model_type, _, _ in groups):
+    for row in dict.fromkeys((machine, model_type) for machine, model_type, *_ in groups):
         some = [group for key, group in groups.items() if key[:2] == row]
         cells.append([*row, *(seconds_to(level, some) for level in LEVELS)])
     return rows(f"machine, model, {', '.join(f'{level:.2f}' for level in LEVELS)}", cells)
@@ -243,11 +243,12 @@ def seconds_to(level: float, groups: list[list[dict]]) -> str:
     return f"{statistics.mean(run['seconds'] for run in soonest):.0f} s (n={len(soonest)})"
 
 
-def grouped(runs: list[dict]) -> dict[tuple[str, str, float, int], list[dict]]:
-    """Runs by machine, model, minutes and image size."""
-    groups: dict[tuple[str, str, float, int], list[dict]] = {}
+def grouped(runs: list[dict]) -> dict[tuple[str, str, float, int, int], list[dict]]:
+    """Runs by machine, model, minutes, image size and batch size."""
+    groups: dict[tuple[str, str, float, int, int], list[dict]] = {}
     for run in sorted(runs, key=lambda run: (machine_of(run), run["minutes"])):
-        groups.setdefault((machine_of(run), run["model_type"], run["minutes"], run["image_size"]), []).append(run)
+        key = (machine_of(run), *(run[name] for name in ("model_type", "minutes", "image_size", "batch_size")))
+        groups.setdefault(key, []).append(run)
     return groups
 
 
