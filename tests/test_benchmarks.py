@@ -304,7 +304,7 @@ def test_the_score_of_odd_groups_is_that_of_the_maps_whose_group_in_the_file_is_
 
 def test_time_to_f1_measures_anew_what_older_code_measured(tmp_path, monkeypatch):
     output = tmp_path / "runs.json"
-    key = {"model_type": "lightning_cnn", "minutes": 2.0, "seed": 0, "image_size": 40, "batch_size": 128}
+    key = {"model_type": "lightning_cnn", "minutes": 2.0, "seed": 0, "image_size": 40, "batch_size": 32}
     today = provenance.digests(["encode"])
     output.write_text(json.dumps([key | {"code": today}, key | {"seed": 1, "code": {"encode": "older"}}]))
     measured = []
@@ -339,7 +339,7 @@ def test_time_to_f1_records_each_run_once(tiny_npz, tmp_path):
     assert all(0 <= r["test_macro_f1_odd_groups"] <= 1 and "encode" in r["code"] for r in runs)
     assert all(r["seconds"] > r["train_seconds"] > 1 for r in runs)
     assert all(r["decision"]["seconds"] > r["seconds"] for r in runs)
-    assert "| lightning_cnn | 0.03 | 16 | 2 |" in run("time_to_f1.py", "--tables", output)
+    assert "| lightning_cnn | 0.03 | 16 | 32 | 2 |" in run("time_to_f1.py", "--tables", output)
 
 
 def test_training_throughput_compares_with_a_loop_that_learns_the_same(tiny_npz, tmp_path):

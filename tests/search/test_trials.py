@@ -76,6 +76,12 @@ def test_the_line_of_a_failed_trial_says_why_and_what_is_best_so_far():
     assert line.startswith("  trial 3/9  fail        -    best 0.750  rate 0.00125") and line.endswith("(made up)")
 
 
+def test_of_two_trials_that_end_at_once_each_has_its_own_number():
+    study = a_study(0.5, 0.5)
+    lines = [trial_line(study, trial, wanted=4, seconds_left=1.0) for trial in study.trials]
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4"]
+
+
 # --- which is gone on with
 
 

@@ -304,7 +304,7 @@ def running_trials(tmp_path):
     if "tiny/slow" not in optuna.get_all_study_names(storage):
         return None
     trials = optuna.load_study(study_name="tiny/slow", storage=storage).get_trials(states=(TrialState.RUNNING,))
-    training = [trial for trial in trials if "proposed_by" in trial.user_attrs]
+    training = [trial for trial in trials if "process" in trial.user_attrs]  # which is noted first
     return training if len(training) == 2 else None
 
 

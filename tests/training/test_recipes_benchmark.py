@@ -1,9 +1,9 @@
 """Promises of the benchmark of recipes: each changes what it says, and all are held against the recipe as it is."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import recipes  # noqa: E402
 
-from waferlab.data.maps import WaferMaps  # noqa: E402
+from waferlab.data.maps import CLASS_NAMES, WaferMaps  # noqa: E402
 
 
 def drawn(dies, *recipe, side=8):
@@ -61,19 +61,35 @@ def test_small_grids_with_a_pattern_are_drawn_twice_as_often():
     assert ratio.tolist() == [2, 1, 1, 1]
 
 
-def test_recipes_are_compared_seed_by_seed_and_a_second_call_goes_on(tiny_npz, tmp_path):
-    flags = ["--data", tiny_npz, "--draws", 64, "--batch-size", 16, "--image-size", 16, "--processes", 1]
-    flags += ["--output", tmp_path / "record.json", "--recipes", "two-channels+placed"]
+@pytest.mark.parametrize("variant", ["as-it-is", "two-channels+placed", "averaged+mixed+small-twice"])
+def test_each_recipe_trains_and_is_scored_by_grid_size(variant, tiny_npz):
+    arguments = SimpleNamespace(data=str(tiny_npz), draws=32, batch_size=16, image_size=16)
+    threads = torch.get_num_threads()
+    found = recipes.train(arguments, variant=variant, seed=0)
+    torch.set_num_threads(threads)
+    assert all(0 <= found[name] <= 1 for name in ("macro_f1", "validation_macro_f1", "small_grids", "large_grids"))
+    assert set(found["recall_on_small_grids"]) <= set(CLASS_NAMES) and found["maps"]["test"] > 0
 
-    def run(*more):
-        command = [sys.executable, ROOT / "benchmarks/recipes.py", *flags, *more]
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+
+def test_recipes_are_compared_seed_by_seed_and_a_second_call_goes_on(tmp_path, monkeypatch):
+    trained = []
+
+    def in_own_process(arguments, variant, seed):
+        trained.append((variant, seed))
+        score = 0.5 + 0.1 * seed + 0.01 * (variant == "placed") * (seed + 1)
+        scores = dict.fromkeys(("macro_f1", "validation_macro_f1", "small_grids", "large_grids"), score)
+        return {"variant": variant, "seed": seed, **scores, "recall_on_small_grids": {"Loc": 0.5}, "seconds": 1.0,
+                "maps": {"train": 8, "test": 2}}  # fmt: skip
+
+    def run(*seeds):
+        flags = ["--data", "maps.npz", "--recipes", "placed", "--output", str(tmp_path / "record.json")]
+        monkeypatch.setattr(sys, "argv", ["recipes.py", *flags, "--seeds", *seeds])
+        recipes.main()
         return json.loads((tmp_path / "record.json").read_text())
 
-    first, record = run("--seeds", 0)["runs"], run("--seeds", 0, 1)
-    assert record["runs"][:2] == first
-    assert [(r["variant"], r["seed"]) for r in record["runs"][2:]] == [("as-it-is", 1), ("two-channels+placed", 1)]
-    scores = {(r["variant"], r["seed"]): r["macro_f1"] for r in record["runs"]}
-    mean = sum(scores["two-channels+placed", seed] - scores["as-it-is", seed] for seed in (0, 1)) / 2
-    assert record["outcome"][1]["against"]["difference"] == pytest.approx(mean)
-    assert len(recipes.table_of_recipes(record)) == 4
+    monkeypatch.setattr(recipes, "in_own_process", in_own_process)
+    run("0")
+    record = run("0", "1")
+    assert trained == [("as-it-is", 0), ("placed", 0), ("as-it-is", 1), ("placed", 1)]
+    assert record["outcome"][1]["against"]["difference"] == pytest.approx(0.015)
+    assert "| placed | 2 | 0.565 | +0.015 [" in "\n".join(recipes.table_of_recipes(record))

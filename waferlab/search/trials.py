@@ -50,6 +50,7 @@ def trial_line(study: optuna.Study, trial: FrozenTrial, *, wanted: int, seconds_
     Of a pruned trial the value is the last that it reported.
     """
     done = counted_trials(study)
+    place = sum(other.datetime_complete <= trial.datetime_complete for other in done)  # others may have ended since
     best = max((t.values[0] for t in completed(study)), default=None)
     reported = trial.intermediate_values
     last = trial.values[0] if trial.values else reported[max(reported)] if reported else None
@@ -57,7 +58,7 @@ def trial_line(study: optuna.Study, trial: FrozenTrial, *, wanted: int, seconds_
     left = max(0.0, min(max(0, wanted - len(done)) * study_seconds(study) / max(1, len(done)), seconds_left))
     shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items())
     return (
-        f"  trial {len(done)}/{wanted}  {trial.state.name.lower():8}  {value}  "
+        f"  trial {place}/{wanted}  {trial.state.name.lower():8}  {value}  "
         f"best {'  -  ' if best is None else f'{best:.3f}'}  {shown}  about {left:.0f} s left"
         + (f"  ({trial.user_attrs['reason']})" if "reason" in trial.user_attrs else "")
     )
