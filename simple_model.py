@@ -57,8 +57,9 @@ class AverageAndMaxPool(nn.Module):
 class LightningCNN(WaferClassifier):
     """A residual CNN for small images: a first layer at full resolution, then three blocks, each to half of it.
 
-    On real wafer maps a block at full resolution cost a quarter of the time: without one, two minutes of training gave
-    more and five the same. Twice the blocks or half again the width lost at equal training time.
+    A block at full resolution would cost a quarter of the time: on real wafer maps two minutes of training reached more
+    without one (two seeds), and five about the same (one seed). Twice the blocks or half again the width lost at equal
+    training time.
 
     Args:
         base_channels: width of the first layer; the blocks are twice, four and eight times as wide.
