@@ -13,11 +13,20 @@ are from one view of each map. A seed changes the split, the weights and the dra
   averaged    what is scored are the weights' running mean (decay 0.998)
   mixed       pairs of maps are mixed, and their labels with them (mixup, arXiv 1710.09412, alpha 0.3)
   small-twice maps of patterns on small grids are drawn twice as often
+  pooled      on grids that are larger than the image each pixel is the mean of whole dies
+  neighbours  a second channel: the share of failing dies among those around
+  side-inputs three more channels, each of one value: the grid's rows and columns and the share of failing dies
+  muon        kernels between the first and the last layer take orthogonal steps of the size of AdamW's (Muon, Jordan
+              2024, with the scale of arXiv 2502.16982)
+  audited     maps whose label is probably wrong by confident learning, cross-validated by lot within the training part,
+              are not drawn; the three networks that say so are trained before, for as many draws together
+  distilled   a network of three times the width, trained before for as many draws, gives half of each target
 
     python benchmarks/recipes.py --data wm811k.npz --output benchmarks/results/recipes.json
 
 Several may be joined by a plus (two-channels+nearest). A call with the same output file adds to the record what it does
-not have yet. The interval of a difference is corrected for the number of recipes.
+not have yet. What is trained before is not in the seconds. The interval of a difference is corrected for the number of
+recipes. On a GPU, `--device cuda`, the same is measured sooner; the seconds are then the GPU's.
 """
 
 from __future__ import annotations
@@ -31,6 +40,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -47,12 +57,17 @@ if TYPE_CHECKING:
     from waferlab.data.maps import WaferMaps
     from waferlab.models.classifier import WaferClassifier
 
-RECIPES = ("two-channels", "nearest", "placed", "averaged", "mixed", "small-twice")
-SETTINGS = ("data", "draws", "batch_size", "image_size")
+RECIPES = (
+    *("two-channels", "nearest", "placed", "averaged", "mixed", "small-twice", "pooled", "neighbours", "side-inputs"),
+    *("muon", "audited", "distilled"),
+)
+SETTINGS = ("data", "draws", "batch_size", "image_size", "device")
 MEASURES = (
     *(*SPLIT, *CNN, "WaferClassifier", "augment", "keep_freed_memory"),
-    *_of("recipes", "train", "draw_images", "resized", "augmented", "weights_of_draws", "one_step"),
+    *_of("recipes", "train", "fit", "draw_images", "planes_of", "resized", "augmented", "weights_of_draws", "one_step"),
+    *_of("recipes", "optimizers", "Muon", "orthogonal", "probably_wrong"),
 )
+MEANS = ("macro_f1", "eight_views", "validation_macro_f1", "small_grids", "large_grids", "seconds")
 SMALL = 30  # dies: the longest side of what is called a small grid
 
 
@@ -65,6 +80,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2, help="trainings side by side (default 2)")
+    parser.add_argument("--device", default="cpu", help="that trains: cpu or cuda (default cpu)")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -111,25 +127,25 @@ def train(arguments: argparse.Namespace, *, variant: str, seed: int) -> dict[str
     recipe = {*variant.split("+")}
     pipeline = prepared(arguments, seed)
     maps, parts = pipeline.maps, pipeline.split.parts()
-    images, labels = draw_images(maps, recipe, arguments.image_size), torch.from_numpy(maps.labels)
-    torch.manual_seed(seed)
-    model = pipeline.create_model("lightning_cnn")
-    if "two-channels" in recipe:
-        first = model.network[0]
-        model.network[0] = torch.nn.Conv2d(2, first.out_channels, 3, padding=1, bias=False)
-    model.setup("fit")
-    part, steps = torch.from_numpy(parts["train"]), arguments.draws // arguments.batch_size
-    weights = weights_of_draws(labels[part], torch.from_numpy(small_grids(maps)[parts["train"]]), recipe)
-    step = one_step(model, recipe, steps)
+    data = Images(
+        draw_images(maps, recipe, arguments.image_size).to(arguments.device),
+        torch.from_numpy(maps.labels).to(arguments.device),
+        torch.from_numpy(small_grids(maps)),
+    )
+    part, teacher = torch.from_numpy(parts["train"]), None
+    length = {"draws": arguments.draws, "batch_size": arguments.batch_size}
+    if "audited" in recipe:
+        part = part[~probably_wrong(pipeline, data, part, recipe, **length)]
+    if "distilled" in recipe:
+        teacher = fit(made_network(pipeline, recipe, seed, base_channels=3 * 16), data, part, recipe, **length)
+    model = made_network(pipeline, recipe, seed)
     started = time.monotonic()
-    draws = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        drawn = part[torch.multinomial(weights, arguments.batch_size, replacement=True, generator=draws)]
-        scored = step(augmented(images[drawn]), labels[drawn])
+    scored = fit(model, data, part, recipe, **length, seed=seed, teacher=teacher)
     seconds = time.monotonic() - started
-    found = {name: score(scored, images, maps, parts[name]) for name in ("validation", "test")}
+    found = {name: score(scored, data.images, maps, parts[name]) for name in ("validation", "test")}
     return {
         "macro_f1": found["test"]["all"],
+        "eight_views": found["test"]["eight_views"],
         "validation_macro_f1": found["validation"]["all"],
         "small_grids": found["test"]["small"],
         "large_grids": found["test"]["large"],
@@ -137,6 +153,68 @@ def train(arguments: argparse.Namespace, *, variant: str, seed: int) -> dict[str
         "seconds": round(seconds, 1),
         "maps": {name: len(indices) for name, indices in parts.items()},
     }
+
+
+@dataclass(frozen=True)
+class Images:
+    """Int8 [N, C, S, S] and int64 [N], where they are trained on; bool [N], which are of small grids."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    small: torch.Tensor
+
+
+def made_network(pipeline: IntegratedMLPipeline, recipe: set[str], seed: int, **parameters: Any) -> WaferClassifier:
+    """An untrained network for the channels of a recipe."""
+    import torch
+
+    torch.manual_seed(seed)
+    model = pipeline.create_model("lightning_cnn", {**pipeline._default_trial("lightning_cnn"), **parameters})
+    channels = channels_of(recipe)
+    if channels > 1:
+        first = model.network[0]
+        model.network[0] = torch.nn.Conv2d(channels, first.out_channels, 3, padding=1, bias=False)
+    model.setup("fit")
+    return model
+
+
+def fit(
+    model: WaferClassifier, data: Images, part: torch.Tensor, recipe: set[str], *, draws: int, batch_size: int,
+    seed: int = 0, teacher: nn.Module | None = None,
+) -> nn.Module:  # fmt: skip
+    """Trains on a part of the maps and returns the network that is to be scored."""
+    import torch
+
+    steps, device = draws // batch_size, data.images.device
+    model.to(device)
+    weights = weights_of_draws(data.labels.cpu()[part], data.small[part], recipe)
+    step = one_step(model, recipe, steps, teacher)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        drawn = part[torch.multinomial(weights, batch_size, replacement=True, generator=generator)].to(device)
+        scored = step(augmented(data.images[drawn], recipe), data.labels[drawn])
+    return scored
+
+
+def probably_wrong(
+    pipeline: IntegratedMLPipeline, data: Images, part: torch.Tensor, recipe: set[str], *, draws: int, batch_size: int
+) -> torch.Tensor:
+    """Bool [len(part)]: maps that networks of other lots surely take for another class than that they are given."""
+    import numpy as np
+    import torch
+
+    lots = np.unique(pipeline.maps.groups[part.numpy()])
+    fold_of = dict(zip(np.random.default_rng(0).permutation(lots), np.arange(len(lots)) % 3, strict=True))
+    folds = torch.tensor([fold_of[lot] for lot in pipeline.maps.groups[part.numpy()]])
+    answers = torch.empty(len(part), 9)
+    for fold in range(3):
+        model = made_network(pipeline, recipe, fold)
+        network = fit(model, data, part[folds != fold], recipe, draws=draws // 3, batch_size=batch_size).eval()
+        answers[folds == fold] = probabilities(network, data.images, part[folds == fold]).cpu()
+    given, answered = data.labels.cpu()[part], answers.argmax(1)
+    right = given == answered
+    sure = torch.stack([answers[right & (given == c), c].mean() for c in range(9)])  # as they are, of a class
+    return ~right & (answers.amax(1) >= sure[answered])
 
 
 def prepared(arguments: argparse.Namespace, seed: int) -> IntegratedMLPipeline:
@@ -154,20 +232,45 @@ def small_grids(maps: WaferMaps) -> np.ndarray:
     return np.asarray(maps.shapes).max(1) <= SMALL
 
 
+def channels_of(recipe: set[str]) -> int:
+    """Of an image."""
+    return 1 + ("two-channels" in recipe) + ("neighbours" in recipe) + 3 * ("side-inputs" in recipe)
+
+
 def draw_images(maps: WaferMaps, recipe: set[str], side: int) -> torch.Tensor:
     """Int8 [N, C, side, side], -127 to 127: in one channel no die, pass, fail; in two no die and die, pass and fail."""
     import numpy as np
     import torch
 
-    out = torch.empty(len(maps), 2 if "two-channels" in recipe else 1, side, side, dtype=torch.int8)
+    out = torch.empty(len(maps), channels_of(recipe), side, side, dtype=torch.int8)
     sizes, size_of = np.unique(np.asarray(maps.shapes), axis=0, return_inverse=True)
     for number in range(len(sizes)):
         for some in np.array_split(members := np.flatnonzero(size_of.ravel() == number), -(-len(members) // 256)):
             dies = torch.from_numpy(np.stack([maps[i] for i in some]))
-            planes = [dies > 0, dies == 2] if "two-channels" in recipe else [dies / 2]
-            drawn = torch.stack([resized(plane.float(), recipe, side) for plane in planes], 1)
+            drawn = torch.stack([resized(plane.float(), recipe, side) for plane in planes_of(dies, recipe)], 1)
             out[some] = ((2 * drawn - 1) * 127).round().to(torch.int8)
     return out
+
+
+def planes_of(dies: torch.Tensor, recipe: set[str]) -> list[torch.Tensor]:
+    """Planes of 0..1 and [n, h, w], from dies 0, 1, 2."""
+    import torch
+
+    fails, there = (dies == 2).float(), (dies > 0).float()
+    planes = [there, fails] if "two-channels" in recipe else [dies / 2]
+    if "neighbours" in recipe:
+        around = torch.ones(1, 1, 3, 3)
+        around[..., 1, 1] = 0
+        failing, all_there = (
+            torch.nn.functional.conv2d(plane[:, None], around, padding=1)[:, 0] for plane in (fails, there)
+        )
+        planes.append(failing / all_there.clamp(min=1))
+    if "side-inputs" in recipe:
+        rows, columns = dies.shape[-2:]
+        share = fails.sum((1, 2)) / there.sum((1, 2)).clamp(min=1)
+        planes += [torch.full_like(fails, min(1.0, length / 100)) for length in (rows, columns)]
+        planes.append(share[:, None, None].expand_as(fails))
+    return planes
 
 
 def resized(plane: torch.Tensor, recipe: set[str], side: int) -> torch.Tensor:
@@ -182,11 +285,13 @@ def resized(plane: torch.Tensor, recipe: set[str], side: int) -> torch.Tensor:
     if max(rows, columns) <= side and "nearest" in recipe:
         middle = torch.arange(side) + 0.5
         return plane[:, (middle * rows / side).long()][:, :, (middle * columns / side).long()]
+    if min(rows, columns) >= side and "pooled" in recipe:
+        return torch.nn.functional.adaptive_avg_pool2d(plane, side)
     size = {"size": (side, side), "mode": "bilinear", "antialias": True}
     return torch.nn.functional.interpolate(plane[:, None], **size)[:, 0]
 
 
-def augmented(images: torch.Tensor) -> torch.Tensor:
+def augmented(images: torch.Tensor, recipe: set[str]) -> torch.Tensor:
     """As the project does it: one of eight symmetries, and a few dies that pass instead of fail; float [B, C, S, S]."""
     import torch
 
@@ -195,13 +300,18 @@ def augmented(images: torch.Tensor) -> torch.Tensor:
     images = images.float() / 127
     if images.shape[1] == 1:
         return augment(images)
-    flips = torch.rand(3, len(images), 1, 1, 1) < 0.5
+    flips = torch.rand(3, len(images), 1, 1, 1, device=images.device) < 0.5
     for flip, axes in zip(flips[:2], (-1, -2), strict=True):
         images = torch.where(flip, images.flip(axes), images)
     images = torch.where(flips[2], images.transpose(-1, -2), images)
-    dies, fails = images[:, :1], images[:, 1:]
-    swapped = (torch.rand_like(dies) < DIE_NOISE) & (dies > 0)
-    return torch.cat([dies, torch.where(swapped, -fails, fails)], 1)
+    dies = images[:, 0]
+    swapped = (torch.rand_like(dies) < DIE_NOISE) & (dies >= 0)
+    noisy = images.clone()
+    if "two-channels" in recipe:
+        noisy[:, 1] = torch.where(swapped, -images[:, 1], images[:, 1])
+    else:
+        noisy[:, 0] = torch.where(swapped, 1 - dies, dies)
+    return noisy
 
 
 def weights_of_draws(labels: torch.Tensor, small: torch.Tensor, recipe: set[str]) -> torch.Tensor:
@@ -216,14 +326,15 @@ def weights_of_draws(labels: torch.Tensor, small: torch.Tensor, recipe: set[str]
     return weights
 
 
-def one_step(model: WaferClassifier, recipe: set[str], steps: int) -> Callable[[torch.Tensor, torch.Tensor], nn.Module]:
+def one_step(
+    model: WaferClassifier, recipe: set[str], steps: int, teacher: nn.Module | None
+) -> Callable[[torch.Tensor, torch.Tensor], nn.Module]:
     """What trains on a batch and gives the network that is to be scored; the learning rates are the project's."""
     import numpy as np
     import torch
 
     model._trainer = SimpleNamespace(estimated_stepping_batches=steps)
-    made = model.train().configure_optimizers()
-    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    optimizer, schedule = optimizers(model.train(), recipe)
     mean = copy.deepcopy(model.network) if "averaged" in recipe else None
     chance, done = np.random.default_rng(0), 0
 
@@ -231,9 +342,14 @@ def one_step(model: WaferClassifier, recipe: set[str], steps: int) -> Callable[[
         nonlocal done
         share, others = 1.0, torch.arange(len(images))
         if "mixed" in recipe:
-            share, others = chance.beta(0.3, 0.3), torch.randperm(len(images))
-        logits = model(share * images + (1 - share) * images[others])
+            share, others = chance.beta(0.3, 0.3), torch.randperm(len(images), device=images.device)
+        images = share * images + (1 - share) * images[others]
+        logits = model(images)
         loss = share * model.loss(logits, labels) + (1 - share) * model.loss(logits, labels[others])
+        if teacher is not None:
+            with torch.no_grad():
+                answers = teacher.eval()(images.contiguous(memory_format=torch.channels_last)).softmax(1)
+            loss = (loss + torch.nn.functional.cross_entropy(logits, answers)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -252,6 +368,72 @@ def one_step(model: WaferClassifier, recipe: set[str], steps: int) -> Callable[[
     return step
 
 
+def optimizers(model: WaferClassifier, recipe: set[str]) -> tuple[torch.optim.Optimizer, Any]:
+    """The project's optimiser and schedule, or Muon's in their places."""
+    import torch
+
+    made = model.configure_optimizers()
+    if "muon" not in recipe:
+        return made["optimizer"], made["lr_scheduler"]["scheduler"]
+    first, last = model.network[0].weight, model.network[-1].weight
+    kernels = [p for p in model.network.parameters() if p.ndim > 1 and p is not first and p is not last]
+    taken = {id(p) for p in kernels}
+    others = [p for p in model.network.parameters() if id(p) not in taken]
+    optimizer = Muon(kernels, others, learning_rate=model.learning_rate, weight_decay=model.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, model._share_of_peak)
+
+
+def Muon(kernels, others, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """An optimiser whose steps of kernels are orthogonal; the others' are AdamW's."""
+    import torch
+
+    class Orthogonal(torch.optim.AdamW):
+        @torch.no_grad()
+        def step(self, closure=None):
+            group = self.param_groups[0]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 0.05)
+                update = orthogonal(parameter.grad.lerp(momentum, 0.95).flatten(1)).view_as(parameter)
+                size = 0.2 * max(parameter.shape[0], parameter[0].numel()) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * size)
+            rest, self.param_groups = self.param_groups, self.param_groups[1:]
+            super().step()
+            self.param_groups = rest
+
+    groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return Orthogonal(groups, lr=learning_rate, fused=True)
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix with about orthogonal rows or columns near to it: five steps of a Newton-Schulz iteration."""
+    x = matrix / (matrix.norm() + 1e-7)
+    turned = x.shape[0] > x.shape[1]
+    x = x.T if turned else x
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if turned else x
+
+
+def probabilities(network: nn.Module, images: torch.Tensor, part: torch.Tensor, *, views: bool = False) -> torch.Tensor:
+    """Float [len(part), 9], of one view or the mean of eight."""
+    import torch
+
+    from waferlab.data.images import symmetries
+
+    found = []
+    with torch.no_grad():
+        for some in part.split(512):
+            batch = images[some.to(images.device)].float() / 127
+            seen = list(symmetries(batch)) if views else [batch]
+            of_views = [network(view.contiguous(memory_format=torch.channels_last)).softmax(1) for view in seen]
+            found.append(torch.stack(of_views).mean(0))
+    return torch.cat(found)
+
+
 def score(network: nn.Module, images: torch.Tensor, maps: WaferMaps, part: np.ndarray) -> dict[str, Any]:
     """Macro F1 of all maps of a part, of small grids and of the others, and each class's recall on small grids."""
     import numpy as np
@@ -261,19 +443,18 @@ def score(network: nn.Module, images: torch.Tensor, maps: WaferMaps, part: np.nd
     from waferlab.data.maps import CLASS_NAMES
 
     network.eval()
-    with torch.no_grad():
-        batches = torch.from_numpy(part).split(512)
-        ordered = [(images[some].float() / 127).contiguous(memory_format=torch.channels_last) for some in batches]
-        answers = torch.cat([network(batch).argmax(1) for batch in ordered]).numpy()
+    answers = probabilities(network, images, torch.from_numpy(part)).argmax(1).cpu().numpy()
+    of_eight = probabilities(network, images, torch.from_numpy(part), views=True).argmax(1).cpu().numpy()
     labels, small, classes = maps.labels[part], small_grids(maps)[part], range(len(CLASS_NAMES))
 
-    def macro_f1(chosen: np.ndarray) -> float:
+    def macro_f1(chosen: np.ndarray, answers: np.ndarray = answers) -> float:
         there = np.unique(labels[chosen])
         return round(f1_score(labels[chosen], answers[chosen], labels=there, average="macro", zero_division=0), 4)
 
     recall = recall_score(labels[small], answers[small], labels=classes, average=None, zero_division=np.nan)
     return {
         "all": macro_f1(np.ones(len(part), bool)),
+        "eight_views": macro_f1(np.ones(len(part), bool), of_eight),
         "small": macro_f1(small),
         "large": macro_f1(~small),
         "recall": {name: round(float(r), 3) for name, r in zip(CLASS_NAMES, recall, strict=True) if r == r},
@@ -293,8 +474,7 @@ def outcome(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for variant in (first, *others):
         ours = [run for run in runs if run["variant"] == variant]
-        means = {name: round(sum(run[name] for run in ours) / len(ours), 4)
-                 for name in ("macro_f1", "validation_macro_f1", "small_grids", "large_grids", "seconds")}  # fmt: skip
+        means = {name: round(sum(run[name] for run in ours) / len(ours), 4) for name in MEANS}
         recalls = {
             name: round(sum(values) / len(values), 3)
             for name in ("Scratch", "Loc", "Edge-Loc")
