@@ -86,9 +86,10 @@ def key(run: dict[str, Any]) -> tuple:
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
     """One training in a process of its own; a setting with which it diverges scores 0."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, json.dumps(case)], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     found = {"macro_f1": 0.0, "failed": done.stderr.strip().splitlines()[-1:], "precision": "none"}
     if done.returncode == 0:

@@ -16,8 +16,8 @@ are from one view of each map. A seed changes the split, the weights and the dra
   pooled      on grids that are larger than the image each pixel is the mean of whole dies
   neighbours  a second channel: the share of failing dies among those around
   side-inputs three more channels, each of one value: the grid's rows and columns and the share of failing dies
-  muon        kernels between the first and the last layer take orthogonal steps of the size of AdamW's (Muon, Jordan
-              2024, with the scale of arXiv 2502.16982)
+  muon        Muon instead of AdamW (`waferlab/models/muon.py`)
+  rate-half, rate-twice   another learning rate
   audited     maps whose label is probably wrong by confident learning, cross-validated by lot within the training part,
               are not drawn; the three networks that say so are trained before, for as many draws together
   distilled   a network of three times the width, trained before for as many draws, gives half of each target
@@ -59,13 +59,14 @@ if TYPE_CHECKING:
 
 RECIPES = (
     *("two-channels", "nearest", "placed", "averaged", "mixed", "small-twice", "pooled", "neighbours", "side-inputs"),
-    *("muon", "audited", "distilled"),
+    *("muon", "audited", "distilled", "rate-half", "rate-twice"),
 )
 SETTINGS = ("data", "draws", "batch_size", "image_size", "device")
 MEASURES = (
     *(*SPLIT, *CNN, "WaferClassifier", "augment", "keep_freed_memory"),
     *_of("recipes", "train", "fit", "draw_images", "planes_of", "resized", "augmented", "weights_of_draws", "one_step"),
-    *_of("recipes", "optimizers", "Muon", "orthogonal", "probably_wrong"),
+    *_of("recipes", "probably_wrong"),
+    *("Muon", "orthogonalized", "hidden_kernels"),
 )
 MEANS = ("macro_f1", "eight_views", "validation_macro_f1", "small_grids", "large_grids", "seconds")
 SMALL = 30  # dies: the longest side of what is called a small grid
@@ -169,7 +170,10 @@ def made_network(pipeline: IntegratedMLPipeline, recipe: set[str], seed: int, **
     import torch
 
     torch.manual_seed(seed)
-    model = pipeline.create_model("lightning_cnn", {**pipeline._default_trial("lightning_cnn"), **parameters})
+    parameters = pipeline._default_trial("lightning_cnn") | parameters
+    parameters |= {"optimizer": "muon"} if "muon" in recipe else {}
+    parameters["learning_rate"] *= 2 ** (("rate-twice" in recipe) - ("rate-half" in recipe))
+    model = pipeline.create_model("lightning_cnn", parameters)
     channels = channels_of(recipe)
     if channels > 1:
         first = model.network[0]
@@ -334,7 +338,8 @@ def one_step(
     import torch
 
     model._trainer = SimpleNamespace(estimated_stepping_batches=steps)
-    optimizer, schedule = optimizers(model.train(), recipe)
+    made = model.train().configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
     mean = copy.deepcopy(model.network) if "averaged" in recipe else None
     chance, done = np.random.default_rng(0), 0
 
@@ -366,56 +371,6 @@ def one_step(
         return mean
 
     return step
-
-
-def optimizers(model: WaferClassifier, recipe: set[str]) -> tuple[torch.optim.Optimizer, Any]:
-    """The project's optimiser and schedule, or Muon's in their places."""
-    import torch
-
-    made = model.configure_optimizers()
-    if "muon" not in recipe:
-        return made["optimizer"], made["lr_scheduler"]["scheduler"]
-    first, last = model.network[0].weight, model.network[-1].weight
-    kernels = [p for p in model.network.parameters() if p.ndim > 1 and p is not first and p is not last]
-    taken = {id(p) for p in kernels}
-    others = [p for p in model.network.parameters() if id(p) not in taken]
-    optimizer = Muon(kernels, others, learning_rate=model.learning_rate, weight_decay=model.weight_decay)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, model._share_of_peak)
-
-
-def Muon(kernels, others, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """An optimiser whose steps of kernels are orthogonal; the others' are AdamW's."""
-    import torch
-
-    class Orthogonal(torch.optim.AdamW):
-        @torch.no_grad()
-        def step(self, closure=None):
-            group = self.param_groups[0]
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 0.05)
-                update = orthogonal(parameter.grad.lerp(momentum, 0.95).flatten(1)).view_as(parameter)
-                size = 0.2 * max(parameter.shape[0], parameter[0].numel()) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * size)
-            rest, self.param_groups = self.param_groups, self.param_groups[1:]
-            super().step()
-            self.param_groups = rest
-
-    groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return Orthogonal(groups, lr=learning_rate, fused=True)
-
-
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix with about orthogonal rows or columns near to it: five steps of a Newton-Schulz iteration."""
-    x = matrix / (matrix.norm() + 1e-7)
-    turned = x.shape[0] > x.shape[1]
-    x = x.T if turned else x
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if turned else x
 
 
 def probabilities(network: nn.Module, images: torch.Tensor, part: torch.Tensor, *, views: bool = False) -> torch.Tensor:

@@ -13,9 +13,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from waferlab.data.images import encode
 from waferlab.errors import WeightsUnavailableError
+from waferlab.models.muon import Muon, hidden_kernels
 from waferlab.records import StartingWeights
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 
 
 class WaferClassifier(pl.LightningModule):
@@ -34,7 +35,7 @@ class WaferClassifier(pl.LightningModule):
     Args:
         learning_rate: peak of the schedule.
         weight_decay: of matrices and kernels; biases and normalisation layers are not decayed.
-        optimizer: "adamw", "adam" or "sgd" (Nesterov momentum 0.9).
+        optimizer: "adamw", "adam", "sgd" (Nesterov momentum 0.9) or "muon" (`waferlab/models/muon.py`).
         label_smoothing: 0..1, share of the target spread over all classes.
         warmup: share of the training over which the learning rate rises to its peak.
         decay: share of the training, its last part, over which the learning rate falls to zero. Between the two it
@@ -146,6 +147,10 @@ class WaferClassifier(pl.LightningModule):
                 optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
             case "sgd":
                 optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True, fused=True)
+            case "muon":
+                hidden = {id(p): p for p in hidden_kernels(self.network)}
+                rest = [group | {"params": [p for p in group["params"] if id(p) not in hidden]} for group in groups]
+                optimizer = Muon([*hidden.values()], rest, lr=self.learning_rate, weight_decay=self.weight_decay)
         self.total_steps = max(1, self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
