@@ -44,7 +44,7 @@ from waferlab.errors import (
 )
 from waferlab.evaluation.inference import decision_of, measure_latency, score_model
 from waferlab.evaluation.predictions import Predictions
-from waferlab.models.classifier import WaferClassifier
+from waferlab.models.classifier import OPTIMIZERS, WaferClassifier
 from waferlab.models.registry import MODEL_REGISTRY, ModelSpec, find_model, our_names, register_model  # noqa: F401
 from waferlab.models.starting_weights import start_from
 from waferlab.models.torchvision_models import TorchvisionLightningModel
@@ -120,7 +120,7 @@ def suggest_parameters(
 def suggest_for_cnn(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str, Any]:
     """Optimiser of the small CNN, and its width, unless weights have one."""
     width = {} if pretrained else {"base_channels": trial.suggest_categorical("base_channels", (16, 32, 48, 64))}
-    return width | {"optimizer": trial.suggest_categorical("optimizer", ("adamw", "adam", "sgd"))}
+    return width | {"optimizer": trial.suggest_categorical("optimizer", OPTIMIZERS)}
 
 
 def suggest_freezing(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str, Any]:
@@ -136,8 +136,11 @@ def suggest_size(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str
 torchvision_spec = partial(ModelSpec, TorchvisionLightningModel)
 register_model(
     "lightning_cnn",
-    ModelSpec(LightningCNN, suggest=suggest_for_cnn, defaults={"learning_rate": 4e-3, "dropout": 0.1}, in_all=True),
-)
+    ModelSpec(
+        LightningCNN, suggest=suggest_for_cnn, in_all=True,
+        defaults={"learning_rate": 4e-3, "dropout": 0.1, "optimizer": "muon"},
+    ),
+)  # fmt: skip
 register_model(
     "torchvision_resnet",
     torchvision_spec(

@@ -38,7 +38,8 @@ TRAINING = (
     *("WaferClassifier", "macro_f1", "TimeBudget", "Patience", "SeedEachEpoch", "record_training", "best_weights"),
     *("possible_precisions", "seconds_a_step", "QuickestThreads", "keep_freed_memory"),
 )
-CNN = ("LightningCNN", "ResidualBlock", "AverageAndMaxPool", "register_model('lightning_cnn')")
+MUON = ("Muon", "orthogonalized", "hidden_kernels")
+CNN = (*MUON, "LightningCNN", "ResidualBlock", "AverageAndMaxPool", "register_model('lightning_cnn')")
 TORCHVISION = ("TorchvisionLightningModel", "SmallImageConv2d", "quicken_small_convolutions")
 LITE = (*TORCHVISION, "SamePadding", "efficientnet_lite0", "read_published", "register_model('efficientnet_lite0')")
 FAMILY = {

@@ -2,10 +2,10 @@
 
 Measured: macro F1 of `lightning_cnn` on the test lots, of all maps and of those on small grids (no side longer than 30
 dies), after the same number of draws from the training part, with one thread. The loop is a bare one, with the
-project's split, balanced draws, network, optimiser and learning rates, so that nothing but the recipe differs; answers
-are from one view of each map. A seed changes the split, the weights and the draws.
+project's split, balanced draws, network, learning rates and, but for that, AdamW, so that nothing but the recipe
+differs. A seed changes the split, the weights and the draws.
 
-  as-it-is    one channel, -1 where there is no die, 0 pass, 1 fail, resized bilinearly
+  as-it-is    AdamW, one channel, -1 where there is no die, 0 pass, 1 fail, resized bilinearly
   two-channels   where there are dies, and which of them fail, resized apart: in one channel, what lies between no die
               and a failing one looks like a pass
   nearest     each pixel takes the die that it lies in, on grids that are smaller than the image: none is blurred
@@ -46,7 +46,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from measure import ROOT, earlier_runs, plain_config, rows, write_record
-from provenance import CNN, SPLIT, _of
+from provenance import MUON, SPLIT, _of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,10 +63,10 @@ RECIPES = (
 )
 SETTINGS = ("data", "draws", "batch_size", "image_size", "device")
 MEASURES = (
-    *(*SPLIT, *CNN, "WaferClassifier", "augment", "keep_freed_memory"),
+    *(*SPLIT, "LightningCNN", "ResidualBlock", "AverageAndMaxPool", "WaferClassifier", "augment", "keep_freed_memory"),
     *_of("recipes", "train", "fit", "draw_images", "planes_of", "resized", "augmented", "weights_of_draws", "one_step"),
     *_of("recipes", "probably_wrong"),
-    *("Muon", "orthogonalized", "hidden_kernels"),
+    *MUON,
 )
 MEANS = ("macro_f1", "eight_views", "validation_macro_f1", "small_grids", "large_grids", "seconds")
 SMALL = 30  # dies: the longest side of what is called a small grid
@@ -170,8 +170,8 @@ def made_network(pipeline: IntegratedMLPipeline, recipe: set[str], seed: int, **
     import torch
 
     torch.manual_seed(seed)
-    parameters = pipeline._default_trial("lightning_cnn") | parameters
-    parameters |= {"optimizer": "muon"} if "muon" in recipe else {}
+    usual = {"learning_rate": 4e-3, "weight_decay": 0.05, "dropout": 0.1, "base_channels": 16}
+    parameters = usual | {"optimizer": "muon" if "muon" in recipe else "adamw"} | parameters
     parameters["learning_rate"] *= 2 ** (("rate-twice" in recipe) - ("rate-half" in recipe))
     model = pipeline.create_model("lightning_cnn", parameters)
     channels = channels_of(recipe)
