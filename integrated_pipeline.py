@@ -64,6 +64,7 @@ from waferlab.reports.run_report import draw_run, write_pages
 from waferlab.reports.tracked_run import start_pipeline_run, track_epochs, track_outcome
 from waferlab.search.budget import SearchPlan, plan_search, seconds_by_merit
 from waferlab.search.model_search import ModelSearch
+from waferlab.search.portfolio import PORTFOLIOS
 from waferlab.search.study import proposed_by, run_again, study_plots
 from waferlab.search.trial_files import TrialFiles
 from waferlab.search.trials import Validation, pack_answers
@@ -136,31 +137,28 @@ def suggest_size(trial: optuna.trial.BaseTrial, *, pretrained: bool) -> dict[str
 torchvision_spec = partial(ModelSpec, TorchvisionLightningModel)
 register_model(
     "lightning_cnn",
-    ModelSpec(
-        LightningCNN, suggest=suggest_for_cnn, in_all=True,
-        defaults={"learning_rate": 4e-3, "dropout": 0.1, "optimizer": "muon"},
-    ),
+    ModelSpec(LightningCNN, suggest=suggest_for_cnn, portfolio=PORTFOLIOS["lightning_cnn"], in_all=True,
+              defaults={"learning_rate": 4e-3, "dropout": 0.1, "optimizer": "muon"}),
 )  # fmt: skip
 register_model(
     "torchvision_resnet",
     torchvision_spec(
-        fixed={"architecture": "resnet18"}, suggest=suggest_freezing,
-        defaults={"learning_rate": 1e-3, "dropout": 0.2}, in_all=True,
+        fixed={"architecture": "resnet18"}, suggest=suggest_freezing, defaults={"learning_rate": 1e-3, "dropout": 0.2},
+        portfolio=PORTFOLIOS["torchvision_resnet"], in_all=True,
     ),
 )  # fmt: skip
 register_model(
     "torchvision_efficientnet",
     torchvision_spec(
         fixed={"architecture": "efficientnet_b0"}, suggest=suggest_freezing,
-        defaults={"learning_rate": 3e-3, "dropout": 0.2}, in_all=True,
+        defaults={"learning_rate": 3e-3, "dropout": 0.2}, portfolio=PORTFOLIOS["torchvision_efficientnet"], in_all=True,
     ),
 )  # fmt: skip
 register_model(
     "yolo_inspired",
-    ModelSpec(
-        YOLOLightningAdapter, suggest=suggest_size, defaults={"learning_rate": 2e-3, "dropout": 0.2}, in_all=True
-    ),
-)
+    ModelSpec(YOLOLightningAdapter, suggest=suggest_size, portfolio=PORTFOLIOS["yolo_inspired"], in_all=True,
+              defaults={"learning_rate": 2e-3, "dropout": 0.2}),
+)  # fmt: skip
 register_model(
     "torchvision_resnet50",
     torchvision_spec(

