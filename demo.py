@@ -54,7 +54,7 @@ def main() -> int:
         help="ultra: one model, small search, 2 min (default); quick: all models, 3 min; full: all models, 5 min",
     )
     parser.add_argument("--start-mlflow", action="store_true", help="open the MLflow page before the work starts")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     return command_line.run(lambda: search_and_report(arguments))
 
 
@@ -62,7 +62,7 @@ def search_and_report(arguments: argparse.Namespace) -> None:
     """The work itself; imported late, so that --help and wrong flags answer at once."""
     from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 
-    config = ExperimentConfig(**EVERY_MODE | PRESETS[arguments.mode] | command_line.common_fields(arguments))
+    config = ExperimentConfig(**command_line.options_of(arguments, EVERY_MODE | PRESETS[arguments.mode]))
     command_line.run_pipeline(IntegratedMLPipeline(config), start_mlflow=arguments.start_mlflow)
 
 

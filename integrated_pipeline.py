@@ -236,6 +236,7 @@ class IntegratedMLPipeline:
             self.failed, self.problems, self.terminal.seconds = {}, [], {}
             with self.terminal.timed("data"):
                 self.prepare_data()
+            self.config.write_yaml(self.config.results_dir / "config.yaml")
             with self.open_tracking().closing():
                 return self._run(
                     start_pipeline_run(self.runs, self.config, self.maps, self.split, key=self._fingerprint())

@@ -10,7 +10,8 @@ from waferlab import command_line
 EXAMPLES = """\
   python quick_start.py
   python quick_start.py --data my_maps.npz --output-dir first_look
-  python quick_start.py --seed 3 --quiet"""
+  python quick_start.py --seed 3 --quiet
+  python quick_start.py model_type=yolo_inspired image_size=40"""
 
 PRESET = dict(
     experiment_name="quick_start",
@@ -25,7 +26,7 @@ PRESET = dict(
 
 def main() -> int:
     """Runs quick_start with the command line's arguments and returns the exit status."""
-    arguments = command_line.make_parser(__doc__, EXAMPLES).parse_args()
+    arguments = command_line.parse(command_line.make_parser(__doc__, EXAMPLES))
     return command_line.run(lambda: train_and_report(arguments))
 
 
@@ -33,7 +34,7 @@ def train_and_report(arguments: argparse.Namespace) -> None:
     """The work itself; imported late, so that --help and wrong flags answer at once."""
     from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 
-    config = ExperimentConfig(**PRESET | command_line.common_fields(arguments))
+    config = ExperimentConfig(**command_line.options_of(arguments, PRESET))
     command_line.run_pipeline(IntegratedMLPipeline(config))
 
 

@@ -22,6 +22,8 @@ EXAMPLES = """\
   python run_experiment.py --mode ablation --models yolo_inspired
   python run_experiment.py --mode production --data my_maps.npz --time-limit 3600 --mlflow-server
   python run_experiment.py --mode production --data my_maps.npz --resume     go on after Ctrl-C or a crash
+  python run_experiment.py --mode comparison image_size=48 learning_rate=2e-3     any option of a run
+  python run_experiment.py --mode production --config results/production/config.yaml      as an earlier run was
   python run_experiment.py --mode pretrain                                   the small CNN, 200,000 maps
   python run_experiment.py --mode pretrain --models all --image-size 64      a network of every family"""
 
@@ -87,7 +89,7 @@ ONLY_FOR = {  # flags that mean nothing in the other modes
 def main() -> int:
     """Runs run_experiment with the command line's arguments and returns the exit status."""
     parser = make_parser()
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     for name, modes in ONLY_FOR.items():
         if arguments.mode not in modes and getattr(arguments, name) != parser.get_default(name):
             flag, others = f"--{name.replace('_', '-')}", " or ".join(sorted(modes))
@@ -107,13 +109,18 @@ def make_parser() -> argparse.ArgumentParser:
         default="demo",
         help="demo: 10 min (default); comparison: 20 min; ablation: 30 min; production: 50 min; pretrain: 10 min",
     )
-    add("--models", nargs="+", metavar="NAME", help="'all' or names (ablation takes one; pretrain: the small CNN)")
+    add(
+        "--models",
+        action=command_line.Several,
+        metavar="NAME",
+        help="'all' or names (ablation takes one; pretrain: the small CNN)",
+    )
     add("--trials", type=int, metavar="N", help="of each search")
     add("--epochs", type=int, metavar="N", help="of each final training; without --time-limit, nothing else ends it")
     add(
         "--seeds",
-        type=int,
-        nargs="+",
+        action=command_line.Several,
+        each=int,
         default=[0, 1, 2, 3, 4],
         metavar="N",
         help="of comparison and ablation (default 0 1 2 3 4)",
@@ -138,7 +145,7 @@ def run_and_report(arguments: argparse.Namespace) -> None:
     from waferlab.experiments.ablation import ablate
     from waferlab.experiments.comparison import compare_architectures
 
-    pipeline = IntegratedMLPipeline(ExperimentConfig(**PRESETS[arguments.mode] | _chosen(arguments)))
+    pipeline = IntegratedMLPipeline(ExperimentConfig(**_options(arguments)))
     if arguments.mode not in SERIES:
         command_line.run_pipeline(pipeline, start_mlflow=arguments.mlflow_server)
         return
@@ -158,7 +165,7 @@ def pretrain_all(arguments: argparse.Namespace) -> None:
     from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
     from waferlab.training.pretraining import DEFAULT_MAPS, pretrain
 
-    config = ExperimentConfig(**PRETRAIN | _chosen(arguments), use_pretrained=False)
+    config = ExperimentConfig(**_options(arguments) | {"use_pretrained": False})
     pipeline = IntegratedMLPipeline(config)
     for model_type in config.model_types():
         if not config.quiet:
@@ -179,8 +186,8 @@ def pretrain_all(arguments: argparse.Namespace) -> None:
             print(file, flush=True)
 
 
-def _chosen(arguments: argparse.Namespace) -> dict[str, object]:
-    """The fields of the configuration that the command line sets."""
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
+    """The options of a run, as the mode's preset, a file and the command line say."""
     optional = {
         "model_type": arguments.models if arguments.models != ["all"] else "all",
         "num_optuna_trials": arguments.trials,
@@ -190,10 +197,10 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, object]:
         "max_samples_per_class": arguments.max_samples_per_class,
         "image_size": arguments.image_size,
     }
-    chosen = {name: value for name, value in optional.items() if value is not None}
+    flags = {name: value for name, value in optional.items() if value is not None}
     if arguments.epochs is not None:
-        chosen.setdefault("time_limit", None)
-    return chosen | command_line.common_fields(arguments)
+        flags.setdefault("time_limit", None)
+    return command_line.options_of(arguments, PRESETS[arguments.mode], **flags)
 
 
 if __name__ == "__main__":

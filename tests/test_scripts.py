@@ -4,12 +4,14 @@ import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import demo
 import integrated_pipeline
+import quick_start
 import run_experiment
 from integrated_pipeline import ExperimentConfig
 from waferlab.training import pretraining
@@ -147,3 +149,70 @@ def test_pretrain_prints_its_own_lines_and_nothing_else(tmp_path):
     model, epoch, score = done.stdout.splitlines()
     assert model == "lightning_cnn" and "epoch 1/1" in epoch and file.name in score
     assert not (tmp_path / "mlflow.db").exists()
+
+
+# --- options from files and NAME=VALUE
+
+
+def test_over_a_preset_counts_a_file_over_it_a_flag_and_over_all_an_option(configured, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 1\nimage_size: 24\nlearning_rate: 2e-3\nmax_epochs: 7\n")
+    config = configured("quick_start", "--config", file, "--seed", 2, "image_size=28", "objectives=[macro_f1, latency]")
+    assert (config.seed, config.image_size, config.learning_rate, config.max_epochs) == (2, 28, 0.002, 7)
+    assert list(config.objectives) == ["macro_f1", "latency"]
+    assert config.model_type == quick_start.PRESET["model_type"]  # what nothing else says
+
+
+def test_an_option_over_its_flag_and_options_anywhere_among_flags(configured):
+    config = configured("run_experiment", "seed=4", "--mode", "comparison", "--seed", 3, "--models", "lightning_cnn",
+                        "yolo_inspired", "image_size=48", "--quiet", "learning_rate=1e-3")  # fmt: skip
+    assert (config.seed, config.image_size, config.learning_rate) == (4, 48, 0.001)
+    assert config.model_type == ["lightning_cnn", "yolo_inspired"] and config.quiet
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["imagesize=32"], "'imagesize' is no option. Did you mean 'image_size'?"),
+        (["32"], "'32' is no option. Write NAME=VALUE"),
+        (["image_size=[32"], "'image_size=[32'"),
+        (["image_size=tall"], "image_size='tall' is out of range"),
+        (["--config", "missing.yaml"], "missing.yaml cannot be read"),
+    ],
+)
+def test_a_wrong_option_is_one_message_and_status_2(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("quick_start", *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sed: 1\n", "'sed' is no option. Did you mean 'seed'?"),
+        ("- seed\n", "holds no options"),
+        ("", "holds no options"),
+        ("seed: [1\n", "cannot be read as YAML"),
+        ("seed: !!python/object/apply:os.getpid []\n", "cannot be read as YAML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(text, said, tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert call("quick_start", "--config", file) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(f"error: {file}") and said in found
+
+
+def test_seeds_that_are_none_are_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        call("run_experiment", "--mode", "comparison", "--seeds", "1", "two")
+    assert "--seeds" in capsys.readouterr().err
+
+
+def test_the_file_that_a_run_leaves_repeats_it(configured, tmp_path):
+    first = configured("run_experiment", "--mode", "production", "--seed", 5, "trainer={gradient_clip_val: 1.0}",
+                       "--models", "lightning_cnn")  # fmt: skip
+    first.write_yaml(tmp_path / "config.yaml")
+    again = configured("quick_start", "--config", tmp_path / "config.yaml", "--output-dir", tmp_path)
+    assert again == replace(first, output_dir=str(tmp_path), objectives=["macro_f1"])

@@ -10,7 +10,7 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,32 +25,70 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add("options", nargs="*", metavar="OPTION=VALUE", help="any other option of a run (see waferlab/config.py)")
+    add("--config", metavar="FILE", help="YAML of options, such as the config.yaml that a run leaves with its results")
+    add(
         "--data",
-        default="synthetic",
         metavar="PATH",
         help="'synthetic' (default), or a path: LSWMD.pkl, MixedWM38 .npz, .npz in our layout, folder of class folders",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data, split, weights and batches (default 0)")
-    parser.add_argument(
-        "--output-dir", default=".", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)"
-    )
-    parser.add_argument("--no-mlflow", action="store_true", help="do not track with MLflow")
-    parser.add_argument("--resume", action="store_true", help="go on where the same command was cut off")
-    parser.add_argument("--quiet", action="store_true", help="print the outcome only")
+    add("--seed", type=int, help="of data, split, weights and batches (default 0)")
+    add("--output-dir", metavar="DIR", help="folder that holds results/ and checkpoints/ (default: here)")
+    add("--no-mlflow", action="store_true", help="do not track with MLflow")
+    add("--resume", action="store_true", help="go on where the same command was cut off")
+    add("--quiet", action="store_true", help="print the outcome only")
     return parser
 
 
-def common_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `ExperimentConfig` that the flags of every script set."""
-    return {
-        "data": arguments.data,
-        "seed": arguments.seed,
-        "output_dir": arguments.output_dir,
-        "enable_mlflow": not arguments.no_mlflow,
-        "resume": arguments.resume,
-        "quiet": arguments.quiet,
+class Several(argparse.Action):
+    """Values of a flag that takes many, among which OPTION=VALUE of those that come after it may be."""
+
+    def __init__(self, option_strings: list[str], dest: str, *, each: Callable[[str], Any] = str, **more: Any) -> None:
+        super().__init__(option_strings, dest, nargs="+", **more)
+        self._each = each
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        """Puts the values aside, and the options with those that were found before."""
+        try:
+            setattr(namespace, self.dest, [self._each(value) for value in values if "=" not in value])
+        except ValueError as error:
+            parser.error(f"argument {flag}: {error}")
+        after = [value for value in values if "=" in value]
+        namespace.options_after_flags = [*getattr(namespace, "options_after_flags", []), *after]
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line's arguments, options and flags in any order."""
+    arguments = parser.parse_intermixed_args()
+    arguments.options = [*arguments.options, *getattr(arguments, "options_after_flags", [])]
+    return arguments
+
+
+def options_of(arguments: argparse.Namespace, preset: Mapping[str, Any], **flags: Any) -> dict[str, Any]:
+    """The options of a run: of a preset, over them a file's, over them those of flags, over all OPTION=VALUE.
+
+    Args:
+        arguments: of the command line.
+        preset: of the script.
+        **flags: what flags of the script's own say.
+
+    Raises:
+        ConfigError: the file cannot be read, or an option is not known.
+    """
+    from waferlab.config import parse_options, read_options
+
+    common = {"data": arguments.data, "seed": arguments.seed, "output_dir": arguments.output_dir}
+    switched = {
+        "enable_mlflow": False if arguments.no_mlflow else None,
+        "resume": arguments.resume or None,
+        "quiet": arguments.quiet or None,
     }
+    said = {name: value for name, value in (common | switched).items() if value is not None}
+    of_file = {} if arguments.config is None else read_options(arguments.config)
+    return {**preset, **of_file, **flags, **said, **parse_options(arguments.options)}
 
 
 def run_pipeline(pipeline: IntegratedMLPipeline, *, start_mlflow: bool = False) -> None:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from waferlab.data.reading import SYNTHETIC
 from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError
 from waferlab.models.registry import MODEL_REGISTRY, find_model
+from waferlab.records import write_atomically
 
 SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")
@@ -27,6 +29,7 @@ TRAINER_IS_OURS = {
     "max_epochs", "callbacks", "logger", "plugins", "default_root_dir", "enable_progress_bar", "enable_model_summary",
     "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones",
 }  # fmt: skip
+PLACE_AND_MANNER = ("output_dir", "resume", "quiet")
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
@@ -214,6 +217,13 @@ class ExperimentConfig:
                 why = "set by the pipeline. Leave it out."
             raise ConfigError(f"trainer={dict(self.trainer)!r}: {name!r} is {why}")
 
+    def write_yaml(self, file: Path) -> None:
+        """Writes all options, but where and how this run goes on, so that `--config FILE` repeats it elsewhere."""
+        import yaml
+
+        options = {name: value for name, value in _plain(self).items() if name not in PLACE_AND_MANNER}
+        write_atomically(file, yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
+
     def model_types(self) -> list[str]:
         """The chosen model types in order, each once."""
         if not MODEL_REGISTRY:
@@ -281,3 +291,86 @@ class ExperimentConfig:
         trains = {option.name for option in fields(self) if option.metadata.get("trains", True)}
         settings = {name: value for name, value in asdict(self).items() if name in trains}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------- options from files and commands
+
+
+def read_options(file: str | Path) -> dict[str, Any]:
+    """Options by name from a YAML file, such as the config.yaml that a run leaves; none of their values is checked.
+
+    Raises:
+        ConfigError: it cannot be read, is no mapping, or names an option that there is not.
+    """
+    import yaml
+
+    try:
+        found = yaml.load(Path(file).read_text(), Loader=_yaml_loader())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds no options. Write one a line, such as 'image_size: 32'.")
+    return {known_option(str(name), said=f"{file}: "): value for name, value in found.items()}
+
+
+def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """Options by name from "name=value", values written as in YAML: "image_size=32", "objectives=[macro_f1, latency]".
+
+    Raises:
+        ConfigError: one is no assignment, its value is no YAML, or there is no option of that name.
+    """
+    import yaml
+
+    options = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment!r} is no option. Write NAME=VALUE, such as image_size=32.")
+        try:
+            options[known_option(name.strip())] = yaml.load(value, Loader=_yaml_loader())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{assignment!r}: {' '.join(str(error).split())}") from error
+    return options
+
+
+def default_options() -> dict[str, Any]:
+    """All options with their defaults, as YAML knows them."""
+    return _plain(ExperimentConfig())
+
+
+def _plain(config: ExperimentConfig) -> dict[str, Any]:
+    """All options, in the types of YAML."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def known_option(name: str, *, said: str = "") -> str:
+    """The name itself, if it is one of an option.
+
+    Args:
+        name: as somebody wrote it.
+        said: where, for the error.
+
+    Raises:
+        ConfigError: it is not; the error names the nearest.
+    """
+    names = [option.name for option in fields(ExperimentConfig)]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise ConfigError(
+            f"{said}{name!r} is no option. {f'Did you mean {near[0]!r}? ' if near else ''}All of them, with what they "
+            "mean, are in waferlab/config.py."
+        )
+    return name
+
+
+def _yaml_loader() -> type:
+    """PyYAML's safe loader, which takes 1e-3 for a number, too, as YAML 1.2 does."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    return Loader

@@ -95,6 +95,7 @@ class TrainingSeries:
     def open(self) -> Iterator[None]:
         """Holds the folder and opens the series' run; however the block ends, the tree is closed accordingly."""
         with hold_folder(self.config.results_dir), self.runs.closing():
+            self.config.write_yaml(self.config.results_dir / "config.yaml")
             self.run_above = self.runs.start(self.config.experiment_name, key=self._fingerprint(self.config))
             self.runs.tags(self.run_above, budget=self.budget())
             yield
