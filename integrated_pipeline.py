@@ -13,7 +13,7 @@ goes through it: data, models, training, search, MLflow, evaluation, what comes 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -68,7 +68,7 @@ from waferlab.search.portfolio import PORTFOLIOS
 from waferlab.search.study import proposed_by, run_again, study_plots
 from waferlab.search.trial_files import TrialFiles
 from waferlab.search.trials import Validation, pack_answers
-from waferlab.search.workers import Tell, ToldRuns, ToldTerminal, workers_for
+from waferlab.search.workers import workers_for
 from waferlab.terminal import Terminal, quiet_libraries
 from waferlab.tracking.processes import this_process
 from waferlab.tracking.runs import NoRuns, Run, RunTree
@@ -91,8 +91,10 @@ from waferlab.training.checkpoints import (
     load_trained,
     record_training,
 )
+from waferlab.training.devices import SameStatistics, arguments_of_several, on_each_device
 from waferlab.training.memory import keep_freed_memory
 from waferlab.training.pace import QuickestThreads, possible_precisions, seconds_a_step
+from waferlab.training.side_by_side import Listener, Tell, ToldRuns, ToldTerminal
 
 # ------------------------------------------------------------------------------------------------- the architectures
 
@@ -219,6 +221,7 @@ class IntegratedMLPipeline:
         self._data: WaferMapDataModule | None = None
         self._starts: dict[str, WaferClassifier] = {}
         self._paces: dict[tuple[str, str | int], float] = {}
+        self._shares_a_training = False  # with other processes
 
     def run_complete_pipeline(self) -> dict[str, Any]:
         """Runs the chain and returns the summary that is also written to experiment_summary.json.
@@ -339,14 +342,10 @@ class IntegratedMLPipeline:
             self.prepare_data()
         if self._data is None:
             self._data = WaferMapDataModule(
-                self.maps,
-                self.split,
-                image_size=config.image_size,
-                batch_size=config.batch_size,
+                self.maps, self.split, image_size=config.image_size, batch_size=config.batch_size, seed=config.seed,
                 augmentation=config.data_augmentation,
                 balancing=config.balance_by if config.class_balancing else "none",
-                seed=config.seed,
-            )
+            )  # fmt: skip
         return self._data.with_batch_size(batch_size or config.batch_size)
 
     def _fingerprint(self) -> str:
@@ -409,17 +408,9 @@ class IntegratedMLPipeline:
     # --- training
 
     def fit(
-        self,
-        model_type: str,
-        model: WaferClassifier,
-        data: pl.LightningDataModule,
-        callbacks: list[pl.Callback],
-        *,
-        max_epochs: int,
-        run: Run | None = None,
-        resume_from: Path | None = None,
-        batches: int | None = None,
-    ) -> pl.Trainer:
+        self, model_type: str, model: WaferClassifier, data: pl.LightningDataModule, callbacks: list[pl.Callback], *,
+        max_epochs: int, run: Run | None = None, resume_from: Path | None = None, batches: int | None = None,
+    ) -> pl.Trainer:  # fmt: skip
         """What all trainings have in common: Lightning's Trainer as the configuration wants it.
 
         With `batches`, an epoch has at most so many.
@@ -428,14 +419,17 @@ class IntegratedMLPipeline:
         keep_freed_memory()
         logger = False if run is None else self.runs.logger(run)
         callbacks = [interrupt, SeedEachEpoch(), *callbacks, *([LearningRateMonitor("epoch")] if logger else [])]
+        devices = {"devices": config.one_device()}
+        if self._shares_a_training:
+            devices = arguments_of_several(config.devices)
+            callbacks.append(SameStatistics())
         if config.threads is None:
             callbacks.append(QuickestThreads())
         else:
             torch.set_num_threads(config.threads)
         with quiet_libraries(), interrupt.heeded():
             trainer = pl.Trainer(
-                max_epochs=max_epochs, accelerator=config.accelerator,
-                devices=1 if config.devices == "auto" else config.devices,
+                max_epochs=max_epochs, accelerator=config.accelerator, **devices,
                 precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
                 callbacks=callbacks, logger=logger, plugins=[CheckpointFiles()],
                 enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -488,16 +482,32 @@ class IntegratedMLPipeline:
         pl.seed_everything(config.seed, verbose=False)
         data = self.data_module(params.get("batch_size"))
         model, resume_from = self._begin_final_training(model_type, params, data, folder, trial)
-        history = History()
-        self.fit(
-            model_type, model, data, [history, *self._callbacks_of_final_training(model_type, folder, seconds, trial)],
-            max_epochs=config.max_epochs, run=self.model_runs.get(model_type), resume_from=resume_from,
-        )  # fmt: skip
-        record = record_training(
-            model_type, model, data, history, precision=self.precision(model_type), checkpoint=folder.best
-        )
+
+        def train() -> TrainingRecord:
+            callbacks = [history := History(), *self._callbacks_of_final_training(model_type, folder, seconds, trial)]
+            self.fit(
+                model_type, model, data, callbacks,
+                max_epochs=config.max_epochs, run=self.model_runs.get(model_type), resume_from=resume_from,
+            )  # fmt: skip
+            return record_training(
+                model_type, model, data, history, precision=self.precision(model_type), checkpoint=folder.best
+            )
+
+        record = train() if config.device_count() == 1 else self._share_out(model_type, train)
         folder.finish(record)
         return record
+
+    def _share_out(self, model_type: str, train: Callable[[], TrainingRecord]) -> TrainingRecord:
+        """A training on several devices, in a process for each; what the first of them tells is printed and tracked."""
+
+        def train_one_share(rank: int, tell: Tell) -> TrainingRecord:
+            self._become_worker(tell if rank == 0 else lambda *told: None)
+            self._shares_a_training = True
+            return train()
+
+        self.precision(model_type), self.data_module().setup()  # before there are several processes
+        hear = Listener(self.runs, self.model_runs.get(model_type), self.terminal).hear
+        return on_each_device(train_one_share, self.config, hear=hear)
 
     def _begin_final_training(
         self, model_type: str, params: dict[str, Any], data: WaferMapDataModule, folder: TrainingFolder,
@@ -718,13 +728,9 @@ class IntegratedMLPipeline:
         config = self.config
         if config.enable_mlflow and self.runs.closed:
             self.runs = (WandbTree if config.tracker == "wandb" else RunTree)(
-                config.experiment_name,
-                uri=config.tracking_uri,
-                folder=Path(config.output_dir),
-                warn=self.terminal.warn,
-                resume=config.resume,
-                tags=code_tags(),
-            )
+                config.experiment_name, uri=config.tracking_uri, folder=Path(config.output_dir),
+                warn=self.terminal.warn, resume=config.resume, tags=code_tags(),
+            )  # fmt: skip
         return self.runs
 
     def _start_model_run(self, model_type: str, parent: Run | None) -> None:
@@ -775,16 +781,10 @@ class IntegratedMLPipeline:
             return [file, reference.save(file.with_name(REFERENCE_FILE))]
 
         outcome = promote(
-            export,
-            checkpoint=predictions,
-            maps=self.maps,
-            split=self.split,
-            model_type=model_type,
-            name=self.config.registry_name,
-            tracking=self.runs,
-            run=self.model_runs[model_type],
+            export, checkpoint=predictions, maps=self.maps, split=self.split, model_type=model_type,
+            name=self.config.registry_name, tracking=self.runs, run=self.model_runs[model_type],
             run_key=self._fingerprint(),
-        )
+        )  # fmt: skip
         self.say(str(outcome))
         return outcome
 

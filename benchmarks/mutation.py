@@ -88,7 +88,7 @@ TARGETS = {
     "study": Target("waferlab/search/study.py", ("tests/search/test_study.py", WHOLE_SEARCHES)),
     "trials": Target("waferlab/search/trials.py", ("tests/search/test_trials.py", WHOLE_SEARCHES)),
     "trial_files": Target("waferlab/search/trial_files.py", ("tests/search/test_trial_files.py", WHOLE_SEARCHES)),
-    "workers": Target("waferlab/search/workers.py", ("tests/search/test_workers.py",)),
+    "side_by_side": Target("waferlab/training/side_by_side.py", ("tests/training/test_side_by_side.py",)),
     "pace": Target("waferlab/training/pace.py", ("tests/training/test_pace.py",)),
     "budget": Target("waferlab/search/budget.py", ("tests/search/test_budget.py", WHOLE_SEARCHES)),
     "search": Target(

@@ -310,8 +310,8 @@ def test_brackets_and_colons_in_a_path_are_printed_as_they_are(tiny_npz, tmp_pat
     assert f"Results and pictures: {folder / 'results/tiny'}" in printed.getvalue()
 
 
-@pytest.mark.parametrize(("devices", "taken"), [("auto", 1), (1, 1), ("1", "1"), ([1], [1])])
-def test_one_device_is_taken_however_many_there_are(devices, taken, tiny_npz, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("devices", "taken"), [("auto", 1), (1, 1), ("1", 1), ([1], [1])])
+def test_one_device_is_taken_unless_several_are_asked_for(devices, taken, tiny_npz, tmp_path, monkeypatch):
     def trainer(**options):
         assert options["devices"] == taken
         raise InterruptedError("asked as it should be")
@@ -322,9 +322,15 @@ def test_one_device_is_taken_however_many_there_are(devices, taken, tiny_npz, tm
         IntegratedMLPipeline(config).train_final_model("lightning_cnn")
 
 
-@pytest.mark.parametrize("devices", [2, "2", [0, 1], -1, "-1", 0, True, None, [], "all"])
-def test_more_than_one_device_is_answered_with_a_sentence(devices):
-    with pytest.raises(ConfigError, match=r"a run trains on one device\. Allowed: 'auto', 1"):
+@pytest.mark.parametrize(("devices", "count"), [("auto", 1), (2, 2), ("3", 3), ([0, 2], 2)])
+def test_devices_are_counted_or_named(devices, count):
+    config = ExperimentConfig(devices=devices)
+    assert config.device_count() == count and config.one_device() in (1, [0])
+
+
+@pytest.mark.parametrize("devices", [-1, "-1", 0, "0", True, None, [], ["0"], "all", 1.0, 5000])
+def test_devices_that_name_none_are_answered_with_a_sentence(devices):
+    with pytest.raises(ConfigError, match=r"names none\. Allowed: 'auto' \(one\), how many, or a list"):
         ExperimentConfig(devices=devices)
 
 

@@ -100,7 +100,8 @@ class ExperimentConfig:
         early_stopping_patience: epochs without a better validation macro F1.
         time_limit: seconds for all training together, shared equally; the learning rate is annealed to end with it.
         accelerator: passed to Lightning.
-        devices: "auto" or 1 for one device, or its number in a list, [1] for the second; passed to Lightning.
+        devices: of a final training: "auto" for one, how many, or their numbers in a list, [1] for the second. With
+            several, each step is shared out among processes of one thread (see `waferlab/training/devices.py`).
         precision: passed to Lightning; "auto" takes bf16-mixed where the hardware computes in it and a measurement
             finds it quicker, else 32-true.
         accumulate_grad_batches: passed to Lightning.
@@ -166,7 +167,7 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             self._check(option)
-        self._check_one_device()
+        self._check_devices()
         self._check_trainer()
         if self.tracker == "wandb" and self.enable_mlflow and find_spec("wandb") is None:
             raise ConfigError("tracker='wandb' needs Weights & Biases, which is not installed: pip install wandb.")
@@ -193,14 +194,26 @@ class ExperimentConfig:
             kind = "a number" if float in kinds else "a whole number"
             raise ConfigError(f"{option.name}={value!r} is out of range. Allowed: {kind} from {low:,} to {high:,}.")
 
-    def _check_one_device(self) -> None:
+    def _check_devices(self) -> None:
         devices = self.devices
-        one = devices in ("auto", "1", 1) or (isinstance(devices, list) and len(devices) == 1)
-        if not one or isinstance(devices, bool):
-            raise ConfigError(
-                f"devices={devices!r}: a run trains on one device. Allowed: 'auto', 1, or a list of one device's "
-                "number. To use several, run an experiment on each."
-            )
+        named = isinstance(devices, list) and devices and all(type(number) is int for number in devices)
+        number = type(devices) is int or (isinstance(devices, str) and devices.isdecimal())
+        if devices == "auto" or named or (number and 1 <= int(devices) <= 1024):
+            return
+        raise ConfigError(
+            f"devices={devices!r} names none. Allowed: 'auto' (one), how many, or a list of their numbers, such as "
+            "[0, 1]."
+        )
+
+    def device_count(self) -> int:
+        """Devices that a final training is on."""
+        if isinstance(self.devices, list):
+            return len(self.devices)
+        return 1 if self.devices == "auto" else int(self.devices)
+
+    def one_device(self) -> int | list[int]:
+        """As Lightning is told, for what is on one device only."""
+        return self.devices[:1] if isinstance(self.devices, list) else 1
 
     def _check_trainer(self) -> None:
         if not self.trainer:

@@ -213,7 +213,8 @@ class ModelResult(TrainedModel):
     """A trained model with its scores.
 
     Attributes:
-        validation, test: see `evaluation.metrics.compute_metrics`.
+        validation, test: see `evaluation.metrics.compute_metrics`; of the test part, by_grid, too, see
+            `scores_by_grid`.
         latency_ms: median to answer one map on the CPU.
         left_out: numbers of the classes that it does not answer with.
         decision: the rule that was fitted on validation, with scores before and after.

@@ -15,7 +15,7 @@ from made_up_predictions import CLASSES, from_hits, make_predictions
 from scipy import stats
 from sklearn import metrics as sk
 
-from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics, mean_over_lots
+from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics, mean_over_lots, scores_by_grid
 from waferlab.evaluation.predictions import Predictions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -298,3 +298,26 @@ def test_the_mean_over_maps_varies_as_lots_do():
     np.testing.assert_allclose([mean, low, high], [alone.mean(), alone.mean() - half, alone.mean() + half])
     np.testing.assert_allclose(mean_over_lots(alone.repeat(5), lots.repeat(5))[1], [low, high])
     assert mean_over_lots(alone, np.zeros(4)) == (mean, None)
+
+
+# --- by the size of the grid
+
+
+def test_each_size_of_grid_has_the_scores_of_its_maps_and_only_those_that_are_there():
+    predictions = make_predictions()
+    n = len(predictions.labels)
+    sides = np.where(np.arange(n) % 2 == 0, 30, 56)
+    shapes = np.stack([np.full(n, 20), sides], axis=1)  # the longest side counts
+    small, large = scores_by_grid(predictions, shapes)
+    assert (small["longest_side"], large["longest_side"]) == ("up to 30 dies", "over 55 dies")
+    for found, chosen in ((small, sides == 30), (large, sides == 56)):
+        true, predicted = predictions.labels[chosen], predictions.predicted[chosen]
+        there = np.unique(true)
+        expected = sk.f1_score(true, predicted, labels=there, average="macro", zero_division=0)
+        assert found["macro_f1"] == pytest.approx(expected) and found["n_samples"] == chosen.sum()
+        assert found["interval"][0] <= found["macro_f1"] <= found["interval"][1]
+        recalls = sk.recall_score(true, predicted, labels=range(9), average=None, zero_division=0)
+        for label, recall in enumerate(found["recall"].values()):
+            assert recall == (pytest.approx(recalls[label]) if label in there else None)
+    (middle,) = scores_by_grid(predictions, np.full((n, 2), 31))
+    assert middle["longest_side"] == "31 to 55 dies" and middle["macro_f1"] == compute_metrics(predictions)["macro_f1"]

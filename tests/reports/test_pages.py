@@ -542,6 +542,21 @@ def test_report_and_card_show_what_became_of_the_promise_for_each_class(folder):
     assert "--coverage 0.95" in Parsed(card.read_text()).text
 
 
+def test_a_run_shows_scores_by_the_size_of_the_grid_if_it_has_them(folder):
+    record = make_summary()
+    assert "By the size of the grid" not in write_page(record, folder)
+    best = next(model for model in record["models"] if model["model_type"] == record["best_model"])
+    recall = {"Center": 0.987, "Loc": None}
+    best["test"]["by_grid"] = [
+        {"longest_side": "up to 30 dies", "n_samples": 1234, "n_groups": 5, "macro_f1": 0.876, "interval": [0.8, 0.9],
+         "recall": recall},
+    ]  # fmt: skip
+    page = write_page(record, folder)
+    assert all(
+        text in page for text in ("By the size of the grid", "up to 30 dies", "1,234", "0.876 [0.800, 0.900]", "0.987")
+    )
+
+
 @pytest.mark.parametrize(("alone", "error", "said"), [(1.0, 0.0, "alone, 0.0% of them"), (0.0, None, "alone; of the")])
 def test_sets_that_answer_all_maps_or_none_are_put_in_words_too(folder, alone, error, said):
     summary = make_summary()

@@ -47,12 +47,45 @@ def test_in_two_channels_nothing_between_no_die_and_failing_looks_like_a_pass():
 def test_augmentation_of_two_channels_turns_both_alike_and_fails_only_dies():
     torch.manual_seed(0)
     images = drawn(np.random.default_rng(0).integers(0, 3, (8, 8)), "two-channels").expand(500, 2, 8, 8)
-    dies, fails = (plane > 0 for plane in recipes.augmented(images).unbind(1))
+    dies, fails = (plane > 0 for plane in recipes.augmented(images, {"two-channels"}).unbind(1))
     assert not (fails & ~dies).any()
     views = [turned for k in range(4) for v in [torch.rot90(images[0, 0] > 0, k)] for turned in (v, v.flip(-1))]
     assert {str(one.tolist()) for one in dies} == {str(view.tolist()) for view in views}
     swapped = (fails.flatten(1).sum(1) != (images[0, 1] > 0).sum()).float().mean()
     assert 0.1 < swapped < 0.9
+
+
+def test_more_channels_say_how_many_neighbours_fail_and_how_large_and_bad_the_grid_is():
+    dies = np.ones((8, 8), np.uint8)
+    dies[3:6, 3:6] = 2
+    image, neighbours, rows, columns, share = drawn(dies, "neighbours", "side-inputs")
+    assert torch.equal(image, drawn(dies)[0])
+    assert neighbours[4, 4] == 127 and neighbours[0, 0] == -127 and neighbours[2, 4] == round((2 * 3 / 8 - 1) * 127)
+    assert {*rows.unique().tolist(), *columns.unique().tolist()} == {round((2 * 0.08 - 1) * 127)}
+    assert share.unique().tolist() == [round((2 * 9 / 64 - 1) * 127)]
+
+
+def test_large_grids_are_pooled_by_whole_dies():
+    dies = np.ones((16, 16), np.uint8)
+    dies[:2, :2] = 2
+    pooled = drawn(dies, "pooled")[0]
+    assert pooled[0, 0] == 127 and (pooled.flatten()[1:] == 0).all()
+    assert not torch.equal(pooled, drawn(dies)[0])
+
+
+def test_what_networks_of_other_lots_surely_take_for_something_else_is_probably_wrong(monkeypatch):
+    labels = torch.tensor([0, 0, 1, 1, 0, 1])
+    answers = torch.zeros(6, 9)
+    answers[range(6), labels] = torch.tensor([0.9, 0.8, 0.9, 0.8, 0.3, 0.45])
+    answers[4, 1] = 0.86  # surer than maps of that class are of it, 0.85 on average
+    answers[5, 0] = 0.55  # less sure than maps of that class are, 0.85
+    data = SimpleNamespace(images=answers, labels=labels)
+    monkeypatch.setattr(recipes, "made_network", lambda *_: None)
+    monkeypatch.setattr(recipes, "fit", lambda *_, **__: torch.nn.Identity())
+    monkeypatch.setattr(recipes, "probabilities", lambda network, images, part: images[part])
+    pipeline = SimpleNamespace(maps=SimpleNamespace(groups=np.arange(6)))
+    found = recipes.probably_wrong(pipeline, data, torch.arange(6), set(), draws=3, batch_size=1)
+    assert found.tolist() == [False, False, False, False, True, False]
 
 
 def test_small_grids_with_a_pattern_are_drawn_twice_as_often():
@@ -61,13 +94,15 @@ def test_small_grids_with_a_pattern_are_drawn_twice_as_often():
     assert ratio.tolist() == [2, 1, 1, 1]
 
 
-@pytest.mark.parametrize("variant", ["as-it-is", "two-channels+placed", "averaged+mixed+small-twice"])
+@pytest.mark.parametrize(
+    "variant", ["as-it-is", "two-channels+placed", "averaged+mixed+small-twice", "muon+neighbours+audited+distilled"]
+)
 def test_each_recipe_trains_and_is_scored_by_grid_size(variant, tiny_npz):
-    arguments = SimpleNamespace(data=str(tiny_npz), draws=32, batch_size=16, image_size=16)
+    arguments = SimpleNamespace(data=str(tiny_npz), draws=48, batch_size=16, image_size=16, device="cpu")
     threads = torch.get_num_threads()
     found = recipes.train(arguments, variant=variant, seed=0)
     torch.set_num_threads(threads)
-    assert all(0 <= found[name] <= 1 for name in ("macro_f1", "validation_macro_f1", "small_grids", "large_grids"))
+    assert all(0 <= found[name] <= 1 for name in recipes.MEANS[:-1])
     assert set(found["recall_on_small_grids"]) <= set(CLASS_NAMES) and found["maps"]["test"] > 0
 
 
@@ -77,7 +112,8 @@ def test_recipes_are_compared_seed_by_seed_and_a_second_call_goes_on(tmp_path, m
     def in_own_process(arguments, variant, seed):
         trained.append((variant, seed))
         score = 0.5 + 0.1 * seed + 0.01 * (variant == "placed") * (seed + 1)
-        scores = dict.fromkeys(("macro_f1", "validation_macro_f1", "small_grids", "large_grids"), score)
+        names = ("macro_f1", "eight_views", "validation_macro_f1", "small_grids", "large_grids")
+        scores = dict.fromkeys(names, score)
         return {"variant": variant, "seed": seed, **scores, "recall_on_small_grids": {"Loc": 0.5}, "seconds": 1.0,
                 "maps": {"train": 8, "test": 2}}  # fmt: skip
 

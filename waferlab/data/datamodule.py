@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from waferlab.data.images import augment, encode, resize_maps
 from waferlab.data.maps import NUM_CLASSES, WaferMaps
 from waferlab.data.splitting import Split
+from waferlab.errors import ConfigError
 
 
 class BatchIndexedMaps(Dataset):
@@ -41,13 +42,24 @@ class EpochBatches(Sampler[torch.Tensor]):
         shuffle: a new order each epoch; else in order, every map once.
         seed: of the order.
         sample_weights: float [n] or None; with weights, maps are drawn with replacement in proportion to them.
+        share: (i, k), to be the i-th of k that deal the maps out among them: when shuffling, a part of each batch.
+
+    Raises:
+        ConfigError: a part of a batch would be a single map or none.
     """
 
     def __init__(
-        self, n: int, *, batch_size: int, shuffle: bool, seed: int = 0, sample_weights: torch.Tensor | None = None
-    ) -> None:
+        self, n: int, *, batch_size: int, shuffle: bool, seed: int = 0, sample_weights: torch.Tensor | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:  # fmt: skip
+        first, step = share
+        if shuffle and step > 1 and min(n, batch_size) < 2 * step:
+            raise ConfigError(
+                f"Batches of {min(n, batch_size)} maps cannot be dealt out to {step} devices, of which each needs two. "
+                "Raise batch_size, or lower devices."
+            )
         self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
-        self.sample_weights = sample_weights
+        self.sample_weights, self._share = sample_weights, slice(first, None, step)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -55,8 +67,9 @@ class EpochBatches(Sampler[torch.Tensor]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        drop_last = self.shuffle and self.n >= self.batch_size
-        return self.n // self.batch_size if drop_last else -(-self.n // self.batch_size)
+        n = self.n if self.shuffle else len(range(self.n)[self._share])
+        drop_last = self.shuffle and n >= self.batch_size
+        return n // self.batch_size if drop_last else -(-n // self.batch_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         if self.shuffle:
@@ -66,9 +79,10 @@ class EpochBatches(Sampler[torch.Tensor]):
             else:
                 order = torch.multinomial(self.sample_weights, self.n, replacement=True, generator=generator)
         else:
-            order = torch.arange(self.n)
+            order = torch.arange(self.n)[self._share]
         for batch in range(len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            maps = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield maps[self._share] if self.shuffle else maps
 
 
 class WaferMapDataModule(pl.LightningDataModule):
@@ -158,10 +172,11 @@ class WaferMapDataModule(pl.LightningDataModule):
     def _loader(
         self, part: str, *, batch_size: int = 256, shuffle: bool = False, sample_weights: torch.Tensor | None = None
     ) -> DataLoader:
-        dataset = self._part(part)
+        dataset, trainer = self._part(part), self.trainer
         batches = EpochBatches(
-            len(dataset), batch_size=batch_size, shuffle=shuffle, seed=self.seed, sample_weights=sample_weights
-        )
+            len(dataset), batch_size=batch_size, shuffle=shuffle, seed=self.seed, sample_weights=sample_weights,
+            share=(0, 1) if trainer is None else (trainer.global_rank, trainer.world_size),
+        )  # fmt: skip
         # A generator of its own: a loader's iterator draws from the global one, at other moments in a resumed run.
         return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
 

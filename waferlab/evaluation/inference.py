@@ -18,7 +18,7 @@ from waferlab.data.splitting import Split
 from waferlab.errors import DamagedFileError
 from waferlab.evaluation.conformal import PredictionSets, evaluate_sets
 from waferlab.evaluation.decision import VIEWS, Decision, choose_decision
-from waferlab.evaluation.metrics import compute_metrics
+from waferlab.evaluation.metrics import compute_metrics, scores_by_grid
 from waferlab.evaluation.predictions import Predictions
 from waferlab.models.classifier import WaferClassifier, macro_f1
 from waferlab.records import ModelResult, TrainingRecord
@@ -111,6 +111,7 @@ def score_model(
     by_views["test"] = answers("test")
     predicted = {part: predictions(part, decision.of_views(views)) for part, views in by_views.items()}
     scores = {part: compute_metrics(one) for part, one in predicted.items()}
+    scores["test"]["by_grid"] = scores_by_grid(predicted["test"], np.asarray(maps.shapes)[split.test])
     rule = None
     if tune_decision:
         before = {part: compute_metrics(predictions(part, untuned.of_views(v))) for part, v in by_views.items()}

@@ -9,6 +9,8 @@ errors, and taking single maps for independent would make intervals too narrow.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from waferlab.evaluation.predictions import Predictions
 
 N_CALIBRATION_BINS = 15
 BOUNDED_METRICS = ("accuracy", "macro_f1", "balanced_accuracy")  # shares and means of shares: 1 is the best
+GRID_SIDES = (30, 55)  # dies of the longest side up to which a grid is small, and up to which it is no large one
 INTERVAL_METRICS = (*BOUNDED_METRICS, "expected_calibration_error")
 
 
@@ -84,6 +87,38 @@ def compute_metrics(predictions: Predictions) -> dict[str, Any]:
 def _known(score: float, support: float) -> float | None:
     """A class's score; None if there is no map of it: 0 would say that it was never found."""
     return float(score) if support > 0 else None
+
+
+def scores_by_grid(predictions: Predictions, shapes: np.ndarray) -> list[dict[str, Any]]:
+    """How well maps on small, middle and large grids are told: a network sees fewer pixels of a pattern on the small.
+
+    Args:
+        predictions: on maps.
+        shapes: int [N, 2], rows and columns of each.
+
+    Returns:
+        A dict for each size of which there are maps: longest_side, in words; n_samples, n_groups; macro_f1 over the
+        classes there, and its interval as in `compute_metrics`; recall {class: share, None without a map}.
+    """
+    longest, found = np.asarray(shapes).max(axis=1), []
+    for above, most in pairwise((0, *GRID_SIDES, math.inf)):
+        chosen = (longest > above) & (longest <= most)
+        if not chosen.any():
+            continue
+        scores = compute_metrics(
+            replace(
+                predictions, probabilities=predictions.probabilities[chosen], labels=predictions.labels[chosen],
+                groups=predictions.groups[chosen],
+            )
+        )  # fmt: skip
+        words = f"over {above}" if most == math.inf else f"{above + 1} to {most}" if above else f"up to {most}"
+        found.append({
+            "longest_side": f"{words} dies",
+            **{name: scores[name] for name in ("n_samples", "n_groups", "macro_f1")},
+            "interval": scores["intervals"]["macro_f1"],
+            "recall": {name: row["recall"] for name, row in scores["per_class"].items()},
+        })  # fmt: skip
+    return found
 
 
 def compare_macro_f1(new: Predictions, old: Predictions) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class WaferClassifier(pl.LightningModule):
         loss = self.loss(logits, labels)
         self.confusion[stage].update(logits.detach(), labels)
         name = "train_loss" if stage == "fit" else "val_loss"
-        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return loss, logits.detach().argmax(1)
 
     def on_validation_epoch_end(self) -> None:

@@ -23,9 +23,10 @@ from waferlab.search.study import (
 )
 from waferlab.search.trial_files import TrialFiles
 from waferlab.search.trials import Validation, search_record, trial_line, worth_keeping
-from waferlab.search.workers import Listener, Tell, side_by_side, workers_for
+from waferlab.search.workers import workers_for
 from waferlab.terminal import Terminal
 from waferlab.tracking.runs import NoRuns, Run, RunTree
+from waferlab.training.side_by_side import Listener, Tell, side_by_side
 
 Objective = Callable[[optuna.Trial], float | tuple[float, ...]]
 

@@ -16,6 +16,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from waferlab.errors import TrainingDivergedError
+from waferlab.training.devices import from_first
+
+DEVICES_APART = 1_000_003  # seeds of the devices of a training; more than it has epochs
 
 
 class TimeBudget(pl.Callback):
@@ -39,8 +42,8 @@ class TimeBudget(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Tells the schedule how much of the time is gone; when all is, this batch is the last."""
-        pl_module.time_progress = min(1.0, self.used() / self.seconds)
-        if self.used() >= self.seconds:
+        pl_module.time_progress = min(1.0, from_first(self.used()) / self.seconds)
+        if pl_module.time_progress >= 1.0:
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, float]:
@@ -94,8 +97,8 @@ class SeedEachEpoch(pl.Callback):
         self._seed = torch.initial_seed() % 2**31
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds the epoch."""
-        torch.manual_seed(self._seed + trainer.current_epoch)
+        """Seeds the epoch; each of several devices draws for itself."""
+        torch.manual_seed(self._seed + trainer.current_epoch + DEVICES_APART * trainer.global_rank)
 
 
 class KeepInterrupt(pl.Callback):

@@ -22,8 +22,10 @@ from optuna.trial import TrialState
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.search import workers
-from waferlab.search.workers import how_it_ended, side_by_side, workers_for
+from waferlab.search.workers import workers_for
 from waferlab.tracking.runs import Run
+from waferlab.training import side_by_side as crews
+from waferlab.training.side_by_side import how_it_ended, side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("scripted")
@@ -91,15 +93,15 @@ def test_what_one_raises_is_raised_here_and_the_others_are_interrupted():
 
 
 def test_an_interrupt_that_comes_before_the_work_begins_is_heeded_and_leaves_no_traceback(monkeypatch, capfd):
-    monkeypatch.setattr(workers.torch, "set_num_threads", lambda _: time.sleep(0.5))  # as a fork may take a while
-    heard, start = [], workers._start
+    monkeypatch.setattr(crews.torch, "set_num_threads", lambda _: time.sleep(0.5))  # as a fork may take a while
+    heard, start = [], crews._start
 
     def start_and_interrupt(work, number):
         started = start(work, number)
         os.kill(started[0].pid, signal.SIGINT)
         return started
 
-    monkeypatch.setattr(workers, "_start", start_and_interrupt)
+    monkeypatch.setattr(crews, "_start", start_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         side_by_side(lambda *_: time.sleep(WAIT), workers=1, hear=lambda *told: heard.append(told))
     assert heard == [] and capfd.readouterr().err == ""
@@ -136,7 +138,7 @@ def test_how_a_process_ended_is_said_in_words(status, words):
 
 
 def test_processes_that_heed_no_interrupt_are_killed_in_the_end(monkeypatch):
-    monkeypatch.setattr(workers, "LAST_WORDS", 1.0)
+    monkeypatch.setattr(crews, "LAST_WORDS", 1.0)
     processes = []
 
     def work(number, tell):
