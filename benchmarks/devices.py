@@ -1,7 +1,7 @@
 """Two processes of one thread, joined in one training, beside one process of one or two threads; on a CPU.
 
 Measured, for each family: the seconds of a training of so many epochs on generated maps, the same batches in all ways,
-and its macro F1 on the test part, with `devices=2`, with one device and two threads, and with one device and one thread.
+and its macro F1 on the test part: with `devices=2`, with one device and two threads, with one device and one thread.
 The ways take turns in each repeat, so that what else the machine does meets all of them. Seconds are those of the steps
 and the validation; left out are imports, reading, the start of the processes and scoring.
 
