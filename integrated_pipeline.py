@@ -66,8 +66,9 @@ from waferlab.search.budget import SearchPlan, plan_search, seconds_by_merit
 from waferlab.search.model_search import ModelSearch
 from waferlab.search.portfolio import PORTFOLIOS
 from waferlab.search.study import proposed_by, run_again, study_plots
+from waferlab.search.told import Listener, ToldRuns, ToldTerminal
 from waferlab.search.trial_files import TrialFiles
-from waferlab.search.trials import Validation, pack_answers
+from waferlab.search.trials import Validation, pack_answers, trial_tag
 from waferlab.search.workers import workers_for
 from waferlab.terminal import Terminal, quiet_libraries
 from waferlab.tracking.processes import this_process
@@ -94,7 +95,7 @@ from waferlab.training.checkpoints import (
 from waferlab.training.devices import SameStatistics, arguments_of_several, on_each_device
 from waferlab.training.memory import keep_freed_memory
 from waferlab.training.pace import QuickestThreads, possible_precisions, seconds_a_step
-from waferlab.training.side_by_side import Listener, Tell, ToldRuns, ToldTerminal
+from waferlab.training.side_by_side import Tell
 
 # ------------------------------------------------------------------------------------------------- the architectures
 
@@ -586,19 +587,18 @@ class IntegratedMLPipeline:
             workers=workers_for(config), seconds=seconds, share=config.search_share, seconds_an_epoch=an_epoch,
         )  # fmt: skip
 
-    @staticmethod
-    def _batches_of_a_trial(data: WaferMapDataModule) -> int:
+    def _batches_of_a_trial(self, data: WaferMapDataModule) -> int:
         return max(1, MAPS_OF_A_TRIALS_EPOCH // data.batch_size)
 
-    def search(self, model_type: str, plan: SearchPlan | None = None) -> SearchRecord:
+    def search(self, model_type: str, plan: SearchPlan | None = None, *, leads: bool = True) -> SearchRecord:
         """Looks for good parameters with Optuna: trials side by side, all in one study.
 
-        The first trial has the default parameters, the next those of the architecture's portfolio. An interrupted
-        search goes on with `resume=True`; the trial that was cut off runs again with its parameters.
+        The first have the defaults and the portfolio's settings. With `resume=True` an interrupted search goes on.
 
         Args:
             model_type: a name of `MODEL_REGISTRY`.
             plan: see `plan_search`; None for what the configuration wants, without a limit.
+            leads: and waits for all who share the study; else another program leads it.
 
         Raises:
             SearchFailedError: not one trial came to its end.
@@ -606,7 +606,7 @@ class IntegratedMLPipeline:
         plan = plan or self.plan_search(model_type, None)
         search = ModelSearch(
             model_type, self.config, plan, self._trial_files(model_type), self._default_trial(model_type),
-            find_model(model_type).portfolio, self._fingerprint(), self.model_runs.get(model_type),
+            find_model(model_type).portfolio, self._fingerprint(), self.model_runs.get(model_type), leads,
         )  # fmt: skip
         self.studies[model_type], self.searches[model_type] = search.study, search
         if search.workers > 1:  # what all of them need is made before they are
@@ -643,7 +643,7 @@ class IntegratedMLPipeline:
         params = self._suggest(trial, model_type)
         trial.set_user_attr("process", this_process())
         trial.set_user_attr("proposed_by", proposed_by(trial))
-        run = self.runs.start(f"trial {trial.number}", parent=search and search.run)
+        run = self.runs.start(f"trial {trial.number}", parent=search and search.run, tags=trial_tag(trial))
         try:
             model, best = self._train_trial(trial, model_type, params, run)
         except optuna.TrialPruned as pruned:
@@ -653,8 +653,8 @@ class IntegratedMLPipeline:
             run_again(trial.study, trial)
             raise
         except (TrainingDivergedError, MemoryError, RuntimeError) as error:
-            trial.set_user_attr("reason", str(error))
             self.runs.end(run, "FAILED", reason=str(error))
+            trial.set_user_attr("reason", str(error))
             if isinstance(error, TrainingDivergedError | MemoryError) or out_of_memory(error):
                 raise TrialFailedError(str(error)) from error
             raise

@@ -80,6 +80,8 @@ class ExperimentConfig:
             several processes and machines may share.
         artifacts: folder that all who share `storage` can reach, in which trials leave their weights for whoever
             trains the winner; None for `<file>_weights` beside the file of an SQLite storage, else for none.
+        heartbeat: seconds between the signs of life of those who share `storage`; the trial of one who gives none for
+            five times as long runs again.
         enable_mlflow: track the runs, with MLflow unless `tracker` says otherwise.
         tracker: "mlflow", or "wandb" for offline runs of Weights & Biases in wandb/ in the output folder.
         tracking_uri: MLflow server or store; None for mlflow.db and mlruns/ in the output folder.
@@ -133,6 +135,7 @@ class ExperimentConfig:
     objectives: Sequence[str] = ("macro_f1",)
     storage: str | None = field(default=None, metadata=FREE)
     artifacts: str | Path | None = field(default=None, metadata=FREE)
+    heartbeat: int = whole(15, 1, 600, trains=False)
     enable_mlflow: bool = field(default=True, metadata=FREE)
     tracker: str = one_of("mlflow", TRACKERS, trains=False)
     tracking_uri: str | None = field(default=None, metadata=FREE)
@@ -230,11 +233,15 @@ class ExperimentConfig:
                 why = "set by the pipeline. Leave it out."
             raise ConfigError(f"trainer={dict(self.trainer)!r}: {name!r} is {why}")
 
+    def as_plain(self) -> dict[str, Any]:
+        """All options by name, in the types of YAML and JSON."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
     def write_yaml(self, file: Path) -> None:
         """Writes all options, but where and how this run goes on, so that `--config FILE` repeats it elsewhere."""
         import yaml
 
-        options = {name: value for name, value in _plain(self).items() if name not in PLACE_AND_MANNER}
+        options = {name: value for name, value in self.as_plain().items() if name not in PLACE_AND_MANNER}
         write_atomically(file, yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
 
     def model_types(self) -> list[str]:
@@ -348,12 +355,7 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
 
 def default_options() -> dict[str, Any]:
     """All options with their defaults, as YAML knows them."""
-    return _plain(ExperimentConfig())
-
-
-def _plain(config: ExperimentConfig) -> dict[str, Any]:
-    """All options, in the types of YAML."""
-    return json.loads(json.dumps(asdict(config), default=str))
+    return ExperimentConfig().as_plain()
 
 
 def known_option(name: str, *, said: str = "") -> str:

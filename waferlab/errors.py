@@ -51,6 +51,10 @@ class TrialFailedError(RuntimeError):
     """A trial that cannot give a value: its reason is kept, the study goes on."""
 
 
+class SurplusTrialError(RuntimeError):
+    """A trial more than wanted: another machine has started the last one at the same moment."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """PyTorch has an error of its own on a GPU; on a CPU it raises a plain RuntimeError."""
     of_a_gpu = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # without importing PyTorch

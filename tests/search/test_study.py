@@ -8,16 +8,15 @@ from made_up_trials import a_study, add_trial
 from optuna.trial import TrialState
 
 from waferlab.errors import ConfigError, DamagedFileError
+from waferlab.search.database import open_database
+from waferlab.search.storage import mend_journal, study_storage
 from waferlab.search.study import (
     forget_lost_trials,
     make_pruner,
     make_sampler,
-    mend_journal,
-    open_database,
     open_study,
     proposed_by,
     run_again,
-    study_storage,
 )
 from waferlab.tracking.processes import this_process
 
@@ -36,7 +35,7 @@ def opened(
 ):  # fmt: skip
     return open_study(
         "made_up",
-        storage=storage or study_storage(None, journal=journal),
+        storage=storage or study_storage(None, journal=journal, heartbeat=15),
         directions=["maximize"],
         sampler=lambda so_far: make_sampler(sampler, seed=seed, trials_so_far=so_far, shared=False, worker=worker),
         pruner=pruner or optuna.pruners.NopPruner(),
@@ -290,4 +289,4 @@ def test_a_whole_journal_stays_as_it_is_and_none_is_none(content, tmp_path):
 @pytest.mark.parametrize("url", ["no-database", "mysql+nothing://127.0.0.1/studies"])
 def test_a_storage_that_cannot_be_used_is_named(url):
     with pytest.raises(ConfigError, match="cannot be used"):
-        open_database(url)
+        open_database(url, heartbeat=15)

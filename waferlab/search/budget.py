@@ -89,17 +89,38 @@ class SearchBudget:
         """Seconds that the next trial may take; None without a limit."""
         return None if self.deadline is None else max(1.0, min(self.left(), self._of_a_trial))
 
-    def starts_another(self, study: optuna.Study) -> bool:
-        """Whether whoever asks may start a trial; each that is told so is counted, in whichever process it asks."""
+    def wants_another(self, study: optuna.Study) -> bool:
+        """Whether there are trials to be started, by anybody, and time for one."""
         done = [t.duration.total_seconds() for t in counted_trials(study) if t.duration is not None]
         if self.left() < max(0.5 * sum(done) / max(1, len(done)), 1e-9):
             return False
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))  # of others who share the study, too
+        return len(done) + len(running) < self.plan.trials
+
+    def starts_another(self, study: optuna.Study) -> bool:
+        """Whether whoever asks may start a trial; each that is told so is counted, in whichever process it asks."""
+        if not self.wants_another(study):
+            return False
         with self._starts_left.get_lock():
-            if self._starts_left.value <= 0 or len(done) + len(running) >= self.plan.trials:
+            if self._starts_left.value <= 0:
                 return False
             self._starts_left.value -= 1
             return True
+
+    def is_one_too_many(self, study: optuna.Study, trial: optuna.Trial) -> bool:
+        """Whether another machine has taken the last place at the same moment, a little earlier; it is given back."""
+        trials = study.get_trials(deepcopy=False)
+        counted, ours = {t.number for t in counted_trials(study)}, trials[trial.number]
+
+        def has_a_place(other: optuna.trial.FrozenTrial) -> bool:
+            earlier = (other.datetime_start, other.number) < (ours.datetime_start, ours.number)
+            return other.number in counted or (other.state == TrialState.RUNNING and earlier)
+
+        if sum(has_a_place(other) for other in trials if other.state != TrialState.WAITING) < self.plan.trials:
+            return False
+        with self._starts_left.get_lock():
+            self._starts_left.value += 1
+        return True
 
 
 def seconds_by_merit(

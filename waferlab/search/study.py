@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from waferlab.errors import ConfigError, DamagedFileError
+from waferlab.errors import ConfigError
 from waferlab.tracking.processes import still_runs
 
 TPE_STARTS_AFTER = 3  # finished trials; Optuna's own default, 10, is more than most searches here have
@@ -93,6 +90,17 @@ def interrupts_kept() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def left_if_taken_away(say: Callable[[str], None]) -> Iterator[None]:
+    """Leaves a trial that somebody else has ended meanwhile: whoever runs it was taken for dead."""
+    try:
+        yield
+    except (UpdateFinishedTrialError, ValueError) as error:
+        if isinstance(error, ValueError) and not str(error).startswith("Cannot tell a "):
+            raise
+        say("  a trial of this worker was taken for lost, as it gave no sign of life for too long; it runs again")
+
+
 def make_sampler(
     name: str, *, seed: int, trials_so_far: int, shared: bool, worker: int = 0
 ) -> optuna.samplers.BaseSampler:
@@ -131,58 +139,11 @@ def proposed_by(trial: optuna.Trial) -> str:
     return "TPE" if tpe and len(seen) >= TPE_STARTS_AFTER else "chance"
 
 
-def study_storage(url: str | None, *, journal: Path) -> BaseStorage:
-    """A database, or without a URL the journal file."""
-    if url is not None:
-        return open_database(url)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    mend_journal(journal)
-    return JournalStorage(JournalFileBackend(str(journal)))
-
-
-def mend_journal(journal: Path) -> None:
-    """Cuts off a last line that a crash left unfinished: the next one would be written behind it, and lost with it.
-
-    Raises:
-        DamagedFileError: a line before the last is no longer what was written.
-    """
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    whole, _, rest = content.rpartition(b"\n")
-    lines = whole.split(b"\n") if whole else []
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line.decode())
-        except ValueError as error:
-            raise DamagedFileError(
-                f"Line {number} of {journal} is damaged ({error}). Move the file away; with --resume the models that "
-                "are finished are kept, and the others are searched for anew."
-            ) from error
-    if rest:
-        with journal.open("r+b") as file:
-            file.truncate(len(content) - len(rest))
-
-
-def open_database(url: str) -> optuna.storages.BaseStorage:
-    """Connects to an Optuna storage; tries again when another process makes the tables of a fresh one just now."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    for attempt in range(4):
-        try:
-            return optuna.storages.get_storage(url)
-        except SQLAlchemyError as error:
-            last = error
-            time.sleep(2**attempt / 4)
-        except (ImportError, ValueError) as error:  # no driver for it, or no database URL at all
-            raise ConfigError(f"storage={url!r} cannot be used ({error}).") from error
-    raise ConfigError(f"storage={url!r} cannot be used ({str(last).strip().splitlines()[0]}). Does the server run?")
-
-
 def run_again(study: optuna.Study, trial: optuna.trial.BaseTrial) -> None:
-    """Puts the parameters of a trial that was cut off first in the queue."""
+    """Puts the parameters of a trial that was cut off first in the queue: all that it had, or was to have."""
+    asked = study.get_trials(deepcopy=False)[trial.number].system_attrs.get("fixed_params", {})
     again = {"again": trial.number, "proposed_by": "a trial that was cut off"}
-    study.enqueue_trial(trial.params, user_attrs=again)
+    study.enqueue_trial(asked | trial.params, user_attrs=again)
 
 
 def study_plots(study: optuna.Study, objectives: Sequence[str] = ("macro_f1",)) -> dict[str, Callable[[], Any]]:

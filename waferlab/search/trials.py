@@ -27,10 +27,20 @@ def completed(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that came to an end of their own: those that were cut off run again and are not counted."""
+    """Trials that came to an end of their own; those that were cut off run again and are not counted."""
     trials = study.get_trials(deepcopy=False)
     run_again = {t.user_attrs.get("again") for t in trials}
-    return [t for t in trials if t.state.is_finished() and t.number not in run_again]
+    return [t for t in trials if t.state.is_finished() and t.number not in run_again and "surplus" not in t.user_attrs]
+
+
+def was_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial failed for no reason of its own: whoever ran it was gone, or interrupted."""
+    return trial.state == TrialState.FAIL and not {"reason", "surplus"} & trial.user_attrs.keys()
+
+
+def trial_tag(trial: optuna.Trial) -> dict[str, str]:
+    """By which a trial's run is found in the tracker by others who share the study."""
+    return {"trial": f"{trial.study.study_name}/{trial.number}"}
 
 
 def study_seconds(study: optuna.Study) -> float:
@@ -151,7 +161,7 @@ def search_record(
     Raises:
         SearchFailedError: not one trial came to its end.
     """
-    trials = study.get_trials(deepcopy=False)
+    trials = [trial for trial in study.get_trials(deepcopy=False) if "surplus" not in trial.user_attrs]
     if not completed(study):
         reasons = {t.user_attrs["reason"] for t in trials if "reason" in t.user_attrs}
         raise SearchFailedError(

@@ -1,16 +1,34 @@
-"""How many trials run side by side."""
+"""Workers of a search: how many run side by side here, and one that joins a search from any other machine.
+
+    python -m waferlab.search.workers --storage postgresql+psycopg://user@host/optuna --model lightning_cnn
+
+Start it as often as there are machines, before or after the program that leads the search; it takes the configuration
+from the study, runs trials until there are enough of them, and ends. What is said here counts over it: --data, where
+the maps lie elsewhere on this machine, or any OPTION=VALUE. Killed, it costs its trial a second start; stopped with
+Ctrl-C or SIGTERM, it hands the trial back at once.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import sys
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from waferlab.training.pace import cores
+from waferlab import command_line
+from waferlab.errors import ConfigError, SearchFailedError
 
 if TYPE_CHECKING:
     from waferlab.config import ExperimentConfig
+
+EXAMPLES = """\
+  python -m waferlab.search.workers --storage postgresql+psycopg://optuna@db/optuna --model lightning_cnn
+  python -m waferlab.search.workers --storage $STORAGE --model my_net --register my_models --data /data/maps.npz
+  python -m waferlab.search.workers --storage $STORAGE --model yolo_inspired workers=1 tracking_uri=http://mlflow:5000"""
+LOOK_EVERY = 2.0  # seconds, for a study that is not there yet
+STOPPED = "Its trial runs again, elsewhere or here: start the worker again."
+HERE = {"resume": False, "enable_optuna": True}  # of a worker, whatever the leader's are
 
 
 def workers_for(config: ExperimentConfig) -> int:
@@ -18,7 +36,99 @@ def workers_for(config: ExperimentConfig) -> int:
 
     One where a GPU trains, which one training fills, and on systems where a program with threads must not be forked.
     """
+    import torch
+
+    from waferlab.training.pace import cores
+
     on_a_cpu = config.accelerator in ("auto", "cpu") and not torch.accelerator.is_available()
     if sys.platform != "linux" or not on_a_cpu:
         return 1
     return config.workers or cores()
+
+
+def main() -> int:
+    """Joins a search with the command line's arguments and returns the exit status."""
+    arguments = command_line.parse(make_parser())
+    return command_line.run(lambda: join(arguments), when_stopped=STOPPED)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of a worker."""
+    parser = command_line.make_parser(__doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--storage", required=True, metavar="URL", help="of the study's database")
+    add("--model", required=True, metavar="NAME", help="that is searched")
+    add("--experiment", metavar="NAME", help="of the leader; needed where several search this model in one database")
+    add("--register", metavar="MODULE", help="module to import first, which registers models of your own")
+    add("--wait", type=float, default=600.0, metavar="S", help="seconds for the search to begin (default 600)")
+    return parser
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """The work itself; imported late, so that --help and wrong flags answer at once."""
+    story = importlib.import_module("integrated_pipeline")  # the one thing here that runs whole pipelines
+    if arguments.register:
+        _import(arguments.register)
+    from waferlab.search.budget import SearchPlan
+    from waferlab.search.database import open_database
+    from waferlab.tracking.runs import Run
+
+    name, search = wait_for_search(open_database(arguments.storage, heartbeat=15), arguments)
+    seconds = search["plan"]["seconds"]
+    if search["until"] is not None:
+        seconds = max(1.0, min(seconds, search["until"] - time.time()))
+    leaders = {**search["config"], **HERE, "storage": arguments.storage, "model_type": arguments.model}
+    pipeline = story.IntegratedMLPipeline(story.ExperimentConfig(**command_line.options_of(arguments, leaders)))
+    pipeline.say(f"joins the search {name}", style="bold")
+    pipeline.prepare_data()
+    with pipeline.open_tracking().closing():
+        if search["run"]:
+            pipeline.model_runs[arguments.model] = Run(arguments.model, id=search["run"])
+        try:
+            pipeline.search(arguments.model, SearchPlan(**search["plan"] | {"seconds": seconds}), leads=False)
+        except SearchFailedError as error:  # the leader's affair
+            pipeline.say(f"  {error}")
+    pipeline.say("The search has as many trials as it wants, or no time left.")
+
+
+def _import(module: str) -> None:
+    sys.path.insert(0, "")  # modules of the working folder
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--register {module}: {error}. Start the worker where Python finds it.") from error
+
+
+def wait_for_search(storage: Any, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The name of the search of a model, and what its leader has left for those who join.
+
+    Raises:
+        ConfigError: none has begun, or there are several.
+    """
+    deadline, told = time.monotonic() + arguments.wait, False
+    while True:
+        found = {
+            study.study_name: search
+            for study in storage.get_all_studies()
+            if (search := storage.get_study_user_attrs(study._study_id).get("search"))
+            and study.study_name.rpartition("/")[2] == arguments.model
+            and arguments.experiment in (None, study.study_name.rpartition("/")[0])
+        }
+        if len(found) > 1:
+            experiments = ", ".join(sorted(name.rpartition("/")[0] for name in found))
+            raise ConfigError(f"{arguments.model} is searched in {experiments}. Name one of them with --experiment.")
+        if found:
+            return next(iter(found.items()))
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"No search of {arguments.model} has begun in {arguments.wait:g} s. Start the program that leads it, "
+                "with storage=... of the same database, or wait longer (--wait)."
+            )
+        if not told and not arguments.quiet:
+            print(f"waits for a search of {arguments.model} to begin", flush=True)
+        told = True
+        time.sleep(LOOK_EVERY)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -185,6 +185,14 @@ class RunTree(ModelRegistry):
         self._client.set_terminated(run.id, status, end_time=self._given)
 
     @in_line
+    def end_lost(self, trial: str, *, reason: str) -> None:
+        """Closes, as KILLED, what a process that is gone has left open: runs with this tag `trial`."""
+        which = f"tags.trial = '{trial}' and attributes.status = 'RUNNING'"
+        for run in self._client.search_runs([self._experiment_id], which):
+            self._client.set_tag(run.info.run_id, "reason", reason)
+            self._client.set_terminated(run.info.run_id, "KILLED")
+
+    @in_line
     def params(self, run: Run, /, **params: Any) -> None:
         """Logs parameters; one that a run which goes on has with another value becomes a tag: it cannot be changed."""
         from mlflow.entities import Param
@@ -333,7 +341,7 @@ class NoRuns:
     def _nothing(self, *_: Any, **__: Any) -> None:
         """Does nothing."""
 
-    end = params = tags = note = metrics = files = dataset = watch_system = close = _nothing
+    end = end_lost = params = tags = note = metrics = files = dataset = watch_system = close = _nothing
     client = run_id = run_link = _nothing
 
     def logger(self, run: Run) -> Literal[False]:

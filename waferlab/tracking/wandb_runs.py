@@ -74,6 +74,9 @@ class WandbTree(RunTree):
         """Into the run's configuration: labels of Weights & Biases have no values."""
         self._loggers[run].log_hyperparams(tags)
 
+    def end_lost(self, trial: str, *, reason: str) -> None:
+        """Nothing: a run on another machine lies there."""
+
     @in_line
     def _end(self, run: Run, status: str, reason: str | None) -> None:
         experiment = self._loggers.pop(run).experiment
