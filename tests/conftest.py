@@ -110,3 +110,12 @@ def trained(tiny_arrays, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     np.savez(folder / "tiny.npz", **tiny_arrays)
     return folder, pipeline_in(folder).train_final_model("lightning_cnn")
+
+
+@pytest.fixture
+def postgres():
+    from postgres import Postgres
+
+    server = Postgres()
+    yield server
+    server.remove()

@@ -1,0 +1,196 @@
+"""Promises about workers that join a search from elsewhere, on a real PostgreSQL: each trial counts once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import optuna
+import pytest
+from conftest import tiny_settings
+from optuna.trial import TrialState
+
+from waferlab.search.trials import counted_trials
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT = 240  # seconds for what takes some on a quiet machine
+MODELS = """
+import time
+from integrated_pipeline import register_model
+from made_up import Scripted
+from waferlab.models.registry import ModelSpec
+
+class Slow(Scripted):
+    def on_train_epoch_start(self):
+        time.sleep(0.7)
+        super().on_train_epoch_start()
+
+register_model("slow", ModelSpec(Slow, defaults={"learning_rate": 1e-3, "dropout": 0.1}))
+"""
+LEAD = """
+import json, sys
+sys.path.insert(0, "")
+import slow_models
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_pipeline()
+"""
+
+
+class Fleet:
+    """A program that leads a search, and workers that join it."""
+
+    def __init__(self, tiny_npz, tmp_path, server, **more):
+        (tmp_path / "slow_models.py").write_text(MODELS)
+        self.folder, self.server, self.uri = tmp_path, server, f"sqlite:///{tmp_path}/mlflow.db"
+        self.settings = tiny_settings(
+            tiny_npz, tmp_path / "lead", model_type="slow", storage=server.url, artifacts=str(tmp_path / "shared"),
+            tracking_uri=self.uri, heartbeat=1, enable_optuna=True, search_epochs=3, max_epochs=5, pruner="none",
+            **more,
+        )  # fmt: skip
+        self.started = []
+
+    def start(self, *command):
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        log = (self.folder / f"{len(self.started)}.log").open("w+")
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        process.log = log
+        self.started.append(process)
+        return process
+
+    def lead(self):
+        return self.start("-c", LEAD, json.dumps(self.settings))
+
+    def join(self, *more):
+        here = ("--output-dir", self.folder / f"worker{len(self.started)}", "workers=1", "--register", "slow_models")
+        return self.start(
+            "-m", "waferlab.search.workers", "--storage", self.server.url, "--model", "slow", *here, *more
+        )
+
+    def study(self):
+        try:
+            return optuna.load_study(study_name="tiny/slow", storage=self.server.url)
+        except (KeyError, optuna.exceptions.StorageInternalError):
+            return None
+
+    def trial_of(self, process):
+        """The trial that a process is running."""
+        study = self.study()
+        for trial in study.get_trials(states=(TrialState.RUNNING,)) if study else ():
+            if f" {process.pid} " in trial.user_attrs.get("process", "") and trial.intermediate_values:
+                return trial
+        return None
+
+    def until(self, condition):
+        deadline = time.monotonic() + WAIT
+        while not (found := condition()):
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.2)
+        return found
+
+    def ended(self, process):
+        assert process.wait(timeout=WAIT) is not None
+        return process.returncode
+
+    def logs(self):
+        texts = []
+        for process in self.started:
+            process.log.flush()
+            texts.append(Path(process.log.name).read_text()[-2000:])
+        return "\n----\n".join(texts)
+
+    def stop(self):
+        for process in self.started:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def fleet(tiny_npz, tmp_path, postgres):
+    made = []
+
+    def build(**more):
+        made.append(Fleet(tiny_npz, tmp_path, postgres, **more))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.stop()
+
+
+def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_count_none_twice(fleet, postgres):
+    fleet = fleet(num_optuna_trials=14)
+    early = fleet.join()  # before there is anything to join
+    leader = fleet.lead()
+    dies, sleeps = fleet.join(), fleet.join()
+    killed = fleet.until(lambda: fleet.trial_of(dies))
+    dies.kill()
+    when = time.time()
+    stopped = fleet.until(lambda: fleet.trial_of(sleeps))
+    sleeps.send_signal(signal.SIGSTOP)
+    fleet.until(lambda: any(t.user_attrs.get("again") == killed.number for t in fleet.study().trials))
+    back_after = time.time() - when
+    postgres.stop()
+    time.sleep(2)
+    postgres.start()
+    fleet.until(lambda: any(t.user_attrs.get("again") == stopped.number for t in fleet.study().trials))
+    sleeps.send_signal(signal.SIGCONT)
+    assert [fleet.ended(process) for process in (leader, early, sleeps)] == [0, 0, 0], fleet.logs()
+
+    assert back_after < 30, "five signs of life are missed after five seconds"
+    study = fleet.study()
+    assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+    done = counted_trials(study)
+    assert len(done) == 14 and {trial.state for trial in done} == {TrialState.COMPLETE}
+    lost = {t.number for t in study.trials if t.state == TrialState.FAIL and "surplus" not in t.user_attrs}
+    again = {t.user_attrs["again"]: t for t in study.trials if "again" in t.user_attrs}
+    assert {killed.number, stopped.number} <= lost == again.keys()
+    assert again[killed.number].params == killed.params
+
+    summary = json.loads((fleet.folder / "lead/results/tiny/experiment_summary.json").read_text())
+    (model,) = summary["models"]
+    assert model["weights_from"].endswith("gone on with") and model["epochs"] == 5
+    assert len(model["search"]["trials"]) == 14 + len(lost)
+    client = mlflow.MlflowClient(fleet.uri)
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=1000)
+    by_name = {run.info.run_name: run for run in runs}
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED", "FAILED"}
+    assert {f"trial {trial.number}" for trial in done} <= by_name.keys()
+    above = by_name["slow_optimized"].info.run_id
+    for name, run in by_name.items():
+        if name.startswith("trial "):
+            assert run.data.tags["mlflow.parentRunId"] == above, name
+    assert by_name[f"trial {killed.number}"].info.status == "KILLED"
+
+
+def test_a_worker_that_is_told_to_end_hands_its_trial_back_at_once(fleet):
+    fleet = fleet(num_optuna_trials=4)
+    leader, worker = fleet.lead(), fleet.join()
+    trial = fleet.until(lambda: fleet.trial_of(worker))
+    worker.send_signal(signal.SIGTERM)
+    assert fleet.ended(worker) == 143
+    assert any(t.user_attrs.get("again") == trial.number for t in fleet.study().trials)
+    assert "Its trial runs again" in fleet.logs()
+    assert fleet.ended(leader) == 0, fleet.logs()
+    assert len(counted_trials(fleet.study())) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--model", "lightning_cnn", "--wait", "0.1"), "No search of lightning_cnn has begun in 0.1 s."),
+        (("--model", "slow", "--register", "nowhere"), "--register nowhere"),
+    ],
+)
+def test_what_a_worker_cannot_do_is_one_message_and_status_2(flags, said, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "waferlab.search.workers", "--storage", f"sqlite:///{tmp_path}/study.db", *flags],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"error: {said}" in done.stderr
