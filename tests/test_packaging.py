@@ -78,6 +78,6 @@ def test_the_tests_environment_is_the_extra_test():
     assert (ROOT / "requirements-dev.txt").read_text().split() == ["-e", ".[test]"]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     used = requirements(
-        line for n in ("test", "audit", "hydra", "postgresql", "transfer", "wandb") for line in extras[n]
+        line for n in ("test", "audit", "hydra", "postgresql", "ray", "transfer", "wandb") for line in extras[n]
     )
     assert {"pytest", "pytest-xdist", "ruff", "import-linter", "setuptools", "packaging"} <= used.keys()

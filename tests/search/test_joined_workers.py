@@ -194,3 +194,25 @@ def test_what_a_worker_cannot_do_is_one_message_and_status_2(flags, said, tmp_pa
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and f"error: {said}" in done.stderr
+
+
+def test_ray_starts_workers_on_a_cluster(fleet):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    fleet = fleet(num_optuna_trials=6, workers=1)
+    leader = fleet.lead()
+    launcher = fleet.start(
+        "-m", "waferlab.search.ray_workers", "--workers", 2, "--cpus", 1, "--storage", fleet.server.url,
+        "--model", "slow", "--register", "slow_models", "--output-dir", fleet.folder / "ray",
+    )  # fmt: skip
+    assert [fleet.ended(leader), fleet.ended(launcher)] == [0, 0], fleet.logs()
+    trials = counted_trials(fleet.study())
+    assert len(trials) == 6 and len({trial.user_attrs["process"] for trial in trials}) == 3
+
+
+def test_without_ray_a_sentence_says_how_to_have_it_and_nothing_else_needs_it():
+    blocked = "import sys; sys.modules['ray'] = None; import waferlab.search.ray_workers as r; sys.argv = ['r', "
+    flags = "'--workers', '1', '--storage', 'sqlite://', '--model', 'm']; sys.exit(r.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + flags], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 2 and "error: Ray is not installed: pip install" in done.stderr
