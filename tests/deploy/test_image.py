@@ -97,9 +97,10 @@ def image(tmp_path_factory):
         folder.chmod(0o755)
 
 
-def test_the_linter_has_nothing_to_say():
+@pytest.mark.parametrize("file", ["Dockerfile", "training.Dockerfile"])
+def test_the_linter_has_nothing_to_say(file):
     hadolint = Path(sysconfig.get_path("scripts"), "hadolint")
-    done = subprocess.run([hadolint, "--no-color", FOLDER / "Dockerfile"], capture_output=True, text=True)
+    done = subprocess.run([hadolint, "--no-color", FOLDER / file], capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
