@@ -224,4 +224,4 @@ def test_the_commands_of_the_containers_search_track_register_and_serve(cluster,
         {"Content-Type": "application/json"},
     )  # fmt: skip
     with request.urlopen(asked, timeout=30) as answer:
-        assert len(json.load(answer)["predictions"]) == 1
+        assert len(json.load(answer)["answers"]) == 1

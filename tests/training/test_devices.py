@@ -83,7 +83,7 @@ def test_a_run_on_two_devices_is_one_run_with_one_champion(tiny_npz, tmp_path):
     assert sorted(run.info.run_name for run in runs) == ["lightning_cnn_optimized", "tiny", "trial 0", "trial 1"]
     assert {run.info.status for run in runs} == {"FINISHED"}
     (run,) = (run for run in runs if run.info.run_name == "lightning_cnn_optimized")
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val_macro_f1")] == [0, 1, 2]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val_macro_f1")] == [1, 2, 3]
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("select count(*) from model_versions").fetchone() == (1,)
     assert not psutil.Process().children(recursive=True)

@@ -21,9 +21,9 @@ from optuna.trial import TrialState
 
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
-from waferlab.search import workers
 from waferlab.search.workers import workers_for
 from waferlab.tracking.runs import Run
+from waferlab.training import pace
 from waferlab.training import side_by_side as crews
 from waferlab.training.side_by_side import how_it_ended, side_by_side
 
@@ -166,7 +166,7 @@ def test_processes_that_heed_no_interrupt_are_killed_in_the_end(monkeypatch):
     ],
 )
 def test_there_are_as_many_workers_as_cores_or_as_are_wanted_and_one_where_a_gpu_trains(settings, number, monkeypatch):
-    monkeypatch.setattr(workers, "cores", lambda: 5)
+    monkeypatch.setattr(pace, "cores", lambda: 5)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert workers_for(ExperimentConfig(**settings)) == number
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

@@ -20,7 +20,7 @@ import torch.distributed
 
 from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, RunError
-from waferlab.training.side_by_side import Tell, side_by_side
+from waferlab.training.side_by_side import KILLED, Tell, side_by_side
 
 Result = TypeVar("Result")
 
@@ -48,6 +48,7 @@ def on_each_device(
             "a run or a worker of its own, or accelerator='cpu'."
         )
     returned: list[Result] = []
+    gone: list[str] = []
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0"}
 
     def work(rank: int, tell: Tell) -> None:
@@ -60,15 +61,27 @@ def on_each_device(
         if what == "returned":
             returned.append(content[0])
         elif what == "killed":
-            raise RunError(
-                f"One of the {devices} processes of a training is gone: {content[0]}. Finished epochs are kept: repeat "
-                "the command with --resume."
-            )
+            gone.extend(content)
         else:
             hear(rank, what, *content)
 
-    side_by_side(work, workers=devices, hear=heard)
+    try:
+        side_by_side(work, workers=devices, hear=heard)
+    except RuntimeError as error:  # of those that have lost one of them, as that is heard after it
+        if any(KILLED in how for how in gone):
+            raise _one_is_gone(gone, devices) from error
+        raise
+    if not returned:
+        raise _one_is_gone(gone, devices)
     return returned[0]
+
+
+def _one_is_gone(gone: list[str], devices: int) -> RunError:
+    how = next((how for how in gone if KILLED in how), gone[0])
+    return RunError(
+        f"One of the {devices} processes of a training is gone: {how}. Finished epochs are kept: repeat the command "
+        "with --resume."
+    )
 
 
 def _free_port() -> int:

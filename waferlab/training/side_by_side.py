@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 Tell = Callable[..., None]
+KILLED = "its process was killed"
 LAST_WORDS = 20.0  # seconds that processes have to end when they are interrupted
 
 
@@ -124,5 +125,5 @@ def _hear_out(crew: Crew, hear: Callable[..., None], *, until: float | None = No
 def how_it_ended(status: int) -> str:
     """In words, of a process that did not end by itself."""
     if status == -signal.SIGKILL:
-        return "its process was killed, most likely because the memory did not suffice for as many trials side by side"
+        return f"{KILLED}, most likely because the memory did not suffice for as many side by side"
     return f"its process ended with {signal.Signals(-status).name if status < 0 else f'status {status}'}"
