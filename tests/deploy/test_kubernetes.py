@@ -33,7 +33,11 @@ def named(kind, name):
 
 def pods():
     """Of each object that has pods: name and specification."""
-    return [(one["metadata"]["name"], one["spec"]["template"]["spec"]) for one in OBJECTS if "template" in one["spec"]]
+    return [
+        (one["metadata"]["name"], one["spec"]["template"]["spec"])
+        for one in OBJECTS
+        if "template" in one.get("spec", {})
+    ]
 
 
 def containers():
@@ -101,7 +105,7 @@ def test_whoever_is_talked_to_lets_in_whoever_talks():
                 labels = tuple(source["podSelector"]["matchLabels"].items())
                 allowed.setdefault(policy["metadata"]["name"], set()).update(labels)
     for one in OBJECTS:
-        if "template" not in one["spec"]:
+        if "template" not in one.get("spec", {}):
             continue
         labels = set(one["spec"]["template"]["metadata"]["labels"].items())
         text = json.dumps(one["spec"]["template"]["spec"])
