@@ -60,6 +60,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of one call of the model (default: one a core; with --serve 1)",
     )
+    add(
+        "--provider",
+        default="cpu",
+        choices=("cpu", "cuda", "tensorrt"),
+        help="what computes, or an error (default cpu)",
+    )
     add("--quiet", action="store_true", help="print the outcome only")
     return parser
 
@@ -100,7 +106,8 @@ def classify(arguments: argparse.Namespace) -> None:
         monitor=arguments.monitor,
         tracking_uri=arguments.tracking_uri,
     )
-    predictor = Predictor.load(arguments.model, threads=arguments.threads, tracking_uri=arguments.tracking_uri)
+    where = {"tracking_uri": arguments.tracking_uri, "provider": arguments.provider}
+    predictor = Predictor.load(arguments.model, threads=arguments.threads, **where)
     console = Console(highlight=False)
     answer_maps(predictor, arguments.maps, options=options, console=console, quiet=arguments.quiet)
 
@@ -112,6 +119,7 @@ def serve(arguments: argparse.Namespace) -> None:
     from waferlab.deployment.predictor import Predictor
 
     where = {"threads": arguments.threads or THREADS, "tracking_uri": arguments.tracking_uri}
+    where["provider"] = arguments.provider
     service.serve(
         Predictor.load(arguments.model, **where),
         host=arguments.host or "127.0.0.1",

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from devices import table_of_devices
 from label_audit import table_of_audit
 from measure import NOT_RECORDED, ROOT, interval_holds, rows, score_text
 from provenance import changed
@@ -640,6 +641,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "search_pays": search_pays,
     "portfolio": portfolio,
     "busy_machine": busy_machine,
+    "devices": table_of_devices,
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,
     "label_audit": table_of_audit,

@@ -91,6 +91,20 @@ def test_a_busy_process_is_there_for_the_time_of_a_measurement_and_gone_after(mo
     assert not busy() and busy_machine.under(False, lambda: len(busy())) == 0
 
 
+def test_devices_are_compared_with_two_threads_turn_by_turn():
+    import devices
+
+    seconds = {"one thread": (12.0, 9.0), "two threads": (9.0, 6.0), "two devices": (6.0, 3.0)}
+    runs = [
+        {"model": "m", "way": way, "seed": seed, "seconds": both[seed], "macro_f1": 0.5 + 0.1 * (way == "two devices")}
+        for seed in (0, 1) for way, both in seconds.items()
+    ]  # fmt: skip
+    (row,) = devices.outcome(runs)
+    assert row["times_as_quick_as_two_threads"]["two devices"] == {"median": 1.75, "low": 1.5, "high": 2.0, "turns": 2}
+    assert row["difference_of_two_devices"]["mean"] == pytest.approx(0.1)
+    assert "| m | 10.5 | 7.5 | 4.5 | 1.75 (1.50 to 2.00" in "\n".join(devices.table_of_devices({"outcome": [row]}))
+
+
 def test_trials_of_one_length_are_timed():
     arguments = type("Flags", (), {"trials": 2, "epochs": 1, "samples_per_class": 20})
     assert 0 < busy_machine.searched(arguments, "lightning_cnn", workers=2, threads=1) < 120

@@ -14,10 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from waferlab.errors import ModelError
 from waferlab.evaluation.conformal import DEFAULT_COVERAGE, PredictionSets, answered_alone
 
 REGISTERED = "models:/"
 DEFAULT_MODEL = "models:/wafer_defect_classifier@champion"
+PROVIDERS = {  # of ONNX Runtime, by the word on the command line; what the first cannot do, the next does
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 DIES_AT_ONCE = 2**20  # of the maps that are answered in one call of ONNX Runtime, which bounds the memory it takes
 
 
@@ -69,7 +75,7 @@ class Answers:
 
 
 class Predictor:
-    """Runs an exported file with ONNX Runtime on the CPU.
+    """Runs an exported file with ONNX Runtime, on the CPU unless another provider is asked for.
 
     Attributes:
         class_names: what the columns of the probabilities mean.
@@ -82,15 +88,20 @@ class Predictor:
         path: of the file.
         threads: that one call may use; None for one a core.
         name: None for that of the file.
+        provider: what computes, of `PROVIDERS`; never another one in its place.
 
     Raises:
+        ModelError: the provider is not there, or does not start.
         ValueError: the file is no exported classifier, or its answer has other columns than it has class names.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, threads: int | None = None, name: str | None = None,
+        provider: str = "cpu",
+    ) -> None:  # fmt: skip
         self.path = Path(path)
         self.name = name or self.path.name
-        self._threads = threads
+        self._threads, self._provider = threads, provider
         self._session = self.open(self.path)
         about = self._session.get_modelmeta().custom_metadata_map
         try:
@@ -110,7 +121,7 @@ class Predictor:
     @classmethod
     def load(
         cls, source: str | os.PathLike[str] = DEFAULT_MODEL, *, threads: int | None = None,
-        tracking_uri: str | None = None,
+        tracking_uri: str | None = None, provider: str = "cpu",
     ) -> Predictor:  # fmt: skip
         """A predictor of a file or of a registered model.
 
@@ -118,12 +129,11 @@ class Predictor:
             source: a .onnx file; or "models:/<name>@<alias>", "models:/<name>/<version>".
             threads: that one call may use; None for one a core.
             tracking_uri: of the registry; None for MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in this folder.
+            provider: what computes, of `PROVIDERS`.
 
         Raises:
-            ModelError: there is no such model, or its file cannot be used.
+            ModelError: there is no such model, its file cannot be used, or the provider is not there.
         """
-        from waferlab.errors import ModelError
-
         text, folder = os.fspath(source), None
         try:
             if not text.startswith(REGISTERED):
@@ -132,12 +142,13 @@ class Predictor:
                         f"--model {text}: no such file. Give a .onnx file, or models:/<name>@champion; training leaves "
                         "the file at checkpoints/<experiment>/<model>/model.onnx."
                     )
-                return cls(text, threads=threads)
+                return cls(text, threads=threads, provider=provider)
             from waferlab.tracking.registered import fetch_registered
 
             folder = tempfile.TemporaryDirectory(prefix="wafer-model-")
             registered = fetch_registered(text, into=Path(folder.name), tracking_uri=tracking_uri)
-            predictor = cls(registered.file, threads=threads, name=f"{registered.name} version {registered.version}")
+            name = f"{registered.name} version {registered.version}"
+            predictor = cls(registered.file, threads=threads, name=name, provider=provider)
         except ValueError as error:
             raise error if isinstance(error, ModelError) else ModelError(str(error)) from error
         predictor._keep = folder  # the files stay as long as the predictor
@@ -204,6 +215,7 @@ class Predictor:
         """A session of ONNX Runtime with this predictor's threads, of a file or a graph made of it.
 
         Raises:
+            ModelError: the provider is not there, or does not start.
             ValueError: ONNX Runtime does not take it.
         """
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its Linux builds would collect, too
@@ -212,12 +224,24 @@ class Predictor:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3  # its warnings are for those who write graphs
+        wanted, there = PROVIDERS[self._provider], onnxruntime.get_available_providers()
+        if wanted[0] not in there:
+            raise ModelError(
+                f"--provider {self._provider}: this ONNX Runtime has {', '.join(there)}. Install onnxruntime-gpu in "
+                "its place, with the CUDA that it was made for, or leave the flag out."
+            )
         try:
-            return onnxruntime.InferenceSession(
-                model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+            session = onnxruntime.InferenceSession(
+                model if isinstance(model, bytes) else str(model), options, providers=wanted
             )
         except Exception as error:  # ONNX Runtime has many kinds; each means that this file cannot be used
             raise self._unusable(error) from error
+        if (took := session.get_providers()[0]) != wanted[0]:  # it falls back without a word
+            raise ModelError(
+                f"--provider {self._provider} does not start here: ONNX Runtime took {took} in its place. Look whether "
+                "the driver and the libraries are those it was made for, or leave the flag out."
+            )
+        return session
 
     def _unusable(self, error: Exception) -> ValueError:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
