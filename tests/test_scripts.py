@@ -216,3 +216,14 @@ def test_the_file_that_a_run_leaves_repeats_it(configured, tmp_path):
     first.write_yaml(tmp_path / "config.yaml")
     again = configured("quick_start", "--config", tmp_path / "config.yaml", "--output-dir", tmp_path)
     assert again == replace(first, output_dir=str(tmp_path), objectives=["macro_f1"])
+
+
+def test_a_password_in_an_address_is_written_nowhere(configured, tmp_path):
+    storage, uri = "postgresql+psycopg://me:s3cret@db:5432/optuna", "http://me:s3cret@mlflow:5000"
+    config = configured("quick_start", f"storage={storage}", f"tracking_uri={uri}")
+    assert (config.storage, config.tracking_uri) == (storage, uri)
+    config.write_yaml(tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "s3cret" not in text and "postgresql+psycopg://me@db:5432/optuna" in text and "http://me@mlflow" in text
+    config = configured("quick_start", "storage=sqlite:////tmp/study.db")
+    assert config.as_plain()["storage"] == "sqlite:////tmp/study.db"

@@ -30,6 +30,7 @@ TRAINER_IS_OURS = {
     "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones",
 }  # fmt: skip
 PLACE_AND_MANNER = ("output_dir", "resume", "quiet")
+PASSWORD = re.compile(r"(?<=://)([^:/@]*):[^@]*(?=@)")  # in an address, after the name of the user
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
@@ -234,8 +235,10 @@ class ExperimentConfig:
             raise ConfigError(f"trainer={dict(self.trainer)!r}: {name!r} is {why}")
 
     def as_plain(self) -> dict[str, Any]:
-        """All options by name, in the types of YAML and JSON."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        """All options by name, in the types of YAML and JSON; addresses without the passwords in them."""
+        plain = json.loads(json.dumps(asdict(self), default=str))
+        secret = {name: PASSWORD.sub(r"\1", plain[name]) for name in ("storage", "tracking_uri") if plain[name]}
+        return plain | secret
 
     def write_yaml(self, file: Path) -> None:
         """Writes all options, but where and how this run goes on, so that `--config FILE` repeats it elsewhere."""

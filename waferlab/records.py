@@ -297,7 +297,7 @@ def summarise(
     """What `experiment_summary.json` says of a run, but for its registration.
 
     Args:
-        config: the configuration, a dataclass.
+        config: the configuration.
         maps: all maps.
         split: its three parts.
         results: of the models that could be trained.
@@ -316,7 +316,7 @@ def summarise(
         "command": command_line_used(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "verdict": " ".join([_verdict(results, best), *why]),
-        "config": dataclasses.asdict(config),
+        "config": config.as_plain(),
         "environment": environment(),
         "data": {
             "source": maps.source,

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from waferlab.config import ExperimentConfig
+from waferlab.config import PLACE_AND_MANNER, ExperimentConfig
 from waferlab.data.maps import WaferMaps
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import Split, split_maps
@@ -263,7 +263,7 @@ def head(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command_line_used(),
         "budget": series.budget(),
-        "config": {k: v for k, v in asdict(config).items() if k not in ("output_dir", "resume", "quiet")},
+        "config": {k: v for k, v in config.as_plain().items() if k not in PLACE_AND_MANNER},
         "environment": environment(),
         "data": {"source": Path(str(config.data)).name, **records[0]["data"]},
         "seeds": series.seeds,

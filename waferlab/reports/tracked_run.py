@@ -19,7 +19,7 @@ from waferlab.tracking.runs import NoRuns, Run, RunTree
 # Not what, but how or where: it may change when a run goes on, and a parameter cannot.
 HOW = (
     "resume", "quiet", "output_dir", "pretrained_dir", "pretrained_wait", "enable_mlflow", "tracker", "tracking_uri",
-    "storage", "threads", "workers",
+    "storage", "heartbeat", "threads", "workers",
 )  # fmt: skip
 
 
