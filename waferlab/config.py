@@ -34,6 +34,11 @@ PASSWORD = re.compile(r"(?<=://)([^:/@]*):[^@]*(?=@)")  # in an address, after t
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
+def without_password(address: str) -> str:
+    """An address as it may be shown and written down."""
+    return PASSWORD.sub(r"\1", address)
+
+
 def whole(default: int | None, low: int, high: int, *, trains: bool = True) -> Any:
     """A field for a whole number in a range, or None where that is the default.
 
@@ -237,8 +242,7 @@ class ExperimentConfig:
     def as_plain(self) -> dict[str, Any]:
         """All options by name, in the types of YAML and JSON; addresses without the passwords in them."""
         plain = json.loads(json.dumps(asdict(self), default=str))
-        secret = {name: PASSWORD.sub(r"\1", plain[name]) for name in ("storage", "tracking_uri") if plain[name]}
-        return plain | secret
+        return plain | {name: without_password(plain[name]) for name in ("storage", "tracking_uri") if plain[name]}
 
     def write_yaml(self, file: Path) -> None:
         """Writes all options, but where and how this run goes on, so that `--config FILE` repeats it elsewhere."""

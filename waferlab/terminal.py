@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from waferlab.config import ExperimentConfig
+from waferlab.config import ExperimentConfig, without_password
 from waferlab.data.maps import WaferMaps
 from waferlab.data.splitting import Split
 from waferlab.records import ModelResult, SearchRecord, StartingWeights
@@ -102,7 +102,8 @@ class Terminal:
         search = "none"
         if config.enable_optuna:
             search = f"{config.num_optuna_trials} trials a model, of {config.search_epochs} epochs"
-        tracking = f"{config.tracker} at {config.tracking_uri or config.output_dir}" if config.enable_mlflow else "none"
+        where = without_password(config.tracking_uri) if config.tracking_uri else config.output_dir
+        tracking = f"{config.tracker} at {where}" if config.enable_mlflow else "none"
         self.say(config.experiment_name, style="bold")
         self.say(f"  models     {', '.join(config.model_types())}")
         self.say(f"  data       {config.data}, maps resized to {config.image_size}x{config.image_size}")

@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
+from waferlab.config import without_password
 from waferlab.errors import ConfigError
 from waferlab.search.study import run_again
 from waferlab.search.trials import was_lost
@@ -53,8 +54,9 @@ def open_database(url: str, *, heartbeat: int) -> RDBStorage:
             last = error
             time.sleep(2**attempt / 4)
         except (ImportError, ValueError) as error:  # no driver for it, or no database URL at all
-            raise ConfigError(f"storage={url!r} cannot be used ({error}).") from error
-    raise ConfigError(f"storage={url!r} cannot be used ({str(last).strip().splitlines()[0]}). Does the server run?")
+            raise ConfigError(f"storage={without_password(url)!r} cannot be used ({error}).") from error
+    why = without_password(str(last).strip().splitlines()[0])
+    raise ConfigError(f"storage={without_password(url)!r} cannot be used ({why}). Does the server run?")
 
 
 class PatientDatabase(RDBStorage):
