@@ -90,8 +90,9 @@ def _asked_of_mlflow(uri: str, wanted: re.Match[str], *, into: Path, registry: s
     client = MlflowClient(registry, registry)
     try:
         version = wanted["version"] or client.get_model_version_by_alias(wanted["name"], wanted["alias"]).version
-        one = f"models:/{wanted['name']}/{version}"
-        return str(version), Path(download_artifacts(one, dst_path=str(into), tracking_uri=registry))
+        # Not by its name: MLflow looks for that in the registry of the environment, whichever it is given here.
+        files = client.get_model_version_download_uri(wanted["name"], version)
+        return str(version), Path(download_artifacts(files, dst_path=str(into), tracking_uri=registry))
     except Exception as error:  # the registry's own kinds, a disk's, a network's
         raise ModelError(
             f"--model {uri}: cannot be had from {registry} ({in_a_line(error)}). Registered models are listed by "
