@@ -75,6 +75,7 @@ SERIES, TRAININGS = {"comparison", "ablation"}, PRESETS.keys() - {"pretrain"}
 ONLY_FOR = {  # flags that mean nothing in the other modes
     "data": TRAININGS,
     "trials": TRAININGS,
+    "workers": TRAININGS,
     "epochs": TRAININGS,
     "split": TRAININGS,
     "seeds": SERIES,
@@ -116,6 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="'all' or names (ablation takes one; pretrain: the small CNN)",
     )
     add("--trials", type=int, metavar="N", help="of each search")
+    add("--workers", type=int, metavar="N", help="trials side by side here (default: one a core)")
     add("--epochs", type=int, metavar="N", help="of each final training; without --time-limit, nothing else ends it")
     add(
         "--seeds",
@@ -191,6 +193,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, object]:
     optional = {
         "model_type": arguments.models if arguments.models != ["all"] else "all",
         "num_optuna_trials": arguments.trials,
+        "workers": arguments.workers,
         "max_epochs": arguments.epochs,
         "time_limit": arguments.time_limit,
         "split": arguments.split,

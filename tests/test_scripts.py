@@ -85,9 +85,22 @@ def test_each_run_has_a_folder_of_its_own(configured):
 
 
 def test_flags_of_run_experiment_set_the_field_that_they_name(configured):
-    flags = ("--trials", 2, "--epochs", 3, "--max-samples-per-class", 4, "--models", "yolo_inspired", "lightning_cnn")
+    flags = (
+        "--trials",
+        2,
+        "--workers",
+        5,
+        "--epochs",
+        3,
+        "--max-samples-per-class",
+        4,
+        "--models",
+        "yolo_inspired",
+        "lightning_cnn",
+    )
     config = configured("run_experiment", *flags)
     assert (config.num_optuna_trials, config.max_epochs, config.max_samples_per_class) == (2, 3, 4)
+    assert config.workers == 5
     assert config.model_type == ["yolo_inspired", "lightning_cnn"]
     assert config.split == "lots" and configured("run_experiment", "--split", "ordered").split == "ordered"
     assert config.time_limit is None  # so many epochs, however long they take

@@ -39,10 +39,12 @@ def test_a_provider_that_does_not_start_is_a_sentence_where_onnx_runtime_would_g
         Predictor(file, provider=provider)
 
 
-@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA here")
-def test_cuda_answers_as_the_cpu_does(file):
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_gpu_answers_as_the_cpu_does(provider, file):
     import numpy as np
 
+    if PROVIDERS[provider][0] not in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has no {PROVIDERS[provider][0]}")
     maps = [np.random.default_rng(seed).integers(0, 3, (20, 25)).astype(np.uint8) for seed in range(20)]
-    of_cpu, of_cuda = (Predictor(file, provider=provider).probabilities(maps) for provider in ("cpu", "cuda"))
-    np.testing.assert_allclose(of_cuda, of_cpu, atol=1e-3)
+    of_cpu, of_gpu = (Predictor(file, provider=one).probabilities(maps) for one in ("cpu", provider))
+    np.testing.assert_allclose(of_gpu, of_cpu, atol=1e-3)
