@@ -5,10 +5,7 @@ It listens on this machine alone unless told otherwise, and needs no PyTorch.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
-import re
 import signal
 import socket
 from pathlib import Path
@@ -20,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from waferlab.deployment.answering import Answering, sentence
+from waferlab.deployment.page_policy import digest_of
 from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.request_maps import OPENAPI
 from waferlab.errors import UserError
@@ -113,11 +111,7 @@ def serve(
 
 def _only_its_own(page: str) -> dict[str, str]:
     """Headers that let a page run and load nothing but the script and the style that are in it."""
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1].encode()).digest())
-        for tag in ("script", "style")
-    }
-    policy = "; ".join(f"{tag}-src 'sha256-{digest.decode()}'" for tag, digest in hashes.items())
+    policy = "; ".join(f"{tag}-src '{digest_of(page, tag)}'" for tag in ("script", "style"))
     policy += "; default-src 'none'; connect-src 'self'; img-src data:"  # the empty icon is such an image
     policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}

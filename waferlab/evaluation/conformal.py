@@ -67,7 +67,15 @@ class PredictionSets:
 
     def sets(self, probabilities: np.ndarray, coverage: float = DEFAULT_COVERAGE) -> np.ndarray:
         """Bool [N, C], which classes are in the set of each map, from its probabilities, float [N, C]."""
-        return probabilities >= (1 - MARGIN) * self.floors_at(coverage)
+        return probabilities >= self.least_probabilities(coverage)
+
+    def least_probabilities(self, coverage: float = DEFAULT_COVERAGE) -> np.ndarray:
+        """float64 [C], from which on a class is in a set: the floors, less what rounding may take.
+
+        Raises:
+            ValueError: it is none of `COVERAGES`.
+        """
+        return (1 - MARGIN) * self.floors_at(coverage)
 
     def promised(self, coverage: float = DEFAULT_COVERAGE) -> np.ndarray:
         """Bool [C], for which classes the lots suffice for this coverage."""
