@@ -14,6 +14,7 @@ import pytest
 from conftest import tiny_settings
 from optuna.trial import TrialState
 
+from waferlab.search.database import open_database
 from waferlab.search.trials import counted_trials
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ class Fleet:
             tracking_uri=self.uri, heartbeat=1, enable_optuna=True, search_epochs=3, max_epochs=5, pruner="none",
             **more,
         )  # fmt: skip
-        self.started = []
+        self.started, self.storage = [], open_database(server.url, heartbeat=600)
 
     def start(self, *command):
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -75,8 +76,8 @@ class Fleet:
 
     def study(self):
         try:
-            return optuna.load_study(study_name="tiny/slow", storage=self.server.url)
-        except (KeyError, optuna.exceptions.StorageInternalError):
+            return optuna.load_study(study_name="tiny/slow", storage=self.storage)
+        except KeyError:
             return None
 
     def trial_of(self, process):
@@ -198,15 +199,16 @@ def test_what_a_worker_cannot_do_is_one_message_and_status_2(flags, said, tmp_pa
 
 def test_ray_starts_workers_on_a_cluster(fleet):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    fleet = fleet(num_optuna_trials=6, workers=1)
-    leader = fleet.lead()
+    fleet = fleet(num_optuna_trials=8, workers=1)
     launcher = fleet.start(
         "-m", "waferlab.search.ray_workers", "--workers", 2, "--cpus", 1, "--storage", fleet.server.url,
         "--model", "slow", "--register", "slow_models", "--output-dir", fleet.folder / "ray",
     )  # fmt: skip
+    fleet.until(lambda: fleet.logs().count("waits for a search of slow") == 2)
+    leader = fleet.lead()
     assert [fleet.ended(leader), fleet.ended(launcher)] == [0, 0], fleet.logs()
     trials = counted_trials(fleet.study())
-    assert len(trials) == 6 and len({trial.user_attrs["process"] for trial in trials}) == 3
+    assert len(trials) == 8 and len({trial.user_attrs["process"] for trial in trials}) == 3
 
 
 def test_without_ray_a_sentence_says_how_to_have_it_and_nothing_else_needs_it():

@@ -22,6 +22,13 @@ from waferlab.training.devices import from_first, on_each_device
 pytestmark = pytest.mark.usefixtures("scripted")
 
 
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    assert not set(psutil.Process().children(recursive=True)) - before
+
+
 def batches(devices=1, **more):
     """Of an epoch, for each device."""
     given = {"n": 37, "batch_size": 8, "shuffle": True} | more
@@ -86,7 +93,6 @@ def test_a_run_on_two_devices_is_one_run_with_one_champion(tiny_npz, tmp_path):
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val_macro_f1")] == [1, 2, 3]
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("select count(*) from model_versions").fetchone() == (1,)
-    assert not psutil.Process().children(recursive=True)
 
 
 def on_two(work):
@@ -144,7 +150,6 @@ def test_where_a_process_is_killed_a_sentence_says_so_and_the_training_goes_on_f
         patch.setattr(Scripted, "on_train_epoch_start", dies)
         with pytest.raises(RunError, match=r"One of the 2 processes .* is gone|[Cc]onnection"):
             pipeline(tiny_npz, tmp_path, devices=2, max_epochs=4).train_final_model("scripted")
-    assert not psutil.Process().children(recursive=True)
     record = pipeline(tiny_npz, tmp_path, devices=2, max_epochs=4, resume=True).train_final_model("scripted")
     assert record.history["epoch"] == [1, 2, 3, 4]
 

@@ -475,6 +475,7 @@ MAY_CHANGE = {
     "pretrained_dir": "elsewhere",  # the source is recorded, and weights that were begun with are in the checkpoint
     "storage": "sqlite:///other.db",
     "artifacts": "elsewhere",
+    "heartbeat": 30,
     "enable_mlflow": False,
     "tracker": "wandb",
     "tracking_uri": "http://127.0.0.1:5000",
