@@ -59,7 +59,7 @@ class Fleet:
         log = (self.folder / f"{len(self.started)}.log").open("w+")
         process = subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"},
         )  # fmt: skip
         process.log = log
         self.started.append(process)
