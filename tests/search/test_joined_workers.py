@@ -126,7 +126,7 @@ def fleet(tiny_npz, tmp_path, postgres):
 
 
 def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_count_none_twice(fleet, postgres):
-    fleet = fleet(num_optuna_trials=14)
+    fleet = fleet(num_optuna_trials=10)
     early = fleet.join()  # before there is anything to join
     leader = fleet.lead()
     dies, sleeps = fleet.join(), fleet.join()
@@ -148,7 +148,7 @@ def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_
     study = fleet.study()
     assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
     done = counted_trials(study)
-    assert len(done) == 14 and {trial.state for trial in done} == {TrialState.COMPLETE}
+    assert len(done) == 10 and {trial.state for trial in done} == {TrialState.COMPLETE}
     lost = {t.number for t in study.trials if t.state == TrialState.FAIL and "surplus" not in t.user_attrs}
     again = {t.user_attrs["again"]: t for t in study.trials if "again" in t.user_attrs}
     assert {killed.number, stopped.number} <= lost == again.keys()
@@ -157,7 +157,7 @@ def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_
     summary = json.loads((fleet.folder / "lead/results/tiny/experiment_summary.json").read_text())
     (model,) = summary["models"]
     assert model["weights_from"].endswith("gone on with") and model["epochs"] == 5
-    assert len(model["search"]["trials"]) == 14 + len(lost)
+    assert len(model["search"]["trials"]) == 10 + len(lost)
     client = mlflow.MlflowClient(fleet.uri)
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=1000)
     by_name = {run.info.run_name: run for run in runs}
