@@ -63,7 +63,8 @@ RECIPES = (
 )
 SETTINGS = ("data", "draws", "batch_size", "image_size", "device")
 MEASURES = (
-    *(*SPLIT, "LightningCNN", "ResidualBlock", "AverageAndMaxPool", "WaferClassifier", "augment", "keep_freed_memory"),
+    *(*SPLIT, "LightningCNN", "ResidualBlock", "AverageAndMaxPool", "augment", "keep_freed_memory"),
+    *_of("WaferClassifier", "__init__", "setup", "forward", "configure_optimizers", "_share_of_peak", "progress"),
     *_of("recipes", "train", "fit", "draw_images", "planes_of", "resized", "augmented", "weights_of_draws", "one_step"),
     *_of("recipes", "probably_wrong"),
     *MUON,
