@@ -19,6 +19,7 @@ from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError
 from waferlab.models.registry import MODEL_REGISTRY, find_model
 from waferlab.records import write_atomically
+from waferlab.tracking.addresses import without_password
 
 SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")
@@ -30,13 +31,7 @@ TRAINER_IS_OURS = {
     "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones",
 }  # fmt: skip
 PLACE_AND_MANNER = ("output_dir", "resume", "quiet")
-PASSWORD = re.compile(r"(?<=://)([^:/@]*):[^@]*(?=@)")  # in an address, after the name of the user
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
-
-
-def without_password(address: str) -> str:
-    """An address as it may be shown and written down."""
-    return PASSWORD.sub(r"\1", address)
 
 
 def whole(default: int | None, low: int, high: int, *, trains: bool = True) -> Any:

@@ -15,13 +15,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from waferlab.config import ExperimentConfig, without_password
+from waferlab.config import ExperimentConfig
 from waferlab.data.maps import WaferMaps
 from waferlab.data.splitting import Split
 from waferlab.records import ModelResult, SearchRecord, StartingWeights
 from waferlab.reports import tables as reports
 from waferlab.reports.columns import in_columns
 from waferlab.reports.tables import comparison_rows, results_table, sets_in_short
+from waferlab.tracking.addresses import without_password
 from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.training.progress import ProgressBar
 

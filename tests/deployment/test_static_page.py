@@ -131,12 +131,22 @@ def test_what_cannot_be_answered_is_a_sentence(name, content, said, runtime, tmp
 def test_a_package_that_is_another_one_is_named_and_what_was_there_stays(tmp_path, monkeypatch, capsys):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/index.html").write_text("before")
+    (tmp_path / "site/answers.js").write_text("before")
     model = write_model(tmp_path / "model.onnx")
     flags = ["--model", str(model), "--output", str(tmp_path / "site"), "--onnxruntime-web", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["static_page", *flags])
     assert static_page.main() == 2
     assert "has no dist/ort.wasm.min.js" in capsys.readouterr().err
     assert (tmp_path / "site/index.html").read_text() == "before"
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.txt").write_text("three years")
+    model = write_model(tmp_path / "model.onnx")
+    monkeypatch.setattr(sys, "argv", ["static_page", "--model", str(model), "--output", str(tmp_path)])
+    assert static_page.main() == 2
+    assert "holds no page of this kind, and is not replaced" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "three years"
 
 
 def test_without_npm_a_sentence_says_what_to_do(tmp_path, monkeypatch):

@@ -819,3 +819,15 @@ def test_a_taken_port_is_passed_over(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         assert _free_port(port) != port
+
+
+def test_a_warning_of_a_store_says_no_password(tmp_path, monkeypatch):
+    monkeypatch.setattr("waferlab.tracking.line.STORE_WAIT", 0.5)
+    monkeypatch.setattr("waferlab.tracking.line.STOP_WAIT", 0.1)
+    warnings = []
+    writes = RunTree("tiny", uri="http://me:s3cret@127.0.0.1:9", folder=tmp_path, warn=warnings.append)
+    writes.start("a run")
+    writes.close()
+    assert (
+        warnings and "http://me@127.0.0.1:9" in " ".join(warnings) and "MLflow at http://me:" not in " ".join(warnings)
+    )

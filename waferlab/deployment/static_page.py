@@ -52,9 +52,16 @@ def main() -> int:
 
 
 def build(arguments: argparse.Namespace) -> None:
-    """Writes the folder, whole or not at all."""
+    """Writes the folder, whole or not at all.
+
+    Raises:
+        ConfigError: the folder holds something else than an earlier page, which would be lost.
+    """
     from waferlab.deployment.predictor import Predictor
 
+    there = arguments.output
+    if there.exists() and not (there / "answers.js").is_file() and (not there.is_dir() or any(there.iterdir())):
+        raise ConfigError(f"--output {there} holds no page of this kind, and is not replaced. Name a new folder.")
     predictor = Predictor.load(arguments.model, tracking_uri=arguments.tracking_uri)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "site"

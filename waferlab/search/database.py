@@ -22,10 +22,10 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
-from waferlab.config import without_password
 from waferlab.errors import ConfigError
 from waferlab.search.study import run_again
 from waferlab.search.trials import was_lost
+from waferlab.tracking.addresses import without_password
 
 PATIENCE = 120.0  # seconds that a database may be away
 LONGEST_PAUSE = 5.0  # seconds between tries

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from waferlab.errors import ModelError
+from waferlab.tracking.addresses import without_password
 from waferlab.tracking.line import in_a_line
 
 OURS = "sqlite:///mlflow.db"  # in the folder where a run was started; what a bare `mlflow ui` shows
@@ -94,7 +95,8 @@ def _asked_of_mlflow(uri: str, wanted: re.Match[str], *, into: Path, registry: s
         files = client.get_model_version_download_uri(wanted["name"], version)
         return str(version), Path(download_artifacts(files, dst_path=str(into), tracking_uri=registry))
     except Exception as error:  # the registry's own kinds, a disk's, a network's
+        why = without_password(f"{registry} ({in_a_line(error)})")
         raise ModelError(
-            f"--model {uri}: cannot be had from {registry} ({in_a_line(error)}). Registered models are listed by "
-            "`mlflow ui`; --tracking-uri names another registry."
+            f"--model {uri}: cannot be had from {why}. Registered models are listed by `mlflow ui`; --tracking-uri "
+            "names another registry."
         ) from error
