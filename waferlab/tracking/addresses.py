@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-PASSWORD = re.compile(r"(?<=://)([^:/@]*):[^@]*(?=@)")  # after the name of the user
+PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^@/\s]*(?=@)")  # after the name of the user
 
 
 def without_password(address: str) -> str:
