@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.search.budget import EPOCHS_FOR_A_SEARCH, SearchBudget, SearchPlan, plan_search, seconds_by_merit
+from waferlab.search.study import run_again
 
 
 @pytest.fixture
@@ -127,6 +128,19 @@ def test_a_trial_that_was_cut_off_is_started_again_beside_as_many_as_are_wanted(
     add_trial(study, state=TrialState.WAITING, again=cut_off.number)
     budget = a_budget(study, trials=2)
     assert [budget.starts_another(study) for _ in range(2)] == [True, False]
+
+
+def test_a_lost_trial_keeps_its_place_until_somebody_puts_it_back_in_the_queue(clock):
+    study = a_study(0.5)
+    lost = add_trial(study, state=TrialState.FAIL)
+    budget = a_budget(study, trials=2)
+    assert not budget.starts_another(study), "another one would take the place of the lost"
+    late = study.ask()
+    assert budget.is_one_too_many(study, late)
+    late.set_user_attr("surplus", True)
+    study.tell(late, state=TrialState.FAIL)
+    run_again(study, lost)
+    assert budget.starts_another(study)
 
 
 def test_processes_that_share_a_budget_start_exactly_as_many_trials_as_are_wanted():

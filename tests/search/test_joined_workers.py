@@ -20,14 +20,14 @@ from waferlab.search.trials import counted_trials
 ROOT = Path(__file__).resolve().parents[2]
 WAIT = 240  # seconds for what takes some on a quiet machine
 MODELS = """
-import time
+import os, time
 from integrated_pipeline import register_model
 from made_up import Scripted
 from waferlab.models.registry import ModelSpec
 
 class Slow(Scripted):
     def on_train_epoch_start(self):
-        time.sleep(0.7)
+        time.sleep(float(os.environ["LATER_EPOCHS"]) if self.current_epoch else 0.7)
         super().on_train_epoch_start()
 
 register_model("slow", ModelSpec(Slow, defaults={"learning_rate": 1e-3, "dropout": 0.1}))
@@ -54,12 +54,13 @@ class Fleet:
         )  # fmt: skip
         self.started, self.storage = [], open_database(server.url, heartbeat=600)
 
-    def start(self, *command):
+    def start(self, *command, later_epochs=0.7):
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         log = (self.folder / f"{len(self.started)}.log").open("w+")
         process = subprocess.Popen(
             [sys.executable, *map(str, command)], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"},
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0",
+                              "LATER_EPOCHS": str(later_epochs)},
         )  # fmt: skip
         process.log = log
         self.started.append(process)
@@ -68,10 +69,10 @@ class Fleet:
     def lead(self):
         return self.start("-c", LEAD, json.dumps(self.settings))
 
-    def join(self, *more):
+    def join(self, *more, **start):
         here = ("--output-dir", self.folder / f"worker{len(self.started)}", "workers=1", "--register", "slow_models")
         return self.start(
-            "-m", "waferlab.search.workers", "--storage", self.server.url, "--model", "slow", *here, *more
+            "-m", "waferlab.search.workers", "--storage", self.server.url, "--model", "slow", *here, *more, **start
         )
 
     def study(self):
@@ -129,7 +130,7 @@ def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_
     fleet = fleet(num_optuna_trials=10)
     early = fleet.join()  # before there is anything to join
     leader = fleet.lead()
-    dies, sleeps = fleet.join(), fleet.join()
+    dies, sleeps = (fleet.join(later_epochs=5) for _ in range(2))  # their trials end neither before nor while we look
     killed = fleet.until(lambda: fleet.trial_of(dies))
     dies.kill()
     when = time.time()

@@ -8,7 +8,7 @@ from made_up_trials import a_study, add_trial
 from optuna.trial import TrialState
 
 from waferlab.errors import ConfigError, DamagedFileError
-from waferlab.search.database import open_database
+from waferlab.search.database import bring_back_lost_trials, open_database
 from waferlab.search.storage import mend_journal, study_storage
 from waferlab.search.study import (
     forget_lost_trials,
@@ -232,6 +232,27 @@ def test_trials_of_processes_that_are_gone_run_again_and_those_of_others_go_on(j
     states = [trial.state for trial in study.trials]
     assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING, TrialState.WAITING]
     assert study.ask().user_attrs == {"again": 0, "proposed_by": "a trial that was cut off"}
+
+
+def test_a_trial_whose_loss_was_written_down_by_a_process_that_was_killed_then_runs_again(journal):
+    study = opened(journal)
+    study.tell(study.ask(), state=TrialState.FAIL)
+    for _ in range(2):
+        study = opened(journal, go_on=True)
+        assert [trial.user_attrs.get("again") for trial in study.trials] == [None, 0], (
+            "once, however often it is opened"
+        )
+
+
+def test_of_those_who_share_a_database_one_puts_back_what_was_lost_long_ago(tmp_path):
+    study = opened(None, storage=open_database(f"sqlite:///{tmp_path}/study.db", heartbeat=1))
+    study.tell(study.ask(), state=TrialState.FAIL)
+    just_now = study.get_trials()[0]
+    add_trial(study, state=TrialState.FAIL, start=0, params={"rate": 0.25})  # at the beginning of the year
+    for _ in range(2):
+        bring_back_lost_trials(study)
+        assert [trial.user_attrs.get("again") for trial in study.trials] == [None, None, 1]
+    assert just_now.state == TrialState.FAIL, "whoever found it out may be about to queue it"
 
 
 def test_the_trial_of_a_worker_that_was_killed_fails_with_the_reason_and_is_not_run_again(journal):

@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import TrialState
 
 from waferlab.records import SearchRecord
-from waferlab.search.trials import counted_trials, study_seconds
+from waferlab.search.trials import counted_trials, lost_and_not_queued, study_seconds
 
 EPOCHS_FOR_A_SEARCH = 15  # in all; where fewer fit into the time, what a search costs is missed more than it finds
 
@@ -95,7 +95,7 @@ class SearchBudget:
         if self.left() < max(0.5 * sum(done) / max(1, len(done)), 1e-9):
             return False
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))  # of others who share the study, too
-        return len(done) + len(running) < self.plan.trials
+        return len(done) + len(running) + len(lost_and_not_queued(study)) < self.plan.trials
 
     def starts_another(self, study: optuna.Study) -> bool:
         """Whether whoever asks may start a trial; each that is told so is counted, in whichever process it asks."""
@@ -110,7 +110,8 @@ class SearchBudget:
     def is_one_too_many(self, study: optuna.Study, trial: optuna.Trial) -> bool:
         """Whether another machine has taken the last place at the same moment, a little earlier; it is given back."""
         trials = study.get_trials(deepcopy=False)
-        counted, ours = {t.number for t in counted_trials(study)}, trials[trial.number]
+        counted = {t.number for t in (*counted_trials(study), *lost_and_not_queued(study))}
+        ours = trials[trial.number]
 
         def has_a_place(other: optuna.trial.FrozenTrial) -> bool:
             earlier = (other.datetime_start, other.number) < (ours.datetime_start, ours.number)

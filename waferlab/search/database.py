@@ -23,8 +23,8 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from waferlab.errors import ConfigError
-from waferlab.search.study import run_again
-from waferlab.search.trials import was_lost
+from waferlab.search.study import run_again, seconds_between_signs
+from waferlab.search.trials import lost_and_not_queued
 from waferlab.tracking.addresses import without_password
 
 PATIENCE = 120.0  # seconds that a database may be away
@@ -99,12 +99,6 @@ for _name in {*BaseStorage.__abstractmethods__, *_ASKED}:
 # ------------------------------------------------------------------------------------------------------ lost trials
 
 
-def seconds_between_signs(study: optuna.Study) -> int | None:
-    """Of life, of whoever runs a trial; None if the storage keeps none, as the journal of a single machine."""
-    asked = getattr(study._storage, "get_heartbeat_interval", None)
-    return asked() if asked else None
-
-
 def bring_back_lost_trials(study: optuna.Study) -> None:
     """Has the trials of workers that are gone run again: those that give no sign of life, or were dropped before one.
 
@@ -116,18 +110,15 @@ def bring_back_lost_trials(study: optuna.Study) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
-    trials = study.get_trials(deepcopy=False)
-    done_again = {trial.user_attrs.get("again") for trial in trials}
     before = datetime.now() - timedelta(seconds=2 * SIGNS_MISSED * interval)
-    for trial in trials:
-        if trial.state == TrialState.RUNNING and "process" not in trial.user_attrs and trial.datetime_start < before:
-            try:
+    for trial in lost_and_not_queued(study):
+        if trial.datetime_complete < before:
+            run_again(study, trial)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "process" not in trial.user_attrs and trial.datetime_start < before:
+            with suppress(ValueError):  # somebody else has just done it
                 study.tell(trial.number, state=TrialState.FAIL)
-            except ValueError:
-                continue  # somebody else has just done it
-            run_again(study, trial)
-        elif was_lost(trial) and trial.number not in done_again and trial.datetime_complete < before:
-            run_again(study, trial)
+                run_again(study, trial)
 
 
 @contextmanager

@@ -27,7 +27,14 @@ from waferlab.search.study import (
 )
 from waferlab.search.told import Listener
 from waferlab.search.trial_files import TrialFiles
-from waferlab.search.trials import Validation, search_record, trial_line, was_lost, worth_keeping
+from waferlab.search.trials import (
+    Validation,
+    lost_and_not_queued,
+    search_record,
+    trial_line,
+    was_lost,
+    worth_keeping,
+)
 from waferlab.search.workers import workers_for
 from waferlab.terminal import Terminal
 from waferlab.tracking.runs import NoRuns, Run, RunTree
@@ -175,7 +182,7 @@ class ModelSearch:
             return False
         time.sleep(LOOK_EVERY)
         running = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-        return bool(running) or self.budget.wants_another(self.study)
+        return bool(running or lost_and_not_queued(self.study)) or self.budget.wants_another(self.study)
 
     def record(self, validation: Validation, *, say: Callable[[str], None]) -> SearchRecord:
         """What the search did and found.

@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from waferlab.errors import ConfigError
+from waferlab.search.trials import lost_and_not_queued
 from waferlab.tracking.processes import still_runs
 
 TPE_STARTS_AFTER = 3  # finished trials; Optuna's own default, 10, is more than most searches here have
@@ -68,7 +69,16 @@ def open_study(
         if not still_runs(trial.user_attrs.get("process", "? 0 0")):
             study.tell(trial.number, state=TrialState.FAIL)
             run_again(study, trial)
+    if seconds_between_signs(study) is None:  # else those who share the study do it, see `bring_back_lost_trials`
+        for trial in lost_and_not_queued(study):
+            run_again(study, trial)
     return study
+
+
+def seconds_between_signs(study: optuna.Study) -> int | None:
+    """Of life, of whoever runs a trial; None if the storage keeps none, as the journal of a single machine."""
+    asked = getattr(study._storage, "get_heartbeat_interval", None)
+    return asked() if asked else None
 
 
 def forget_lost_trials(study: optuna.Study, reason: str) -> None:

@@ -29,13 +29,19 @@ def completed(study: optuna.Study) -> list[FrozenTrial]:
 def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that came to an end of their own; those that were cut off run again and are not counted."""
     trials = study.get_trials(deepcopy=False)
-    run_again = {t.user_attrs.get("again") for t in trials}
-    return [t for t in trials if t.state.is_finished() and t.number not in run_again and "surplus" not in t.user_attrs]
+    return [t for t in trials if t.state.is_finished() and not was_lost(t) and "surplus" not in t.user_attrs]
 
 
 def was_lost(trial: FrozenTrial) -> bool:
     """Whether a trial failed for no reason of its own: whoever ran it was gone, or interrupted."""
     return trial.state == TrialState.FAIL and not {"reason", "surplus"} & trial.user_attrs.keys()
+
+
+def lost_and_not_queued(study: optuna.Study) -> list[FrozenTrial]:
+    """Lost trials that nobody has put back in the queue so far: whoever was about to may be gone as well."""
+    trials = study.get_trials(deepcopy=False)
+    queued = {trial.user_attrs.get("again") for trial in trials}
+    return [trial for trial in trials if was_lost(trial) and trial.number not in queued]
 
 
 def trial_tag(trial: optuna.Trial) -> dict[str, str]:
