@@ -35,13 +35,7 @@ from waferlab.data.splitting import Split, split_maps
 from waferlab.deployment.onnx_export import export_onnx
 from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.promotion import NotRegistered, Promotion, promote
-from waferlab.errors import (
-    RunError,
-    TrainingDivergedError,
-    TrialFailedError,
-    ends_one_model,
-    out_of_memory,
-)
+from waferlab.errors import RunError, TrainingDivergedError, TrialFailedError, ends_one_model, out_of_memory
 from waferlab.evaluation.inference import decision_of, measure_latency, score_model
 from waferlab.evaluation.predictions import Predictions
 from waferlab.models.classifier import OPTIMIZERS, WaferClassifier
@@ -93,7 +87,7 @@ from waferlab.training.checkpoints import (
     record_training,
 )
 from waferlab.training.devices import SameStatistics, arguments_of_several, on_each_device
-from waferlab.training.memory import keep_freed_memory
+from waferlab.training.memory import SmallerParts, keep_freed_memory
 from waferlab.training.pace import QuickestThreads, possible_precisions, seconds_a_step
 from waferlab.training.side_by_side import Tell
 
@@ -419,7 +413,9 @@ class IntegratedMLPipeline:
         config, interrupt = self.config, KeepInterrupt()
         keep_freed_memory()
         logger = False if run is None else self.runs.logger(run)
-        callbacks = [interrupt, SeedEachEpoch(), *callbacks, *([LearningRateMonitor("epoch")] if logger else [])]
+        callbacks = [interrupt, SeedEachEpoch(), SmallerParts(self.terminal.warn), *callbacks]
+        if logger:
+            callbacks.append(LearningRateMonitor("epoch"))
         devices = {"devices": config.one_device()}
         if self._shares_a_training:
             devices = arguments_of_several(config.devices)
@@ -655,7 +651,7 @@ class IntegratedMLPipeline:
         except (TrainingDivergedError, MemoryError, RuntimeError) as error:
             self.runs.end(run, "FAILED", reason=str(error))
             trial.set_user_attr("reason", str(error))
-            if isinstance(error, TrainingDivergedError | MemoryError) or out_of_memory(error):
+            if isinstance(error, TrainingDivergedError) or out_of_memory(error):
                 raise TrialFailedError(str(error)) from error
             raise
         values = {

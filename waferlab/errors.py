@@ -58,15 +58,15 @@ class SurplusTrialError(RuntimeError):
 def out_of_memory(error: BaseException) -> bool:
     """PyTorch has an error of its own on a GPU; on a CPU it raises a plain RuntimeError."""
     of_a_gpu = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # without importing PyTorch
-    words = ("not enough memory", "can't allocate memory", "alloc_cpu")
-    return of_a_gpu or any(word in str(error) for word in words)
+    words = ("not enough memory", "can't allocate memory", "alloc_cpu", "bad_alloc", "could not create a primitive")
+    return of_a_gpu or isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def ends_one_model(error: BaseException) -> bool:
     """Whether an error is one model's own affair: it diverged, found nothing or had no memory; others can go on."""
     if isinstance(error, DamagedFileError):  # somebody has to look at that first
         return False
-    return isinstance(error, RunError | MemoryError) or out_of_memory(error)
+    return isinstance(error, RunError) or out_of_memory(error)
 
 
 class WeightsUnavailableError(RuntimeError):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from waferlab.data.images import encode
-from waferlab.errors import WeightsUnavailableError
+from waferlab.errors import WeightsUnavailableError, out_of_memory
 from waferlab.models.muon import Muon, hidden_kernels
 from waferlab.records import StartingWeights
 
@@ -31,6 +34,7 @@ class WaferClassifier(pl.LightningModule):
         time_progress: share of a time limit that is used, 0..1 (see `TimeBudget`); the schedule follows it or the
             steps, whichever is further.
         to_go_on: this training is the beginning of a longer one, so its learning rate stays at the peak.
+        parts: that a batch is computed in, one after the other; doubled where the memory does not suffice.
 
     Args:
         learning_rate: peak of the schedule.
@@ -49,6 +53,7 @@ class WaferClassifier(pl.LightningModule):
 
     network: nn.Module
     starting_weights = StartingWeights("random", reason="not asked for")
+    parts, _largest_batch = 1, 0
 
     def __init__(
         self,
@@ -107,16 +112,59 @@ class WaferClassifier(pl.LightningModule):
         return self.network(images.contiguous(memory_format=torch.channels_last))
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Loss of one batch of images [B, 1, S, S] and labels int64 [B]."""
-        return self._step(batch, "fit")[0]
+        """Loss of one batch of images [B, 1, S, S] and labels int64 [B]; of its last part, where it has several."""
+        if self.parts == 1:
+            return self._step(batch, "fit")[0]
+        self.optimizers(use_pl_optimizer=False).zero_grad()
+        *before, last = zip(*(values.chunk(self.parts) for values in batch), strict=True)
+        for part in before:
+            self.trainer.strategy.backward(self._loss_of_part(part, batch), None)
+        return self._loss_of_part(last, batch)
+
+    def _loss_of_part(self, part: tuple[torch.Tensor, ...], batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Its share of the loss of the batch, in which the classes' weights count."""
+        weights = self.loss.weight
+        size, whole = (len(maps[1]) if weights is None else weights[maps[1]].sum() for maps in (part, batch))
+        return self._step(part, "fit")[0] * (size / whole)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning calls it after `training_step`, which has gradients of its own by then where there are parts."""
+        if self.parts == 1:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """One step; where the memory does not suffice, the same again in twice as many parts, and so from then on.
+
+        The gradients are those of the whole batch but for batch normalisation, which sees each part by itself.
+        """
+        step = super().optimizer_step
+        if self.trainer.accumulate_grad_batches > 1:  # steps before this one have left gradients that it must not lose
+            step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            self._as_memory_allows(partial(step, epoch, batch_idx, optimizer, optimizer_closure))
+
+    def _as_memory_allows(self, step: Callable[[], Any]) -> Any:
+        """What `step` gives, which is done again in twice as many parts as long as the memory does not suffice."""
+        while True:
+            try:
+                return step()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or 2 * self.parts > self._largest_batch:
+                    raise
+            self.parts *= 2  # here the error is gone, and with it what the step that failed still held
+            gc.collect()
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Adds one batch to the validation loss and metrics; gives the answers, int64 [B]."""
-        return self._step(batch, "val")[1]
+        return self._as_memory_allows(partial(self._step, batch, "val"))[1]
 
     def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = batch
-        logits = self(images).float()
+        self._largest_batch = max(self._largest_batch, len(labels))
+        parts = self.parts if stage == "val" else 1  # of a training step's batch, this is one part already
+        logits = torch.cat([self(part) for part in images.chunk(parts)]).float()
         loss = self.loss(logits, labels)
         self.confusion[stage].update(logits.detach(), labels)
         name = "train_loss" if stage == "fit" else "val_loss"
