@@ -24,7 +24,10 @@ import numpy as np
 from measure import plain_config, take_turns, write_record
 
 FAMILIES = ("lightning_cnn", "torchvision_resnet", "torchvision_efficientnet", "yolo_inspired")
-MEASURES = ("Predictor", "export_onnx", "RawMapClassifier", "Decision", "resize_dies", "symmetries", "LightningCNN")
+MEASURES = (
+    "Predictor", "export_onnx", "RawMapClassifier", "Decision", "resize_dies", "symmetries", "LightningCNN",
+    "in_8_bits",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -124,6 +127,7 @@ def champion(output: Path, data, folder: Path, *, repeats: int) -> dict:
     from waferlab.data.splitting import split_by_lot
     from waferlab.deployment.onnx_export import export_onnx
     from waferlab.deployment.predictor import Predictor
+    from waferlab.deployment.small_device import in_8_bits
     from waferlab.evaluation.decision import Decision
     from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics
     from waferlab.evaluation.predictions import Predictions
@@ -147,7 +151,8 @@ def champion(output: Path, data, folder: Path, *, repeats: int) -> dict:
     }
     calibration = np.random.default_rng(0).permutation(split.validation)[:512]
     for name in ("one view", "eight views where needed"):
-        files[f"{name}, 8-bit"] = in_8_bits(files[name], [data[i] for i in calibration])
+        small = files[name].with_suffix(".8bit.onnx")
+        files[f"{name}, 8-bit"] = in_8_bits(files[name], small, [data[i] for i in calibration])
     test = [data[i] for i in split.test]
     answers = {
         name: Predictions(
@@ -205,38 +210,6 @@ def sure_on_validation(model, data, split, decision, folder: Path) -> float | No
     from waferlab.evaluation.decision import where_one_view_is_sure
 
     return where_one_view_is_sure(decision, answers_of_network(model, [data[i] for i in split.validation], folder))
-
-
-def in_8_bits(file: Path, maps: Sequence[np.ndarray]) -> Path:
-    """The file with convolutions in 8-bit whole numbers, their ranges those that these maps bring about.
-
-    Weights have 7 bits: without VNNI, sums of pairs of 8-bit products overflow.
-    """
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    from waferlab.deployment.predictor import batches_of_one_size
-
-    class Maps(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = ({"maps": batch} for _, batch in batches_of_one_size(maps))
-
-        def get_next(self) -> dict | None:
-            return next(self.batches, None)
-
-    prepared, small = file.with_suffix(".prepared.onnx"), file.with_suffix(".8bit.onnx")
-    quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
-    quantize_static(
-        str(prepared), str(small), Maps(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        op_types_to_quantize=["Conv", "Add", "Relu", "AveragePool"],
-    )  # fmt: skip
-    model, original = onnx.load(small), onnx.load(file)
-    del model.metadata_props[:]
-    model.metadata_props.extend(original.metadata_props)
-    onnx.save(model, small)
-    return small
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from measure import NOT_RECORDED, ROOT, interval_holds, rows, score_text
 from provenance import changed
 from recipes import table_of_recipes
 from search_tables import busy_machine, portfolio, search_pays
+from small_device import table_of_forms
 from speed_of_light import table_of_shares
 from time_to_f1 import grouped, longest, machine_of, score_of_seeds, table_of_levels, table_of_runs
 
@@ -627,6 +628,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "tracking_cost": tracking_cost,
     "inference": inference,
     "inference_champion": inference_champion,
+    "small_device": table_of_forms,
     "predicting": predicting,
     "serving": serving,
     "serving_fuzz": serving_fuzz,

@@ -36,7 +36,7 @@ class Explainer:
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         try:
-            model = with_relevance(onnx.load(predictor.path), int(predictor.about.get("image_size", 0)))
+            model = with_relevance(predictor.graph(), int(predictor.about.get("image_size", 0)))
         except NoGradientError as error:
             raise ModelError(
                 f"{predictor.name} cannot be explained: {error}. Leave out --explain, or use a convolutional network "

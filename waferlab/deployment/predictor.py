@@ -10,12 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from waferlab.errors import ModelError
 from waferlab.evaluation.conformal import DEFAULT_COVERAGE, PredictionSets, answered_alone
+
+if TYPE_CHECKING:
+    import onnx
 
 REGISTERED = "models:/"
 DEFAULT_MODEL = "models:/wafer_defect_classifier@champion"
@@ -207,9 +210,21 @@ class Predictor:
 
         if "features" not in self.about:
             raise ValueError(f"{self.path} does not say where its features are. Export the model anew.")
-        model = onnx.load(self.path)
+        model = self.graph()
         model.graph.output.append(onnx.ValueInfoProto(name=self.about["features"]))
         return self.open(model.SerializeToString())
+
+    def graph(self) -> onnx.ModelProto:
+        """The file's graph, to be looked into or changed.
+
+        Raises:
+            ModelError: the file is in ONNX Runtime's own format, which nobody else reads.
+        """
+        import onnx
+
+        if self.path.suffix == ".ort":
+            raise ModelError(f"{self.path} gives answers alone; to look into a model takes its .onnx file.")
+        return onnx.load(self.path)
 
     def open(self, model: Path | bytes) -> Any:
         """A session of ONNX Runtime with this predictor's threads, of a file or a graph made of it.
