@@ -27,6 +27,7 @@ from search_tables import busy_machine, portfolio, search_pays
 from small_device import table_of_forms
 from speed_of_light import table_of_shares
 from time_to_f1 import grouped, longest, machine_of, score_of_seeds, table_of_levels, table_of_runs
+from workers import table_of_workers
 
 RESULTS = ROOT / "benchmarks/results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
@@ -644,6 +645,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "portfolio": portfolio,
     "busy_machine": busy_machine,
     "devices": table_of_devices,
+    "workers": table_of_workers,
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,
     "label_audit": table_of_audit,
