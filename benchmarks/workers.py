@@ -18,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def run_trials(ready: Any, over: Any, done: Any, arguments: argparse.Namespace, 
         trial.set_user_attr("answers", answers)
         return 0.5
 
+    study.optimize(objective, n_trials=1)  # to warm up
     ready.wait(timeout=300)
     with lost_trials_watched(study):
         while not over.is_set() and budget.starts_another(study):
@@ -218,17 +220,21 @@ def run_runs(ready: Any, over: Any, done: Any, arguments: argparse.Namespace, ur
 
     mine = Path(folder) / str(os.getpid())
     mine.mkdir()
-    ready.wait(timeout=300)
-    while not over.is_set():  # `close` waits until all is written
-        runs = RunTree("made_up", uri=url, folder=mine, warn=print)
+
+    def one_run() -> None:  # `close` waits until all is written
+        runs = RunTree("made_up", uri=url, folder=mine, warn=sys.exit)
         run = runs.start("trial")
         runs.params(run, batch_size=32, learning_rate=4e-3, dropout=0.1, weight_decay=0.05)
         for epoch in range(EPOCHS):
-            runs.metrics(
-                run, dict.fromkeys(("train_loss", "val_loss", "val_macro_f1", "val_accuracy"), 0.5), step=epoch
-            )
+            losses = dict.fromkeys(("train_loss", "val_loss", "val_macro_f1", "val_accuracy"), 0.5)
+            runs.metrics(run, losses, step=epoch)
         runs.end(run)
         runs.close()
+
+    one_run()  # to warm up
+    ready.wait(timeout=300)
+    while not over.is_set():
+        one_run()
         with done.get_lock():
             done.value += 1
 
@@ -249,10 +255,10 @@ def weights(arguments: argparse.Namespace) -> dict:
         pipeline.prepare_data()
         pipeline.search("lightning_cnn")
         study, files = pipeline.studies["lightning_cnn"], pipeline._trial_files("lightning_cnn")
-        size = sum(file.stat().st_size for file in (files.best(0), files.state(0)))
-        import optuna
-
-        trial, count, started = optuna.Trial(study, study.trials[0]._trial_id), 0, time.monotonic()
+        size, trial = sum(file.stat().st_size for file in (files.best(0), files.state(0))), study.ask()
+        for of_trial in (files.best, files.state):
+            shutil.copy(of_trial(0), of_trial(trial.number))
+        count, started = 0, time.monotonic()
         while time.monotonic() < started + arguments.seconds / 4:
             files.share(trial)
             count += 1

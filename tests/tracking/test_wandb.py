@@ -3,6 +3,7 @@
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -173,3 +174,24 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path):
     writes.close()
     assert len(warnings) == 1
     assert warnings[0].startswith("warning: goes on without Weights & Biases")
+
+
+def sittings(folder, *trees):
+    """Opens and closes the same run in one tree after the other; its ids."""
+    found = []
+    for name, resume in trees:
+        writes = WandbTree(name, uri=None, folder=folder, warn=pytest.fail, resume=resume)
+        found.append(writes.run_id(writes.start("the pipeline", key="the same settings")))
+        writes.close()
+        time.sleep(1.1)  # folders are named by second and id
+    return found
+
+
+def test_a_run_that_is_resumed_goes_on_under_the_same_id_and_one_that_is_not_has_its_own(tmp_path):
+    pytest.importorskip("wandb")
+    first, again, resumed, other = sittings(tmp_path, ("a", False), ("a", False), ("a", True), ("b", True))
+    assert resumed == again and len({first, again, other}) == 3
+    parts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{again}/*.wandb"))
+    assert len(parts) == 2, "one folder a sitting; `wandb sync` joins what has one id"
+    groups = {record.run.run_group for part in parts for record in records(part) if record.HasField("run")}
+    assert len(groups) == 1

@@ -103,11 +103,7 @@ class RunTree(ModelRegistry):
         if self._own_database:
             make_database(self._folder / "mlflow.db", files=files)
         self._process, self._client = this_process(), MlflowClient(self.uri)
-        experiment = self._client.get_experiment_by_name(self._experiment_name)
-        if experiment is None:
-            self._experiment_id = self._client.create_experiment(self._experiment_name, artifact_location=files)
-        else:
-            self._experiment_id = experiment.experiment_id
+        self._experiment_id = self._find_experiment(files)
         self._restore_if_deleted()
         for run in self._client.search_runs([self._experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
             process = run.data.tags.get("process")
@@ -115,6 +111,19 @@ class RunTree(ModelRegistry):
                 self._client.set_tag(run.info.run_id, "reason", GONE)
                 self._client.set_terminated(run.info.run_id, "KILLED")
         return self._experiment_id
+
+    def _find_experiment(self, files: str | None) -> str:
+        """Its id; it is made if it is not there, and of several programs that make it at once, one does."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if (experiment := self._client.get_experiment_by_name(self._experiment_name)) is None:
+                return self._client.create_experiment(self._experiment_name, artifact_location=files)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = self._client.get_experiment_by_name(self._experiment_name)
+        return experiment.experiment_id
 
     def _restore_if_deleted(self) -> bool:
         """Takes the experiment, with its runs, back from where a click on the page puts it."""

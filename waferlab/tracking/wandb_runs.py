@@ -1,17 +1,19 @@
 """Offline runs of Weights & Biases, as another tracker than MLflow; nothing is sent anywhere.
 
 The tree of runs is shown by group (the pipeline) and job type (pipeline, model, trial). `wandb sync` sends the runs
-later, if somebody wants that.
+later, if somebody wants that; the parts of a run that was resumed in the order in which they were written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from waferlab.errors import RegistryError
 from waferlab.tracking.line import Trouble, in_line
@@ -25,7 +27,8 @@ JOB_TYPES = ("pipeline", "model", "trial")
 class WandbTree(RunTree):
     """Writes the runs through Lightning's `WandbLogger`, one for each that is open, to wandb/ in the folder.
 
-    An offline run cannot be taken up again, so resuming opens anew, and there is no registry.
+    An offline run that is closed cannot be opened again: one that is resumed goes on in a second folder with the same
+    id, and `wandb sync` makes one run of both. There is no registry.
     """
 
     store = "Weights & Biases"
@@ -54,11 +57,13 @@ class WandbTree(RunTree):
         import wandb
         from lightning.pytorch.loggers import WandbLogger
 
+        known = self._id_of(key)
         if parent is None:
-            self._group = f"{run.name} {self._given}"
+            self._group = f"{run.name} {known or self._given}"
         depth = self._depths[run] = self._depths[parent] + 1
         self._loggers[run] = WandbLogger(
-            name=run.name, save_dir=self._folder, offline=True, group=self._group, job_type=JOB_TYPES[depth],
+            id=known, name=run.name, save_dir=self._folder, offline=True, group=self._group,
+            job_type=JOB_TYPES[depth],
             project=re.sub(r"[#?%]", "-", self._experiment_name),  # the other characters it forbids, no folder has
             reinit="create_new",
             settings=wandb.Settings(
@@ -69,6 +74,17 @@ class WandbTree(RunTree):
         run.id = self._loggers[run].experiment.id
         self._close_at_exit()  # before Weights & Biases ends what it has open as finished
         self._set_tags(run, {"process": this_process(), "key": key, "parent": parent and parent.name, **tags})
+
+    def _id_of(self, key: str | None) -> str | None:
+        """For a run with this key: that of the earlier one when resuming, else a new one, kept for then."""
+        if key is None:
+            return None
+        kept = Path(self.uri) / "ids" / hashlib.sha256(f"{self._experiment_name} {key}".encode()).hexdigest()[:16]
+        if self._resume and kept.exists() and (found := kept.read_text()):
+            return found
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(found := uuid4().hex[:8])
+        return found
 
     def _set_tags(self, run: Run, tags: Mapping[str, Any]) -> None:
         """Into the run's configuration: labels of Weights & Biases have no values."""
