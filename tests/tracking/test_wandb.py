@@ -12,6 +12,7 @@ import pytest
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError
+from waferlab.tracking.runs import Run
 from waferlab.tracking.wandb_runs import WandbTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +154,7 @@ def test_a_program_that_ends_without_closing_the_tree_leaves_no_run_and_no_proce
 import sys
 from pathlib import Path
 import psutil
+from waferlab.tracking.runs import Run
 from waferlab.tracking.wandb_runs import WandbTree
 writes = WandbTree("tiny", uri=None, folder=Path(sys.argv[1]), warn=print)
 writes.run_id(writes.start("a run"))
@@ -195,3 +197,12 @@ def test_a_run_that_is_resumed_goes_on_under_the_same_id_and_one_that_is_not_has
     assert len(parts) == 2, "one folder a sitting; `wandb sync` joins what has one id"
     groups = {record.run.run_group for part in parts for record in records(part) if record.HasField("run")}
     assert len(groups) == 1
+
+
+def test_trials_of_a_search_that_another_machine_leads_have_a_group_that_names_it(tmp_path):
+    pytest.importorskip("wandb")
+    writes = WandbTree("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    writes.run_id(writes.start("trial 7", parent=Run("the model", id="abcd1234")))
+    writes.close()
+    trial = runs_of(tmp_path)["trial 7"]
+    assert (trial["group"], trial["job_type"]) == ("joined abcd1234", "trial")

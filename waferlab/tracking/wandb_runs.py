@@ -60,6 +60,8 @@ class WandbTree(RunTree):
         known = self._id_of(key)
         if parent is None:
             self._group = f"{run.name} {known or self._given}"
+        elif parent not in self._depths:  # of a program on another machine, whose search this one has joined
+            self._group, self._depths[parent] = f"joined {parent.id}", JOB_TYPES.index("model")
         depth = self._depths[run] = self._depths[parent] + 1
         self._loggers[run] = WandbLogger(
             id=known, name=run.name, save_dir=self._folder, offline=True, group=self._group,
