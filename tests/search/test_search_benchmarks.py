@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,7 @@ import busy_machine  # noqa: E402
 import portfolio  # noqa: E402
 import search_pays  # noqa: E402
 import search_tables  # noqa: E402
+import workers  # noqa: E402
 
 
 def run(script, *arguments):
@@ -108,3 +111,45 @@ def test_devices_are_compared_with_two_threads_turn_by_turn():
 def test_trials_of_one_length_are_timed():
     arguments = type("Flags", (), {"trials": 2, "epochs": 1, "samples_per_class": 20})
     assert 0 < busy_machine.searched(arguments, "lightning_cnn", workers=2, threads=1) < 120
+
+
+# --- many workers
+
+
+def a_record_of_workers():
+    return {
+        "trials": 10,
+        "searches": [{"workers": 1, "seconds": [50.0], "trials_an_hour": 720},
+                     {"workers": 2, "seconds": [25.0], "trials_an_hour": 1440}],
+        "database": [{"clients": 4, "a_second": 20.0, "older_trials": 0, "connections_a_client": 1.0},
+                     {"clients": 4, "a_second": 10.0, "older_trials": 1000, "connections_a_client": 2.0}],
+        "tracker": [{"clients": 1, "a_second": 1.0}, {"clients": 4, "a_second": 4.0}],
+        "weights": {"megabytes_a_trial": 4.0, "megabytes_a_second": 200.0},
+    }  # fmt: skip
+
+
+def test_what_many_workers_ask_for_is_their_trials_over_what_there_is_at_most():
+    record = a_record_of_workers()
+    rows = {(row["workers"], row["seconds_a_trial"]): row for row in workers.plan(record)}
+    assert rows[100, 60.0] == {
+        "workers": 100, "seconds_a_trial": 60.0, "connections": 200,
+        "database": pytest.approx(100 / 60 / 10, abs=1e-3), "tracker": pytest.approx(100 / 60 / 4, abs=1e-3),
+        "weights": pytest.approx(100 / 60 * 4 / 200, abs=1e-3),
+    }  # fmt: skip
+    assert (1000, 5.0) in rows, "and of trials as long as those that were measured"
+    table = "\n".join(workers.table_of_workers(record | {"plan": workers.plan(record)}))
+    assert "| 2 | 25.0 | 1,440 |" in table and "| 100 | 60 | 200 | 17% | 42% | 3% |" in table
+
+
+def count(ready, over, done, asked):
+    ready.wait(timeout=60)
+    while not over.is_set():
+        time.sleep(0.05)
+        with done.get_lock():
+            done.value += 1
+
+
+def test_a_crowd_is_counted_from_when_all_are_ready():
+    found = workers.crowd(count, 2, SimpleNamespace(seconds=1.0), look=lambda: 7)
+    assert found["clients"] == 2 and found["seen"] == 7
+    assert 0 < found["a_second"] <= 2 / 0.05

@@ -243,6 +243,18 @@ def fresh_store(one_server, tmp_path):
     shutil.copy(one_server.fresh, tmp_path / "mlflow.db")
 
 
+def test_of_two_programs_that_make_an_experiment_at_the_same_moment_both_write_to_it(server, tmp_path, monkeypatch):
+    experiment, answers = server.client.create_experiment("both"), [None]
+    ask = mlflow.MlflowClient.get_experiment_by_name
+    monkeypatch.setattr(
+        mlflow.MlflowClient, "get_experiment_by_name", lambda *args: answers.pop() if answers else ask(*args)
+    )
+    writes = RunTree("both", uri=server.uri, folder=tmp_path, warn=pytest.fail)
+    writes.end(writes.start("a run"))
+    writes.close()
+    assert [run.info.run_name for run in server.client.search_runs([experiment])] == ["a run"]
+
+
 def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(tiny_npz, tmp_path, capsys, server):
     settings = {"experiment_name": "blip", "tracking_uri": server.uri, "enable_optuna": False, "max_epochs": 1}
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, **settings)))
