@@ -245,10 +245,10 @@ def fresh_store(one_server, tmp_path):
 
 def test_of_two_programs_that_make_an_experiment_at_the_same_moment_both_write_to_it(server, tmp_path, monkeypatch):
     experiment, answers = server.client.create_experiment("both"), [None]
-    ask = mlflow.MlflowClient.get_experiment_by_name
-    monkeypatch.setattr(
-        mlflow.MlflowClient, "get_experiment_by_name", lambda *args: answers.pop() if answers else ask(*args)
-    )
+    from mlflow import MlflowClient
+
+    ask = MlflowClient.get_experiment_by_name
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda *args: answers.pop() if answers else ask(*args))
     writes = RunTree("both", uri=server.uri, folder=tmp_path, warn=pytest.fail)
     writes.end(writes.start("a run"))
     writes.close()
