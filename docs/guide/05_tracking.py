@@ -1,0 +1,115 @@
+# %% [markdown]
+# # 5. Runs one can trust
+#
+# **Goal.** You can find every training of last month, what it was trained with and how it ended, and you are not
+# misled by a run that says it failed when it did what it was told.
+#
+# MLflow keeps *runs*: parameters, metrics of each epoch, files. Without a server it writes to a file, `mlflow.db`.
+
+# %%
+from mlflow import MlflowClient
+
+from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+
+config = ExperimentConfig(
+    experiment_name="guide_tracking", model_type="lightning_cnn", samples_per_class=60, image_size=24,
+    num_optuna_trials=4, search_epochs=3, max_epochs=5, quiet=True,
+)  # fmt: skip
+summary = IntegratedMLPipeline(config).run_complete_pipeline()
+print("test macro F1:", round(summary["models"][0]["test"]["macro_f1"], 3))
+
+# %% [markdown]
+# ## A tree
+#
+# One call made many runs. They hang in a tree: the pipeline, below it a run for each model, below that one for each
+# trial.
+
+# %%
+client = MlflowClient("sqlite:///mlflow.db")
+experiment = client.get_experiment_by_name("guide_tracking")
+runs = client.search_runs([experiment.experiment_id])
+by_id = {run.info.run_id: run for run in runs}
+
+
+def depth(run):
+    parent = run.data.tags.get("mlflow.parentRunId")
+    return 0 if parent is None else 1 + depth(by_id[parent])
+
+
+for run in sorted(runs, key=lambda run: run.info.start_time):
+    print("    " * depth(run) + f"{run.info.run_name}: {run.info.status}")
+assert sorted(depth(run) for run in runs) == [0, 1, 2, 2, 2, 2]
+
+# %% [markdown]
+# ## Before: a logger at each trainer
+#
+# Handing Lightning's own MLflow logger to each trainer writes metrics just as well. But nobody tells it how the story
+# ended. A trial that Optuna stops leaves through an exception, and the logger marks it as failed:
+
+# %%
+import contextlib
+
+import lightning.pytorch as pl
+import optuna
+from lightning.pytorch.loggers import MLFlowLogger
+
+pipeline = IntegratedMLPipeline(config)
+pipeline.prepare_data()
+
+
+class StopAtOnce(pl.Callback):
+    def on_train_epoch_end(self, trainer, model):
+        raise optuna.TrialPruned("not promising")
+
+
+logger = MLFlowLogger("guide_before", tracking_uri="sqlite:///mlflow.db")
+trainer = pl.Trainer(
+    max_epochs=2, logger=logger, callbacks=[StopAtOnce()], enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False,
+)  # fmt: skip
+with contextlib.suppress(optuna.TrialPruned):
+    trainer.fit(pipeline.create_model("lightning_cnn"), datamodule=pipeline.data_module())
+print("a pruned trial with Lightning's own logger:", client.get_run(logger.run_id).info.status)
+assert client.get_run(logger.run_id).info.status == "FAILED"
+
+# %% [markdown]
+# **After.** Here a run is closed by whoever knows what became of it. FINISHED means that it came to its end, KILLED
+# that it was stopped on purpose, with the reason as a tag, and FAILED that something broke.
+
+# %%
+ended = {run.info.run_name: run.info.status for run in runs}
+print(ended)
+assert "FAILED" not in ended.values() and "RUNNING" not in ended.values()
+for run in runs:
+    if run.info.status == "KILLED":
+        print(run.info.run_name, "-", run.data.tags["reason"])
+
+# %% [markdown]
+# ## The trap: a run that runs for ever
+#
+# If a program is killed, nobody closes its runs. They say RUNNING for the rest of their lives, and a page full of
+# them says nothing. Each run here carries the number and the start time of its process as a tag; the next start
+# closes those whose process is gone. You can see the tag:
+
+# %%
+pipeline_run = next(run for run in runs if depth(run) == 0)
+print("process:", pipeline_run.data.tags["process"].split(" ", 1)[1])
+print("commit:", pipeline_run.data.tags.get("commit", "not in a repository"))
+assert pipeline_run.data.tags["process"]
+
+# %% [markdown]
+# ## Exercise
+#
+# Ask MLflow itself, not Python, for the best trial: `search_runs` takes a filter such as `tags.mlflow.parentRunId =
+# '...'` and an order such as `metrics.best_val_macro_f1 DESC`.
+
+# %% tags=["hide-cell"]
+model_run = next(run for run in runs if depth(run) == 1)
+best, *_ = client.search_runs(
+    [experiment.experiment_id],
+    filter_string=f"tags.mlflow.parentRunId = '{model_run.info.run_id}' and attributes.status = 'FINISHED'",
+    order_by=["metrics.best_val_macro_f1 DESC"],
+)
+print(best.info.run_name, round(best.data.metrics["best_val_macro_f1"], 3))
+finished = [run for run in runs if depth(run) == 2 and run.info.status == "FINISHED"]
+assert best.data.metrics["best_val_macro_f1"] == max(run.data.metrics["best_val_macro_f1"] for run in finished)
