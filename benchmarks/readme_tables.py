@@ -1,4 +1,4 @@
-"""Writes the tables of measurements in README.md and benchmarks/README.md from the records in benchmarks/results/.
+"""Writes the tables in README.md, docs/results.md and benchmarks/README.md from the records in benchmarks/results/.
 
 Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`. Below it stands how it was measured, and which of the
 code that it measures has changed since. With `--check` nothing is written: the exit status is 1 if a table does not say
@@ -26,11 +26,11 @@ from recipes import table_of_recipes
 from search_tables import busy_machine, portfolio, search_pays
 from small_device import table_of_forms
 from speed_of_light import table_of_shares
-from time_to_f1 import grouped, longest, machine_of, score_of_seeds, table_of_levels, table_of_runs
+from time_to_f1 import grouped, longest, machine_of, mean_and_deviation, score_of_seeds, table_of_levels, table_of_runs
 from workers import table_of_workers
 
 RESULTS = ROOT / "benchmarks/results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "benchmarks/README.md")
 DIFFERENCE = "paired by seed, in brackets its interval, corrected for the number of differences of the network"
 LONGER = 1.1  # times: trainings that differ more in their seconds are not ranked against each other
 
@@ -351,6 +351,24 @@ def runs_of_minutes(runs: list[dict]) -> list[str]:
     return [*table_of_runs(runs), "", " ".join(notes)]
 
 
+def headline(runs: list[dict], audit: dict) -> list[str]:
+    """For the README: the small CNN on the kind of machine that most have, and how high a score can be at all."""
+    cells = []
+    for (machine, model_type, minutes, _, _), some in grouped(runs).items():
+        if model_type == "lightning_cnn" and machine.startswith("AVX2") and all(run.get("decision") for run in some):
+            score = mean_and_deviation([run["decision"]["test_macro_f1"] for run in some])
+            cells.append([f"{minutes:g} minutes", score, str(len(some)), machine.partition(",")[0]])
+    perfect = audit["audit"]["perfect"]
+    low, high = perfect["macro_f1_interval"]
+    return [
+        *rows("training, macro F1 on test lots, seeds, machine", cells),
+        "",
+        f"± is the standard deviation over seeds, each with a split of its own. Labels are people's judgement: a "
+        f"classifier that is always right would score about {perfect['macro_f1']:.3f} [{low:.3f}, {high:.3f}] against "
+        "these.",
+    ]
+
+
 def levels(runs: list[dict]) -> list[str]:
     return [*table_of_levels(runs), "", "From the runs of the table above."]
 
@@ -620,6 +638,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "ablation": ablation,
     "runs": runs_of_minutes,
     "levels": levels,
+    "headline": headline,
     "training_throughput": throughput,
     "speed_of_light": table_of_shares,
     "against": against,
@@ -660,11 +679,12 @@ RECORDS_OF = {
     "quick_start": ("start_up",),
     "runs": ("time_to_f1",),
     "levels": ("time_to_f1",),
+    "headline": ("time_to_f1", "label_audit"),
     "against": ("against_ultralytics", "against_recipe"),
     "monitoring_shifts": ("monitoring",),
 }
-# What they say of themselves refers to the table before them.
-AS_ABOVE = ("champion", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts")
+# What they say of themselves stands below another table.
+AS_ABOVE = ("champion", "headline", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ author = "the authors"
 html_title = project
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "generated_pages"]
-exclude_patterns = ["_build", "conf.py", "generated_pages.py", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "conf.py", "generated_pages.py", "flow.py", "_generated", "**.ipynb_checkpoints"]
 
 # A chapter is a script with the text in comments. It runs in a folder of its own, and an error stops the build.
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
@@ -31,6 +31,5 @@ napoleon_google_docstring = True
 napoleon_use_rtype = False
 
 html_theme = "furo"  # for phones too, dark and light
-html_static_path = ["_static"]
 html_show_sphinx = False
 html_copy_source = False

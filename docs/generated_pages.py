@@ -30,8 +30,8 @@ def setup(app: Any) -> dict[str, bool]:
 
 
 def write_pages(folder: Path) -> None:
-    """Writes configuration.md and api/; what has not changed is left alone, so that it is not built again."""
-    pages = {"configuration.md": configuration(), "api/index.md": api_index()}
+    """Writes _generated/ and api/; what has not changed is left alone, so that it is not built again."""
+    pages = {"_generated/fields.md": all_fields(), "api/index.md": api_index()}
     pages |= {f"api/{room}.md": api_of(room) for room in ROOMS}
     for name, text in pages.items():
         file = folder / name
@@ -43,7 +43,7 @@ def write_pages(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- configuration
 
 
-def configuration() -> str:
+def all_fields() -> str:
     """Every field of `ExperimentConfig`: default, what is allowed, and what it means."""
     from integrated_pipeline import ExperimentConfig
 
@@ -52,16 +52,7 @@ def configuration() -> str:
         f"| `{one.name}` | `{default_of(one)}` | {allowed(one)} | {meanings[one.name]} |"
         for one in fields(ExperimentConfig)
     ]
-    return "\n".join([
-        "# Configuration", "",
-        "Everything that a run depends on is a field of `ExperimentConfig`, and is checked when it is made. All",
-        "scripts take them as `OPTION=VALUE`, or from a YAML file with `--config`; each run leaves such a file beside",
-        "its results.",
-        "", "    python quick_start.py image_size=48 learning_rate=2e-3",
-        "    python run_experiment.py --mode production --config results/production/config.yaml seed=1", "",
-        "What is said later counts over what is said before: the script's preset, the file, flags, options.", "",
-        "| field | default | allowed | what it is |", "|---|---|---|---|", *rows, "",
-    ])  # fmt: skip
+    return "\n".join(["| field | default | allowed | what it is |", "|---|---|---|---|", *rows, ""])
 
 
 def meanings_of(kind: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Promises about the README: its examples run as they stand."""
+"""Promises about the README and the pages in docs/: their examples run as they stand."""
 
 import json
 import os
@@ -16,12 +16,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENDING = (ROOT / "README.md").read_text().partition("\n## Extending\n")[2].partition("\n## ")[0]
-EXAMPLES = dict(re.findall(r"\*\*(.+?)\.\*\*.*?```python\n(.*?)```", EXTENDING, re.S))
-
-
-def test_there_is_an_example_for_each_way_to_extend():
-    assert list(EXAMPLES) == ["Your own data", "Your own architecture", "Your own objective", "Your own Trainer"]
+HOW_TO = ROOT / "docs/how_to"
+WAYS = ("data", "architecture", "objective", "trainer")
+EXAMPLES = {way: re.search(r"```python\n(.*?)```", (HOW_TO / f"{way}.md").read_text(), re.S)[1] for way in WAYS}
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
@@ -36,7 +33,7 @@ def test_the_examples_run_as_they_stand(title, tmp_path):
     assert (tmp_path / "results/wafer_defect_complete/experiment_summary.json").exists() == runs_the_pipeline
 
 
-MEET = (ROOT / "README.md").read_text().partition("\n## How the tools meet\n")[2].partition("\n## ")[0]
+MEET = (ROOT / "docs/design.md").read_text().partition("\n## How the tools meet\n")[2].partition("\n## ")[0]
 CODE = "\n".join(
     line.strip()
     for file in [*ROOT.glob("*.py"), *ROOT.glob("waferlab/**/*.py")]
@@ -58,7 +55,7 @@ def test_the_lines_that_it_quotes_are_in_the_code(block):
 
 # --- after training: the commands of the section, in a folder where a small champion is registered
 
-AFTER = (ROOT / "README.md").read_text().partition("\n## After training\n")[2].partition("\n## ")[0]
+AFTER = (HOW_TO / "serving.md").read_text()
 SHOWN = re.findall(r"^    \$ (.*)\n((?:    (?!\$).*\n)*)", AFTER, re.M)
 NAMES = "Center|Donut|Edge-Loc|Edge-Ring|Loc|Near-full|Random|Scratch|none"
 

@@ -1,0 +1,87 @@
+"""Promises about the site: it is built without a warning, asks nobody else for anything, and can be read on a phone."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from waferlab.config import ExperimentConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WIDTHS = (390, 1280)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Without what the chapters print, which takes minutes: test_guide.py runs them."""
+    folder = tmp_path_factory.mktemp("site")
+    docs = shutil.copytree(ROOT / "docs", folder / "repository/docs", ignore=shutil.ignore_patterns("_*", "api"))
+    for name in ("benchmarks", "deploy", "waferlab", "examples"):
+        (folder / "repository" / name).symlink_to(ROOT / name)
+    for file in ROOT.glob("*.py"):
+        (folder / "repository" / file.name).symlink_to(file)
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-D", "nb_execution_mode=off"]
+    done = subprocess.run(
+        [*command, str(docs), str(folder / "html")], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "html"
+
+
+def pages_of(site):
+    return sorted(page for page in site.rglob("*.html") if "_modules" not in page.parts)
+
+
+def test_every_page_is_reached_from_the_first(site):
+    seen, left = set(), [site / "index.html"]
+    while left:
+        page = left.pop()
+        if page not in seen:
+            seen.add(page)
+            links = re.findall(r'href="([^"#:?]+\.html)', page.read_text())
+            left += [target for link in links if (target := (page.parent / link).resolve()).exists()]
+    assert {page.resolve() for page in pages_of(site)} <= {page.resolve() for page in seen}
+
+
+def test_every_option_stands_on_the_page_of_the_configuration_with_its_meaning(site):
+    text = (site / "configuration.html").read_text()
+    for one in fields(ExperimentConfig):
+        row = re.search(rf"<code[^>]*><span[^>]*>{one.name}</span></code>.*?</tr>", text, re.S)
+        assert row and len(re.sub(r"<[^>]+>", "", row[0])) > 30, one.name
+
+
+def test_the_site_asks_nobody_but_itself(site):
+    for page in pages_of(site):
+        asked = re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(https?:)?//[^"]*"', page.read_text())
+        assert not asked, page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the pages are not looked at")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_fit_a_phone_and_a_screen_and_nothing_goes_wrong(site, scheme):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        wrong, grounds = [], set()
+        for width in WIDTHS:
+            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            page.on("pageerror", lambda error: wrong.append(str(error)))
+            page.on("requestfailed", lambda request: wrong.append(request.url))
+            for name in ("index.html", "guide/04_search.html", "configuration.html", "results.html", "api/search.html"):
+                page.goto((site / name).as_uri())
+                wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+                assert wide <= 1, (name, width, wide)
+            grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        browser.close()
+    assert not wrong
+    (ground,) = grounds
+    bright = sum(map(int, re.findall(r"\d+", ground)[:3])) / 3
+    assert bright > 200 if scheme == "light" else bright < 60
