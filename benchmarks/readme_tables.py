@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from devices import table_of_devices
+from idea import table_of_the_idea
 from label_audit import table_of_audit
 from measure import NOT_RECORDED, ROOT, interval_holds, rows, score_text
 from provenance import changed
@@ -635,6 +636,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "champion": champion,
     "comparison_generated": comparison_models,
     "comparison_real": comparison,
+    "idea": table_of_the_idea,
     "ablation": ablation,
     "runs": runs_of_minutes,
     "levels": levels,
@@ -674,6 +676,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
 }
 RECORDS_OF = {
     "champion": ("production",),
+    "idea": ("comparison_generated", "pruning"),
     "inference_champion": ("inference",),
     "set_coverage_real": ("set_coverage",),
     "quick_start": ("start_up",),
@@ -684,7 +687,7 @@ RECORDS_OF = {
     "monitoring_shifts": ("monitoring",),
 }
 # What they say of themselves stands below another table.
-AS_ABOVE = ("champion", "headline", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts")
+AS_ABOVE = ("champion", "headline", "idea", "levels", "set_coverage_real", "inference_champion", "monitoring_shifts")
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def test_each_benchmark_names_definitions_that_there_are(script, monkeypatch):
         "provenance",
         "readme_tables",
         "search_tables",
+        "idea",
         "keep_experiment",
         "mutation",
         "champion",
