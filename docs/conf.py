@@ -1,10 +1,12 @@
 """Builds the site: `sphinx-build -W -b html docs docs/_build/html`. Every chapter of the guide is run on the way."""
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+os.environ["PYTHONPATH"] = str(ROOT)  # of the chapters, which run in processes of their own
 
 project = "Wafer-map defects"
 author = "the authors"

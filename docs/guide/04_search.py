@@ -15,7 +15,7 @@ from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 config = ExperimentConfig(
     experiment_name="guide_search", model_type="lightning_cnn", samples_per_class=60, image_size=24,
-    num_optuna_trials=6, search_epochs=4, max_epochs=8, enable_mlflow=False, quiet=True,
+    num_optuna_trials=6, search_epochs=4, max_epochs=8, enable_mlflow=False, quiet=True, workers=1,
 )  # fmt: skip
 pipeline = IntegratedMLPipeline(config)
 config.results_dir.mkdir(parents=True, exist_ok=True)

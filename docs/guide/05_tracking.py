@@ -13,7 +13,7 @@ from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
 
 config = ExperimentConfig(
     experiment_name="guide_tracking", model_type="lightning_cnn", samples_per_class=60, image_size=24,
-    num_optuna_trials=4, search_epochs=3, max_epochs=5, quiet=True,
+    num_optuna_trials=4, search_epochs=3, max_epochs=5, quiet=True, workers=1,
 )  # fmt: skip
 summary = IntegratedMLPipeline(config).run_complete_pipeline()
 print("test macro F1:", round(summary["models"][0]["test"]["macro_f1"], 3))

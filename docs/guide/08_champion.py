@@ -62,8 +62,10 @@ assert predictor.probabilities([small, large]).shape == (2, 9)
 # %%
 from waferlab.evaluation.inference import decision_of
 
-(result,), (checkpoint,) = pipeline.evaluate([pipeline.train_final_model("lightning_cnn")])
-test_maps = [pipeline.maps[i] for i in pipeline.split.test]
+finished = IntegratedMLPipeline(ExperimentConfig(**vars(config) | {"resume": True}))  # takes what is trained already
+finished.prepare_data()
+(result,), (checkpoint,) = finished.evaluate([finished.train_final_model("lightning_cnn")])
+test_maps = [finished.maps[i] for i in finished.split.test]
 difference = np.abs(predictor.probabilities(test_maps) - checkpoint.probabilities).max()
 print(f"largest difference of a probability over {len(test_maps)} test maps: {difference:.1e}")
 print("the decision in the file:", decision_of(result))
