@@ -20,7 +20,7 @@ from waferlab.data.maps import WaferMaps
 from waferlab.data.splitting import Split
 from waferlab.records import ModelResult, SearchRecord, StartingWeights
 from waferlab.reports import tables as reports
-from waferlab.reports.columns import in_columns
+from waferlab.reports.columns import InColumns
 from waferlab.reports.tables import comparison_rows, results_table, sets_in_short
 from waferlab.tracking.addresses import without_password
 from waferlab.tracking.runs import NoRuns, Run, RunTree
@@ -139,7 +139,7 @@ class Terminal:
     def print_table(self, table: reports.Table) -> None:
         """A table of a report, with its note below."""
         self.console.print()
-        self.console.print(in_columns(table))
+        self.console.print(InColumns(table))
         if table.note:
             self.say(table.note)
 
@@ -154,7 +154,7 @@ class Terminal:
             )
         out = Console(highlight=False) if self.quiet else self.console
         out.print()
-        out.print(in_columns(results_table(comparison_rows(results)), title="Model comparison"))
+        out.print(InColumns(results_table(comparison_rows(results)), title="Model comparison"))
         for best in (result for result in results if result.model_type == summary["best_model"] and result.sets):
             self.say(f"{best.model_type}: {sets_in_short(best.sets)}")
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.records import SUMMARY_SCHEMA_VERSION, write_summary
-from waferlab.reports.columns import in_columns
-from waferlab.reports.tables import results_table, table_markdown, write_per_class_table
+from waferlab.reports.columns import InColumns
+from waferlab.reports.tables import Table, results_table, table_markdown, write_per_class_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,12 +103,33 @@ def test_per_class_table_is_csv_with_dashes_for_a_class_without_maps(tmp_path):
 
 def test_comparison_table_fits_80_columns_and_shows_intervals():
     console = Console(file=io.StringIO(), width=80)
-    console.print(in_columns(results_table([*RESULTS, {"model_type": "vit[small]"}])))
+    console.print(InColumns(results_table([*RESULTS, {"model_type": "vit[small]"}])))
     text = console.file.getvalue()
     assert "0.851 [0.831, 0.866]" in text
     assert "2.4M" in text
     assert "vit[small]" in text, "rich took the brackets for markup"
     assert all(result["model_type"] in text for result in RESULTS)
+
+
+WIDE = Table(
+    ["Model", "Macro F1 (mean)", "Seeds", "Accuracy", "Parameters", "Training (s)", "Latency (ms)", "Epochs"],
+    [["torchvision_efficientnet", "0.589 [0.544, 0.635]", "5", "0.852", "4,667,461", "48.3", "10.74", "1.0"]] * 2,
+    note="not a column",
+)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_table_too_wide_for_the_terminal_comes_in_parts_with_the_name_in_each_and_nothing_cut_off(width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(InColumns(WIDE, title="Compared"))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= width and text.count("Compared") == 1
+    for column, heading in enumerate(WIDE.headings):
+        assert heading in text and text.count(WIDE.rows[0][column]) >= 2
+    with_figures = [line for line in lines if any(figure in line for figure in WIDE.rows[0][1:])]
+    assert all(line.startswith("torchvision_efficientnet") for line in with_figures)
+    assert len(with_figures) == (2 if width == 200 else 2 * text.count("Model"))
 
 
 def test_the_comparison_is_the_same_in_markdown_as_on_the_terminal():

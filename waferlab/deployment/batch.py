@@ -219,7 +219,7 @@ def _write(
 
 def _print(summary: dict[str, Any], console: Console) -> None:
     from waferlab.reports.batch_tables import class_table, lot_table, report_tables
-    from waferlab.reports.columns import in_columns
+    from waferlab.reports.columns import InColumns
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False, emoji=False)
@@ -229,6 +229,6 @@ def _print(summary: dict[str, Any], console: Console) -> None:
     tables = [class_table(summary), *([lot_table(summary)] if summary["by_lot"]["lots"] else [])]
     for table in [*tables, *(report_tables(summary) if "report" in summary else [])]:
         console.print()
-        console.print(in_columns(table))
+        console.print(InColumns(table))
         if table.note:
             say(table.note)

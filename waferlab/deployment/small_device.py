@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from waferlab.data.reading import load_wafer_maps
-    from waferlab.reports.columns import in_columns
+    from waferlab.reports.columns import InColumns
 
     predictor = Predictor.load(arguments.model, tracking_uri=arguments.tracking_uri)
     labelled = load_wafer_maps(arguments.score) if arguments.score else None
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(NO_SETS)
     found = measure_forms(files, maps, labelled)
     (arguments.output / "forms.json").write_text(json.dumps(found, indent=1) + "\n")
-    Console().print(in_columns(forms_table(found)))
+    Console().print(InColumns(forms_table(found)))
     print(f"in {arguments.output}, with what a build of ONNX Runtime needs for them in {OPERATORS}")
 
 
