@@ -62,7 +62,7 @@ def train(pipeline, model_type, epochs):
 
 
 def starting(source):
-    own = dict(use_pretrained=source is not None, pretrained_source=source or "auto")
+    own = dict(use_pretrained=source is not None, pretrained_source=source or "auto", batch_size=16)
     made = IntegratedMLPipeline(
         ExperimentConfig(samples_per_class=40, image_size=32, threads=1, enable_mlflow=False, **own)
     )
@@ -71,9 +71,10 @@ def starting(source):
 
 
 pipeline.prepare_data()
-scores = {source or "random": train(starting(source), "efficientnet_lite0", 4) for source in (None, "imagenet")}
+scores = {source or "random": train(starting(source), "efficientnet_lite0", 5) for source in (None, "imagenet")}
 for source, values in scores.items():
     print(f"{source:9} validation macro F1 by epoch: {', '.join(f'{value:.3f}' for value in values)}")
+assert list(scores) == ["random", "imagenet"] and all(len(values) == 5 for values in scores.values())
 
 # %% [markdown]
 # One seed and a hundred validation maps prove nothing, whichever way this came out. The table of the project takes
@@ -101,12 +102,13 @@ except WeightsUnavailableError as error:
 # %% [markdown]
 # ## Exercise
 #
-# Freezing the backbone means that only the last layer learns. Count how many of the weights of
-# `pipeline.create_model("efficientnet_lite0", {"freeze_backbone": True})` can still change. Is it below two percent?
+# Freezing the backbone means that only the last layers learn: with few maps there is less to get wrong, and a step is
+# quicker. Count how many of the weights of `pipeline.create_model("efficientnet_lite0", {"freeze_backbone": True})`
+# can still change. Is it less than a fifth?
 
 # %% tags=["hide-cell"]
 frozen = pipeline.create_model("efficientnet_lite0", {"freeze_backbone": True})
 learning = sum(p.numel() for p in frozen.parameters() if p.requires_grad)
 everything = sum(p.numel() for p in frozen.parameters())
 print(f"{learning:,} of {everything:,} weights can change: {learning / everything:.1%}")
-assert 0 < learning < 0.02 * everything
+assert 0 < learning < everything / 5
