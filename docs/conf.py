@@ -16,7 +16,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["_build", "conf.py", "generated_pages.py", "flow.py", "_generated", "**.ipynb_checkpoints"]
 
 # A chapter is a script with the text in comments. It runs in a folder of its own, and an error stops the build.
-nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_custom_formats = {".py": "generated_pages.read_chapter"}
 nb_execution_mode = "force"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
@@ -31,7 +31,9 @@ autodoc_typehints = "description"
 autodoc_mock_imports = ["ray", "psycopg"]
 napoleon_google_docstring = True
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 html_theme = "furo"  # for phones too, dark and light
 html_show_sphinx = False
+html_domain_indices = False
 html_copy_source = False

@@ -1,4 +1,4 @@
-"""Pages that are made from the code whenever the site is built: the configuration and the reference of the API."""
+"""What the site is made of beside its pages: the chapters as notebooks, the options and the API from the code."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ ROOMS = {  # folder of waferlab/: what is in it
     "experiments": "comparison and ablation",
     "reports": "pictures, tables, pages",
 }
+
+
+def read_chapter(text: str) -> Any:
+    """A chapter as a notebook, which says that it is Python before it is run as well."""
+    import jupytext
+
+    notebook = jupytext.reads(text, fmt="py:percent")
+    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+    return notebook
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -94,11 +103,7 @@ What most programs need is one call:
 .. autoclass:: integrated_pipeline.IntegratedMLPipeline
    :members: run_complete_pipeline, prepare_data, data_module, create_model, fit, search, go_on, evaluate, register_best
 .. autofunction:: integrated_pipeline.suggest_parameters
-.. autoclass:: waferlab.models.classifier.WaferClassifier
 .. autoclass:: simple_model.LightningCNN
-.. autoclass:: waferlab.deployment.predictor.Predictor
-   :members:
-   :noindex:
 ```
 
 How it is done, a folder a concern:

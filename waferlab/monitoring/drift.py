@@ -1,5 +1,7 @@
 """Whether a batch is like the validation part: six questions, and one verdict whose false alarms are bounded.
 
+The questions, and the distance of each::
+
     scores      KS distance of each class's probabilities, the least usual one (Lipton, Wang & Smola 2018, arXiv
                 1802.03916; Rabanser, Guennemann & Lipton 2019, "Failing loudly", arXiv 1810.11953)
     features    MMD with a Gaussian kernel as wide as the median distance (Gretton et al. 2012, JMLR 13), by random
@@ -85,7 +87,7 @@ class Drift:
     Attributes:
         verdict: `ALARM`, `NO_ALARM` or `NO_VERDICT`.
         signals: one for each of `SIGNALS`.
-        columns: of each class, as `Signal`s named like the class, the distance of its probabilities.
+        columns: of each class, as signals named like the class, the distance of its probabilities.
         lots, reference_lots: how many were compared.
         caveats: what limits the verdict, in sentences.
         odd_lots: (lot, distance, share of reference lots that are nearer), the furthest of the batch first.
