@@ -70,9 +70,20 @@ def as_pattern(line):
 
 def assert_shows(output, expected):
     """The lines of the README are in the output, in this order."""
-    lines = iter(output.splitlines())
-    for wanted in (line.strip() for line in expected.splitlines() if line.strip() != "..."):
+    lines = iter([" ".join(line.split()) for line in output.splitlines()])  # figures move what stands in columns
+    for wanted in (" ".join(line.split()) for line in expected.splitlines() if line.strip() != "..."):
         assert any(re.search(as_pattern(wanted), line) for line in lines), f"{wanted!r} is not in:\n{output[-3000:]}"
+
+
+def test_quick_start_prints_what_the_readme_shows(tmp_path):
+    shown = (ROOT / "README.md").read_text().partition("## What you see\n")[2].partition("![")[0]
+    few = ["samples_per_class=40", "max_epochs=1", "image_size=16", "--no-mlflow"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "quick_start.py"), *few], capture_output=True, **in_the_folder(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert shown.count("\n    ") > 8
+    assert_shows(done.stdout, re.sub("split [0-9a-f]+", "split", shown).strip())
 
 
 @pytest.fixture(scope="module")
