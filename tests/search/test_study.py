@@ -270,7 +270,9 @@ def test_the_trial_of_a_worker_that_was_killed_fails_with_the_reason_and_is_not_
 def test_what_runs_again_comes_first_with_what_it_was_asked_to_try():
     study = a_study(0.5)
     cut_off = add_trial(study, state=TrialState.FAIL, params={"rate": 0.25})
-    run_again(study, cut_off)
+    for _ in range(2):  # two who found it out
+        run_again(study, cut_off)
+    assert [one.state for one in study.trials[2:]] == [TrialState.WAITING]
     trial = study.ask()
     assert trial.suggest_float("rate", 0, 1) == 0.25 and trial.user_attrs["again"] == cut_off.number
 

@@ -20,7 +20,14 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DataError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from waferlab.errors import ConfigError
 from waferlab.search.study import run_again, seconds_between_signs
@@ -75,8 +82,8 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
                     return True  # it was done, and only the answer was lost
                 raise
             except (OperationalError, InterfaceError, StorageInternalError) as error:
-                away = (OperationalError, InterfaceError)
-                if not isinstance(error, away) and not isinstance(error.__cause__, away):
+                # A connection that breaks in the middle has many names; data that it does not take has these.
+                if isinstance(error.__cause__, DataError | IntegrityError | ProgrammingError):
                     raise
                 if time.monotonic() - started > PATIENCE:
                     raise

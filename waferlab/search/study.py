@@ -150,8 +150,11 @@ def proposed_by(trial: optuna.Trial) -> str:
 
 
 def run_again(study: optuna.Study, trial: optuna.trial.BaseTrial) -> None:
-    """Puts the parameters of a trial that was cut off back in the queue: all that it had, or was to have."""
-    asked = study.get_trials(deepcopy=False)[trial.number].system_attrs.get("fixed_params", {})
+    """Puts the parameters of a trial that was cut off back in the queue, once: all that it had, or was to have."""
+    trials = study.get_trials(deepcopy=False)
+    if any(other.user_attrs.get("again") == trial.number for other in trials):
+        return  # somebody else has, while this process was stopped
+    asked = trials[trial.number].system_attrs.get("fixed_params", {})
     again = {"again": trial.number, "proposed_by": "a trial that was cut off"}
     study.enqueue_trial(asked | trial.params, user_attrs=again)
 
