@@ -136,7 +136,7 @@ def quick_start(threads: int) -> float:
         return time.monotonic() - started
 
 
-def searched(arguments: argparse.Namespace, model: str, **how: int) -> float:
+def searched(arguments: argparse.Namespace, model: str, **how: int | str) -> float:
     """Seconds of the trials."""
     with tempfile.TemporaryDirectory() as folder:
         config = {

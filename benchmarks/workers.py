@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from busy_machine import SEARCHED
-from measure import ROOT, rows, take_turns, write_record
+from busy_machine import searched
+from measure import rows, take_turns, write_record
 from provenance import BATCHES, FAMILY, GENERATOR, SEARCH, SPLIT, TRAINING
 
 MEASURES = (*GENERATOR, *SPLIT, *BATCHES, *TRAINING, *SEARCH, *FAMILY["lightning_cnn"], "PatientDatabase", "TrialFiles")
@@ -78,19 +77,11 @@ def main() -> None:
 
 def search(arguments: argparse.Namespace, workers: int) -> float:
     """Seconds of a search by so many processes of one thread."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = {
-            "experiment_name": uuid.uuid4().hex[:8], "model_type": "lightning_cnn", "use_pretrained": False,
-            "enable_mlflow": False, "quiet": True, "pruner": "none", "sampler": "random", "threads": 1,
-            "num_optuna_trials": arguments.trials, "search_epochs": arguments.epochs, "workers": workers,
-            "samples_per_class": arguments.samples_per_class, "output_dir": folder, "storage": arguments.storage,
-            "artifacts": str(Path(folder) / "shared"),
-        }  # fmt: skip
-        command = [sys.executable, "-c", SEARCHED, json.dumps(config)]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        seconds, trials = json.loads(done.stdout.splitlines()[-1])
-        assert trials == arguments.trials
-        return seconds
+    with tempfile.TemporaryDirectory() as shared:
+        return searched(
+            arguments, "lightning_cnn", workers=workers, threads=1, experiment_name=uuid.uuid4().hex[:8],
+            storage=arguments.storage, artifacts=shared,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- what all workers share

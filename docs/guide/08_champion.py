@@ -34,7 +34,7 @@ class Harmless:
         return print, ("this line was printed by a file that was merely opened",)
 
 
-pickle.loads(pickle.dumps(Harmless()))
+pickle.loads(pickle.dumps(Harmless()))  # our own bytes; with a file of somebody else it would be too late
 
 # %% [markdown]
 # ## After: ONNX

@@ -28,13 +28,20 @@ MODEL = "models:/guide_model@champion"
 from waferlab.data.generator import generate_wafer_maps
 
 drawn, labels, lots = generate_wafer_maps(20, seed=99)
-np.savez(
-    "tomorrow.npz",
-    maps_flat=np.concatenate([one.ravel() for one in drawn]),
-    offsets=np.cumsum([0, *(one.size for one in drawn)]),
-    shapes=np.array([one.shape for one in drawn]),
-    group=lots,
-)
+
+
+def write(file, maps):
+    """In the project's layout: all dies one after the other, and where each map begins."""
+    np.savez(
+        file,
+        maps_flat=np.concatenate([one.ravel() for one in maps]),
+        offsets=np.cumsum([0, *(one.size for one in maps)]),
+        shapes=np.array([one.shape for one in maps]),
+        group=lots,
+    )
+
+
+write("tomorrow.npz", drawn)
 from pathlib import Path
 
 import predict as script  # the file predict.py, whose path is needed below
@@ -116,13 +123,7 @@ server.wait()
 # %%
 rng = np.random.default_rng(0)
 changed = [np.where((one == 1) & (rng.random(one.shape) < 0.1), 2, one).astype(np.uint8) for one in drawn]
-np.savez(
-    "changed.npz",
-    maps_flat=np.concatenate([one.ravel() for one in changed]),
-    offsets=np.cumsum([0, *(one.size for one in changed)]),
-    shapes=np.array([one.shape for one in changed]),
-    group=lots,
-)
+write("changed.npz", changed)
 verdicts = {}
 for batch in ("tomorrow", "changed"):
     command = [sys.executable, script.__file__, f"{batch}.npz", "--model", MODEL, "--monitor", "--quiet"]

@@ -1,13 +1,12 @@
 """Promises about the service's page, in a browser: what is dropped on it is drawn and answered, or refused in words."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
+from conftest import CHROMIUM
 from made_up_model import served, wafer, write_model
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the service's page is not tried")
 COLOURS = """canvas => {
   const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height), seen = {};

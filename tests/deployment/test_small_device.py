@@ -110,6 +110,11 @@ def test_to_look_into_a_model_takes_its_onnx_file(forms):
         Explainer(Predictor(forms["float, ort"]))
 
 
+def test_a_form_is_not_made_of_a_form(forms, tiny_npz, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, tiny_npz, "--model", forms["float, ort"], "--output", tmp_path / "out") == 2
+    assert "takes its .onnx file" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_runtime_computes_in_8_bits(forms):
     assert onnxruntime.InferenceSession(str(forms["8-bit, ort"])).get_modelmeta().custom_metadata_map["class_names"]
     import onnx

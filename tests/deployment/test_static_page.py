@@ -9,8 +9,9 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import CHROMIUM
 from made_up_model import wafer, write_model
-from test_page import CHROMIUM, drop, write
+from test_page import drop, write
 
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.deployment import static_page

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from conftest import CHROMIUM
 from made_up_predictions import CLASSES, LONG_NAME, assert_is_a_picture, make_predictions
 
 from waferlab.evaluation.conformal import PredictionSets, evaluate_sets
@@ -687,7 +688,6 @@ def test_a_class_without_test_maps_is_named_and_has_no_score(folder, zero):
 
 # In a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MEASURE = """
 <body style="margin:0"><iframe id="phone" style="width:390px;height:800px;border:0" srcdoc="{page}"></iframe>
 <script>onload = () => {{

@@ -27,6 +27,7 @@ import numpy as np
 from waferlab import command_line
 from waferlab.deployment.predictor import DEFAULT_MODEL, Predictor, batches_of_one_size
 from waferlab.errors import ConfigError
+from waferlab.records import write_atomically
 
 if TYPE_CHECKING:
     from waferlab.data.maps import WaferMaps
@@ -66,13 +67,14 @@ def run(arguments: argparse.Namespace) -> None:
     from waferlab.reports.columns import InColumns
 
     predictor = Predictor.load(arguments.model, tracking_uri=arguments.tracking_uri)
+    predictor.graph()  # or a sentence: an .ort file is one of these forms already
     labelled = load_wafer_maps(arguments.score) if arguments.score else None
     maps = maps_of(arguments.maps)
     files = make_forms(predictor.path, maps, arguments.output)
     if predictor.sets is not None:
         print(NO_SETS)
     found = measure_forms(files, maps, labelled)
-    (arguments.output / "forms.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_atomically(arguments.output / "forms.json", (json.dumps(found, indent=1) + "\n").encode())
     Console().print(InColumns(forms_table(found)))
     print(f"in {arguments.output}, with what a build of ONNX Runtime needs for them in {OPERATORS}")
 
@@ -97,7 +99,7 @@ def maps_of(source: str) -> list[np.ndarray]:
 
 
 def make_forms(file: Path, maps: Sequence[np.ndarray], folder: Path) -> dict[str, Path]:
-    """Writes the four files to a folder, whole or not at all; by name.
+    """Writes the four files to a folder, each whole or not at all; by name.
 
     Args:
         file: that `export_onnx` has written.
@@ -129,7 +131,7 @@ def make_forms(file: Path, maps: Sequence[np.ndarray], folder: Path) -> dict[str
         }
         (operators,) = Path(made).glob("*.config")
         for source, target in [*((path, path.name) for path in forms.values()), (operators, OPERATORS)]:
-            (folder / target).write_bytes(source.read_bytes())
+            write_atomically(folder / target, source.read_bytes())
     return {form: folder / path.name for form, path in forms.items()}
 
 

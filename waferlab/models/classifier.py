@@ -139,11 +139,12 @@ class WaferClassifier(pl.LightningModule):
 
         The gradients are those of the whole batch but for batch normalisation, which sees each part by itself.
         """
-        step = super().optimizer_step
-        if self.trainer.accumulate_grad_batches > 1:  # steps before this one have left gradients that it must not lose
-            step(epoch, batch_idx, optimizer, optimizer_closure)
+        step = partial(super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure)
+        # Steps before this one have left gradients that it must not lose; devices take the same number of parts.
+        if self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1:
+            step()
         else:
-            self._as_memory_allows(partial(step, epoch, batch_idx, optimizer, optimizer_closure))
+            self._as_memory_allows(step)
 
     def _as_memory_allows(self, step: Callable[[], Any]) -> Any:
         """What `step` gives, which is done again in twice as many parts as long as the memory does not suffice."""

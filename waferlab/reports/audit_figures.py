@@ -45,4 +45,4 @@ def plot_suspects(
         for line, (text, colour) in enumerate(lines):
             sheet.text(x, y + radius + 0.15 + 0.16 * line, text, fontsize=8.5, color=colour, ha="center", va="center")
         sheet.text(x - radius, y - radius + 0.05, str(number + 1), fontsize=7, color=MUTED, ha="center")
-    return save(figure, path)
+    return save(figure, path, colours=64)

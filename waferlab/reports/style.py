@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from waferlab.records import write_atomically
 
@@ -100,8 +101,17 @@ def legend_below(figure: Figure, colours: Mapping[str, str], *more: Line2D, note
     legend.get_title().set(color=MUTED, multialignment="center")
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes the figure as PNG, whole or not at all."""
+def save(figure: Figure, path: str | os.PathLike[str], *, colours: int | None = None) -> Path:
+    """Writes the figure as PNG, whole or not at all.
+
+    Args:
+        figure: that is drawn.
+        path: the file to write.
+        colours: keep only so many, 2 to 256: a large sheet of few colours is then a fifth of the size.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+    if colours is not None:
+        few = Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        few.save(buffer := io.BytesIO(), format="png", optimize=True)
     return write_atomically(path, buffer.getvalue())
