@@ -68,6 +68,7 @@ def test_a_table_says_bytes_milliseconds_and_what_each_form_costs_on_labelled_ma
     assert run(monkeypatch, tiny_npz, *flags, "--score", tiny_npz) == 0
     said, found = capsys.readouterr().out, json.loads((tmp_path / "device/forms.json").read_text())
     assert tuple(found) == FORMS and all(form in said for form in FORMS) and "macro F1" in said
+    assert "only lots new to it tell" in said
     for values in found.values():
         assert values["maps"] == 360 and values["ms_a_map"] > 0 and 0 <= values["other_class"] < 0.2
     assert found["float, onnx"]["against_first"]["difference"] == found["float, onnx"]["other_class"] == 0

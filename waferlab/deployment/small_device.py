@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from waferlab import command_line
+from waferlab.deployment.batch import FLATTERED
 from waferlab.deployment.predictor import DEFAULT_MODEL, Predictor, batches_of_one_size
 from waferlab.errors import ConfigError
 from waferlab.records import write_atomically
@@ -76,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     found = measure_forms(files, maps, labelled)
     write_atomically(arguments.output / "forms.json", (json.dumps(found, indent=1) + "\n").encode())
     Console().print(InColumns(forms_table(found)))
+    if labelled is not None:
+        print(FLATTERED)
     print(f"in {arguments.output}, with what a build of ONNX Runtime needs for them in {OPERATORS}")
 
 
