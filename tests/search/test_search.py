@@ -738,8 +738,9 @@ def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path
                 running = [t for t in study.trials if t.number == 1 and len(t.params) == 6]
     child.send_signal(sent)
     _, errors = child.communicate(timeout=60)
-    # A child that is interrupted ends with a traceback of its own; Optuna's logger adds none.
-    assert errors.count(b"Traceback") == (sent == signal.SIGINT) and b"[W " not in errors
+    # A child that is interrupted ends with a traceback of its own (a chain of them where an error
+    # was being handled at that moment); Optuna's logger, which would warn of the trial, adds none.
+    assert (b"Traceback" in errors) == (sent == signal.SIGINT) and b"[W " not in errors
 
     resumed = pipeline(tiny_npz, tmp_path, search_epochs=5, max_epochs=10, pruner="none", resume=True)
     found = resumed.search("lightning_cnn")
