@@ -7,11 +7,13 @@ import hashlib
 import inspect
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from waferlab.data.image_files import IMAGE_LEVELS
 from waferlab.data.reading import SYNTHETIC
@@ -31,6 +33,9 @@ TRAINER_IS_OURS = {
     "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones",
 }  # fmt: skip
 PLACE_AND_MANNER = ("output_dir", "resume", "quiet")
+LONGEST_NAME = 100  # bytes: it becomes a part of longer names
+LARGEST_FILE = 2**20  # bytes of YAML; that of a run has two thousand
+IN_WORDS = {str: "a text", Path: "a text", bool: "true or false", int: "a whole number", type(None): "null"}
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
 
@@ -50,6 +55,39 @@ def number(default: float | None, low: float, high: float, *, trains: bool = Tru
 def one_of(default: str, choices: Sequence[str], *, trains: bool = True) -> Any:
     """A field for one of some words."""
     return field(default=default, metadata={"choices": choices, "trains": trains})
+
+
+def shortened(value: Any) -> str:
+    """As `repr`, but never longer than a line or two: what somebody wrote may be of any size."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    try:
+        return short.repr(value)
+    except ValueError:  # a whole number of so many digits that Python does not write them
+        return f"a {type(value).__name__} too large to be shown"
+
+
+def of_type(value: Any, hint: Any) -> bool:
+    """Whether a value is what a field's type says, the items of lists included."""
+    kind, items = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(of_type(value, one) for one in items)
+    if kind in (list, Sequence):
+        return isinstance(value, list | tuple) and all(of_type(item, items[0]) for item in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def type_in_words(hint: Any) -> str:
+    """For people, what a field's type allows."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(type_in_words, get_args(hint))))
+    if get_origin(hint) in (list, Sequence):
+        return "a list of names"
+    return IN_WORDS.get(hint, "options by name")
 
 
 @dataclass(kw_only=True)
@@ -169,8 +207,9 @@ class ExperimentConfig:
     quiet: bool = field(default=False, metadata=FREE)
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
         for option in fields(self):
-            self._check(option)
+            self._check(option, hints[option.name])
         self._check_devices()
         self._check_trainer()
         if self.tracker == "wandb" and self.enable_mlflow and find_spec("wandb") is None:
@@ -178,25 +217,34 @@ class ExperimentConfig:
         objectives = list(self.objectives)
         if not objectives or objectives[0] != "macro_f1" or not set(objectives) <= set(OBJECTIVES):
             raise ConfigError(
-                f"objectives={self.objectives!r} cannot be searched. Name 'macro_f1' first, then any of 'latency' and "
-                "'parameters'."
+                f"objectives={shortened(self.objectives)} cannot be searched. Name 'macro_f1' first, then any of "
+                "'latency' and 'parameters'."
             )
         name = self.experiment_name
-        if not name or any(c in '/\\:*?"<>|' or ord(c) < 32 for c in name) or name.strip(". ") != name:
-            raise ConfigError(f"experiment_name={name!r} names a folder: use letters, digits, '_', '-' and inner dots.")
+        forbidden = any(c in '/\\:*?"<>|' or ord(c) < 32 for c in name) or name.strip(". ") != name
+        if forbidden or not 0 < len(name.encode(errors="replace")) <= LONGEST_NAME:
+            raise ConfigError(
+                f"experiment_name={shortened(name)} names a folder: use letters, digits, '_', '-' and inner dots, at "
+                f"most {LONGEST_NAME}."
+            )
         self.model_types()
 
-    def _check(self, option: Field) -> None:
-        """Against the range or the choices that stand at the field."""
+    def _check(self, option: Field, hint: Any) -> None:
+        """Against the range or the choices that stand at the field, or else its type."""
         value, allowed = getattr(self, option.name), option.metadata
-        if "choices" in allowed and value not in allowed["choices"]:
-            raise ConfigError(f"{option.name}={value!r} is unknown. Allowed: {', '.join(allowed['choices'])}.")
-        if "low" not in allowed or (value is None and option.default is None):
-            return
-        low, high, kinds = allowed["low"], allowed["high"], allowed["kinds"]
-        if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
-            kind = "a number" if float in kinds else "a whole number"
-            raise ConfigError(f"{option.name}={value!r} is out of range. Allowed: {kind} from {low:,} to {high:,}.")
+        said = f"{option.name}={shortened(value)}"
+        if "choices" in allowed:
+            if not isinstance(value, str) or value not in allowed["choices"]:
+                raise ConfigError(f"{said} is unknown. Allowed: {', '.join(allowed['choices'])}.")
+        elif "low" in allowed:
+            low, high, kinds = allowed["low"], allowed["high"], allowed["kinds"]
+            if value is None and option.default is None:
+                return
+            if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+                kind = "a number" if float in kinds else "a whole number"
+                raise ConfigError(f"{said} is out of range. Allowed: {kind} from {low:,} to {high:,}.")
+        elif option.name != "devices" and not of_type(value, hint):
+            raise ConfigError(f"{said} cannot be used. Allowed: {type_in_words(hint)}.")
 
     def _check_devices(self) -> None:
         devices = self.devices
@@ -205,8 +253,8 @@ class ExperimentConfig:
         if devices == "auto" or named or (number and 1 <= int(devices) <= 1024):
             return
         raise ConfigError(
-            f"devices={devices!r} names none. Allowed: 'auto' (one), how many, or a list of their numbers, such as "
-            "[0, 1]."
+            f"devices={shortened(devices)} names none. Allowed: 'auto' (one), how many, or a list of their numbers, "
+            "such as [0, 1]."
         )
 
     def device_count(self) -> int:
@@ -232,7 +280,7 @@ class ExperimentConfig:
                 why = f"an option of its own. Write {name}={self.trainer[name]!r} beside trainer=..."
             elif name in TRAINER_IS_OURS:
                 why = "set by the pipeline. Leave it out."
-            raise ConfigError(f"trainer={dict(self.trainer)!r}: {name!r} is {why}")
+            raise ConfigError(f"trainer={shortened(dict(self.trainer))}: {name!r} is {why}")
 
     def as_plain(self) -> dict[str, Any]:
         """All options by name, in the types of YAML and JSON; addresses without the passwords in them."""
@@ -324,12 +372,14 @@ def read_options(file: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, is no mapping, or names an option that there is not.
     """
-    import yaml
-
     try:
-        found = yaml.load(Path(file).read_text(), Loader=_yaml_loader())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        with open(file, "rb") as opened:
+            content = opened.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
+    if len(content) > LARGEST_FILE:
+        raise ConfigError(f"{file} is larger than {LARGEST_FILE:,} bytes: that is no file of options.")
+    found = _from_yaml(content, of=f"{file} cannot be read as YAML")
     if not isinstance(found, dict):
         raise ConfigError(f"{file} holds no options. Write one a line, such as 'image_size: 32'.")
     return {known_option(str(name), said=f"{file}: "): value for name, value in found.items()}
@@ -341,17 +391,12 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: one is no assignment, its value is no YAML, or there is no option of that name.
     """
-    import yaml
-
     options = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"{assignment!r} is no option. Write NAME=VALUE, such as image_size=32.")
-        try:
-            options[known_option(name.strip())] = yaml.load(value, Loader=_yaml_loader())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{assignment!r}: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{shortened(assignment)} is no option. Write NAME=VALUE, such as image_size=32.")
+        options[known_option(name.strip())] = _from_yaml(value, of=shortened(assignment))
     return options
 
 
@@ -374,18 +419,36 @@ def known_option(name: str, *, said: str = "") -> str:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         raise ConfigError(
-            f"{said}{name!r} is no option. {f'Did you mean {near[0]!r}? ' if near else ''}All of them, with what they "
-            "mean, are in waferlab/config.py."
+            f"{said}{shortened(name)} is no option. {f'Did you mean {near[0]!r}? ' if near else ''}All of them, with "
+            "what they mean, are in waferlab/config.py."
         )
     return name
 
 
+def _from_yaml(text: str | bytes, *, of: str) -> Any:
+    """What is written, in plain values; raises ConfigError, which begins with `of`, if that is nothing."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_yaml_loader())
+    except RecursionError as error:
+        raise ConfigError(f"{of}: lists within lists, too deep to be read.") from error
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: 2001-99-99, or a number of thousands of digits
+        raise ConfigError(f"{of}: {' '.join(str(error).split())}") from error
+
+
 def _yaml_loader() -> type:
-    """PyYAML's safe loader, which takes 1e-3 for a number, too, as YAML 1.2 does."""
+    """PyYAML's safe loader, which takes 1e-3 for a number, too, as YAML 1.2 does.
+
+    It follows no aliases (`*name`): options need none, and a few of them can stand for gigabytes.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"aliases such as *{self.peek_event().anchor} are not read. Write the value.")
+            return super().compose_node(parent, index)
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")

@@ -75,11 +75,14 @@ class ModelRegistry(Line):
         aliases = self._aliases(name)
         if aliases is None:
             return []
-        found = [(str(one.version), dict(one.tags)) for one in self._client.search_model_versions(f"name='{name}'")]
-        return [
-            ModelVersion(version, tuple(alias for alias, named in aliases.items() if named == version), tags)
-            for version, tags in sorted(found, key=lambda one: int(one[0]))
-        ]
+        named: dict[str, list[str]] = {}
+        for alias, version in aliases.items():
+            named.setdefault(version, []).append(alias)
+        found, page = [], None
+        while page is None or page.token:  # MLflow gives so many at a time
+            page = self._client.search_model_versions(f"name='{name}'", page_token=page and page.token)
+            found += [ModelVersion(str(v.version), tuple(named.get(str(v.version), ())), dict(v.tags)) for v in page]
+        return sorted(found, key=lambda one: int(one.version))
 
     @answered
     def champion(self, name: str, *, into: Path) -> Champion | None:

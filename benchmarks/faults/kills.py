@@ -1,0 +1,164 @@
+"""Kills programs at random moments, lets them go on, and looks whether anything is lost.
+
+A life: a script is started in an empty folder and killed with SIGKILL at a moment drawn between its first line and its
+last, alone or with its whole process group; every third is killed again while it goes on. Then it goes on with
+`--resume` to its end, and must have ended with status 0, every file whole, no run of MLflow open or twice there, one
+champion, at most one epoch for each kill trained again (two where two trials run side by side), and, where two unbroken
+runs end alike, the same best trial and the same weights, bit for bit.
+
+    python benchmarks/faults/kills.py --kills 200 --output benchmarks/results/kills.json
+
+A call with the same output file goes on until it has as many. The first program named needs about ten seconds a life.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+from measure import write_record
+from programs import PROGRAMS, count_epochs, import_everything, make_data, moments, start, wait
+from provenance import SEARCH, TRAINING
+from whole import outcome, problems
+
+MEASURES = (*TRAINING, *SEARCH, "TrainingFolder", "CheckpointFiles", "RunTree", "write_atomically")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
+    parser.add_argument("--kills", type=int, default=200, help="in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="where folders of lives that went wrong are kept")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+
+    lives = json.loads(arguments.output.read_text())["lives"] if arguments.output and arguments.output.exists() else []
+    import_everything()
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        data = make_data(work / "tiny.npz")
+        unbroken = {name: live_unbroken(name, data, work / "unbroken") for name in arguments.programs}
+        while sum(life["kills"] for life in lives) < arguments.kills:
+            name = arguments.programs[len(lives) % len(arguments.programs)]
+            life = live(name, data, work / "life", unbroken[name], moments(f"{arguments.seed} {len(lives)}"))
+            lives.append(life)
+            print(json.dumps(life), flush=True)
+            if life["problems"] and arguments.keep:
+                shutil.copytree(work / "life", arguments.keep / str(len(lives)), dirs_exist_ok=True)
+            if arguments.output:
+                write(arguments.output, lives, unbroken)
+    for name, row in table(lives).items():
+        print(f"{name}: {row}")
+
+
+def live_unbroken(name: str, data: Path, folder: Path) -> dict[str, Any]:
+    """A life that nobody ends: its seconds, its epochs, its outcome."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    started = time.monotonic()
+    child = start(PROGRAMS[name].command(data), folder, folder / "log.txt", first=count_epochs(folder / "epochs"))
+    status = wait(child)
+    seconds = time.monotonic() - started
+    found = problems(folder)
+    if status or found:
+        raise SystemExit(f"{name} unbroken: status {status}, {found}\n{(folder / 'log.txt').read_text()[-2000:]}")
+    return {"seconds": round(seconds, 1), "epochs": epochs_of(folder), "outcome": outcome(folder)}
+
+
+def live(name: str, data: Path, folder: Path, unbroken: dict[str, Any], draw: Any) -> dict[str, Any]:
+    """A life with a kill or two in it."""
+    program, killed_at, group = PROGRAMS[name], [], draw.random() < 0.5
+    command = program.command(data)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for turn in range(2 if draw.random() < 1 / 3 else 1):
+        after = draw.uniform(0, unbroken["seconds"])
+        resumed = [*command, "--resume"] if turn else command
+        child = start(resumed, folder, folder / "log.txt", first=count_epochs(folder / "epochs"))
+        status = wait(child, after)
+        if status is None:
+            (os.killpg if group else os.kill)(child, signal.SIGKILL)
+            wait(child)
+            killed_at.append(round(after, 2))
+            if not group:
+                end_orphans(child)
+    child = start([*command, "--resume"], folder, folder / "log.txt", first=count_epochs(folder / "epochs"))
+    status, again = wait(child, 600), 0
+    found = problems(folder)
+    if status != 0:
+        found.insert(0, f"status {status}: {(folder / 'log.txt').read_text()[-600:]}")
+    else:
+        again = epochs_of(folder) - unbroken["epochs"]
+        side_by_side = 2 if not program.same_weights else 1
+        if program.same_weights and again > side_by_side * len(killed_at):
+            found.append(f"{again} epochs were trained again after {len(killed_at)} kills")
+        if program.same_weights and (mine := outcome(folder)) != unbroken["outcome"]:
+            found += [f"{key}: {mine.get(key)} and not {value}" for key, value in unbroken["outcome"].items()
+                      if mine.get(key) != value]  # fmt: skip
+    return {"program": name, "killed_at": killed_at, "kills": len(killed_at), "group": group, "epochs_again": again,
+            "problems": found}  # fmt: skip
+
+
+def end_orphans(session: int, seconds: float = 30) -> None:
+    """Waits for the children of a program that was killed alone: they have to notice and end by themselves."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if not alive_in(session):
+            return
+        time.sleep(0.05)
+    os.killpg(session, signal.SIGKILL)
+    raise SystemExit(f"Children of a killed program live on after {seconds:.0f} s.")
+
+
+def alive_in(session: int) -> list[int]:
+    """Processes of a session that run; those that have ended and that nobody has asked for do not count."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, rest = stat.read_text().rpartition(") ")
+        except OSError:  # it has just ended
+            continue
+        state, _, group, *_ = rest.split()
+        if int(group) == session and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def epochs_of(folder: Path) -> int:
+    """How many epochs were begun in a folder."""
+    notes = folder / "epochs"
+    return len(notes.read_bytes()) if notes.exists() else 0
+
+
+def table(lives: list[dict[str, Any]]) -> dict[str, str]:
+    """Kills and troubles of each program."""
+    kills, wrong = Counter(), Counter()
+    for life in lives:
+        kills[life["program"]] += life["kills"]
+        wrong[life["program"]] += bool(life["problems"])
+    return {name: f"{count} kills, {wrong[name]} lives with a problem" for name, count in kills.items()}
+
+
+def write(path: Path, lives: list[dict[str, Any]], unbroken: dict[str, Any]) -> None:
+    """The record, after each life."""
+    seconds = {name: {key: one[key] for key in ("seconds", "epochs")} for name, one in unbroken.items()}
+    write_record(
+        path, {"benchmark": "kills", "unbroken": seconds, "lives": lives}, measures=MEASURES,
+        repeats=f"{sum(life['kills'] for life in lives)} kills", search="as each program does",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Promises about what makes no sense: it gets a sentence, never a traceback, and costs no more than it weighs."""
+
+import string
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import integrated_pipeline  # noqa: F401  which registers the models
+from waferlab.config import ExperimentConfig, default_options, parse_options, read_options
+from waferlab.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks/faults"))
+NAMES = sorted(default_options())
+SENTENCE = 700  # characters that an error may have
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=4),
+    max_leaves=8,
+)
+quick = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def assert_config_or_sentence(make):
+    """What comes out is a configuration that can be written down, or an error that a person reads."""
+    try:
+        config = make()
+    except ConfigError as error:
+        assert 10 < len(str(error)) < SENTENCE
+        return
+    yaml.safe_dump(config.as_plain())
+    config.training_fingerprint(), config.results_dir, config.checkpoints_dir, config.shared_weights_dir
+
+
+@quick
+@given(name=st.sampled_from(NAMES), value=plain)
+@example("seed", int("f" * 4000, 16))
+@example("trainer", {1: 2})
+@example("model_type", [["lightning_cnn"]])
+@example("enable_optuna", "maybe")
+def test_any_value_of_an_option_is_taken_or_refused_in_a_sentence(name, value):
+    assert_config_or_sentence(lambda: ExperimentConfig(**{name: value}))
+
+
+@quick
+@given(name=st.sampled_from(NAMES), text=st.text(st.characters(codec="utf-8"), max_size=40))
+@example("seed", "2001-99-99")
+@example("seed", "1" * 5000)
+@example("trainer", "[" * 5000)
+@example("seed", "!!python/object/apply:os.system [true]")
+@example("objectives", "&a [*a]")
+def test_any_text_behind_an_option_is_taken_or_refused_in_a_sentence(name, text):
+    assert_config_or_sentence(lambda: ExperimentConfig(**parse_options([f"{name}={text}"])))
+
+
+@quick
+@given(content=st.binary(max_size=200) | st.text(string.printable, max_size=200).map(str.encode))
+@example(content=b"seed: 1\n---\nseed: 2\n")
+@example(content=b"\xff\xfes\x00")
+@example(content=b"{{}}: 1")
+def test_any_file_of_options_is_taken_or_refused_in_a_sentence(content, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_bytes(content)
+    assert_config_or_sentence(lambda: ExperimentConfig(**read_options(file)))
+
+
+def test_a_few_lines_cannot_stand_for_gigabytes(tmp_path):
+    file = tmp_path / "bomb.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    file.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"aliases such as \*a0 are not read"):
+        read_options(file)
+
+
+def test_a_file_without_an_end_is_not_read_to_its_end():
+    with pytest.raises(ConfigError, match="is larger than"):
+        read_options("/dev/zero")
+
+
+CORPUS = sorted(file for file in (ROOT / "tests/corpus").glob("*/*"))
+
+
+@pytest.mark.parametrize("file", CORPUS, ids=lambda file: f"{file.parent.name}-{file.name}")
+def test_what_once_went_wrong_is_refused_in_a_sentence(file):
+    from targets import TARGETS
+
+    TARGETS[file.parent.name](file.read_bytes())
