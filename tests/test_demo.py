@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+import warm
 
 import demo
 from integrated_pipeline import ExperimentConfig
@@ -19,7 +20,7 @@ BUDGETS = {"ultra": 120, "quick": 180, "full": 300}
 
 def run_script(*arguments, **options):
     command = [sys.executable, ROOT / "demo.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+    return warm.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.mark.parametrize("mode", list(BUDGETS))
@@ -46,7 +47,7 @@ def test_a_users_mistake_is_one_message_and_status_2(arguments, message, tmp_pat
 
 def test_the_page_is_up_before_training_and_gone_after_ctrl_c(tiny_npz, tmp_path):
     command = [sys.executable, ROOT / "demo.py", "--start-mlflow", "--data", tiny_npz, "--output-dir", tmp_path]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    child = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
     lines = []
     deadline = time.monotonic() + 120
     while not any("trial 1/" in line for line in lines):

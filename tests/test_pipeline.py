@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import tiny_settings
 from PIL import Image
 from rich.console import Console
@@ -145,7 +146,7 @@ IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1]))).run_complete_p
 
 
 def start_child(config):
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, "-c", CHILD, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
@@ -364,7 +365,7 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_any_work(tiny_n
 
 
 def run_script(*arguments, **options):
-    return subprocess.run(
+    return warm.run(
         [sys.executable, ROOT / "quick_start.py", *map(str, arguments)], capture_output=True, text=True, **options
     )
 
@@ -412,7 +413,7 @@ def test_every_error_of_ours_is_one_line_with_its_status(error, status, capsys):
 
 def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz, tmp_path):
     command = [sys.executable, ROOT / "quick_start.py", "--data", tiny_npz, "--output-dir", tmp_path]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "checkpoints" / "quick_start" / "torchvision_resnet"
     deadline = time.monotonic() + 120
     while not (folder / "resume.ckpt").exists():

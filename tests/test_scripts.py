@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm
 
 import demo
 import integrated_pipeline
@@ -156,7 +157,7 @@ def test_pretrain_makes_weights_of_each_family_where_runs_look_for_them(tmp_path
 
 def test_pretrain_prints_its_own_lines_and_nothing_else(tmp_path):
     command = [sys.executable, ROOT / "run_experiment.py", "--mode", "pretrain", "--maps", "1", "--image-size", "16"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     (file,) = (tmp_path / "checkpoints/pretrained").glob("lightning_cnn-*.safetensors")
     model, epoch, score = done.stdout.splitlines()

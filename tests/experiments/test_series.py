@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from made_up_results import result
 from rich.console import Console
 
@@ -219,7 +220,7 @@ def test_ctrl_c_keeps_finished_trainings_and_resume_goes_on(tiny_npz, tmp_path):
         sys.executable, ROOT / "run_experiment.py", "--mode", "comparison", "--models", "lightning_cnn", "--data",
         tiny_npz, "--epochs", "3", "--seeds", "0", "1", "2", "--output-dir", tmp_path, "--no-mlflow",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "1/3" in line:
             process.send_signal(signal.SIGINT)
@@ -228,7 +229,7 @@ def test_ctrl_c_keeps_finished_trainings_and_resume_goes_on(tiny_npz, tmp_path):
     assert process.returncode == 130, errors
     assert "--resume" in errors
     finished = json.loads((tmp_path / "results/comparison/runs/lightning_cnn_seed0/record.json").read_text())
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    done = warm.run([*command, "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "seed 0: macro F1" in done.stdout and "finished before" in done.stdout
     record = json.loads((tmp_path / "results/comparison/comparison.json").read_text())

@@ -1,13 +1,13 @@
 """Promises about benchmarks/monitoring.py: it runs on small data, and its changes are what they are called."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import warm
 from made_up_network import write_model
 
 from waferlab.data.reading import load_wafer_maps
@@ -28,7 +28,7 @@ def test_it_writes_a_record_that_the_tables_can_be_made_of(tiny_arrays, tmp_path
     flags = ("--data", tmp_path / "tiny.npz", "--model", tmp_path / "model.onnx", "--lots", 6, "--permutations", 39)
     flags += ("--reference", tmp_path / "reference.npz", "--batches", 3, "--shift-batches", 1)
     command = [sys.executable, ROOT / "benchmarks/monitoring.py", *flags, "--output", tmp_path / "record.json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = warm.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "reference.npz").is_file()
     record = json.loads((tmp_path / "record.json").read_text())

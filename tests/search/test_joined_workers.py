@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 import optuna
 import pytest
+import warm
 from conftest import tiny_settings
 from optuna.trial import TrialState
 
@@ -57,7 +58,8 @@ class Fleet:
     def start(self, *command, later_epochs=0.7):
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         log = (self.folder / f"{len(self.started)}.log").open("w+")
-        process = subprocess.Popen(
+        begin = subprocess.Popen if "waferlab.search.ray_workers" in command else warm.Popen
+        process = begin(
             [sys.executable, *map(str, command)], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0",
                               "LATER_EPOCHS": str(later_epochs)},
@@ -191,7 +193,7 @@ def test_a_worker_that_is_told_to_end_hands_its_trial_back_at_once(fleet):
     ],
 )
 def test_what_a_worker_cannot_do_is_one_message_and_status_2(flags, said, tmp_path):
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "waferlab.search.workers", "--storage", f"sqlite:///{tmp_path}/study.db", *flags],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+import warm
 from conftest import tiny_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from made_up import Scripted, before_training
@@ -711,7 +712,7 @@ pipeline.search("lightning_cnn")
 
 
 def start_child(config):
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, "-c", CHILD, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
@@ -908,7 +909,7 @@ def share_a_study(tiny_npz, tmp_path, storage):
     config = settings(tiny_npz, tmp_path, num_optuna_trials=6, storage=storage)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, "-c", CHILD, json.dumps(config | {"output_dir": str(tmp_path / str(n))})],
             cwd=ROOT, env=environment, stderr=subprocess.PIPE,
         )

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import optuna
 import psutil
 import pytest
+import warm
 from conftest import tiny_settings
 from unreliable_server import UnreliableServer
 
@@ -447,7 +448,7 @@ def wait_for(condition, *, seconds=120):
 
 
 def start_and_wait_for_trial(config, tmp_path, number, *, code=CHILD):
-    child = subprocess.Popen(
+    child = warm.Popen(
         [sys.executable, "-c", code, json.dumps(config)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 

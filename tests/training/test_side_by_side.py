@@ -15,6 +15,7 @@ import optuna
 import psutil
 import pytest
 import torch
+import warm
 from conftest import tiny_settings
 from made_up import Scripted
 from optuna.trial import TrialState
@@ -291,7 +292,7 @@ IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1])["config"])).run_
 
 def start_program(config, *, slow=True):
     arguments = json.dumps({"config": config, "slow": slow})
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, "-c", PROGRAM, arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
     )  # fmt: skip
