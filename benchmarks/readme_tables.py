@@ -1,4 +1,4 @@
-"""Writes the tables in README.md, docs/results.md and benchmarks/README.md from the records in benchmarks/results/.
+"""Writes the tables in README.md, the pages of docs/ and benchmarks/README.md from the records in benchmarks/results/.
 
 Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`. Below it stands how it was measured, and which of the
 code that it measures has changed since. With `--check` nothing is written: the exit status is 1 if a table does not say
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from devices import table_of_devices
+from guide import table_of_chapters
 from idea import table_of_the_idea
 from label_audit import table_of_audit
 from measure import NOT_RECORDED, ROOT, interval_holds, rows, score_text
@@ -31,7 +32,7 @@ from time_to_f1 import grouped, longest, machine_of, mean_and_deviation, score_o
 from workers import table_of_workers
 
 RESULTS = ROOT / "benchmarks/results"
-PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "benchmarks/README.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/guide/index.md", "benchmarks/README.md"))
 DIFFERENCE = "paired by seed, in brackets its interval, corrected for the number of differences of the network"
 LONGER = 1.1  # times: trainings that differ more in their seconds are not ranked against each other
 
@@ -666,6 +667,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "portfolio": portfolio,
     "busy_machine": busy_machine,
     "devices": table_of_devices,
+    "guide": table_of_chapters,
     "workers": table_of_workers,
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,

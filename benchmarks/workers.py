@@ -69,9 +69,10 @@ def main() -> None:
     for found in record["searches"]:
         print(json.dumps(found), flush=True)
     record["plan"] = plan(record)
+    turns_in_words = "one turn" if arguments.repeats == 1 else f"{arguments.repeats} turns"
     write_record(
         arguments.output, record, measures=MEASURES, search="as each row says",
-        repeats=f"{arguments.repeats} turns, {arguments.seconds:g} s of each number of clients",
+        repeats=f"{turns_in_words}, {arguments.seconds:g} s of each number of clients",
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ author = "the authors"
 html_title = project
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "generated_pages"]
-exclude_patterns = ["_build", "conf.py", "generated_pages.py", "flow.py", "_generated", "**.ipynb_checkpoints"]
+exclude_patterns = ["_*", "*.py", "**.ipynb_checkpoints"]
+templates_path = ["_templates"]
 
 # A chapter is a script with the text in comments. It runs in a folder of its own, and an error stops the build.
 nb_custom_formats = {".py": "generated_pages.read_chapter"}

@@ -1,14 +1,16 @@
-"""What the site is made of beside its pages: the chapters as notebooks, the options and the API from the code."""
+"""What the site is made of beside its pages: chapters as notebooks, deploy/, the options and the API from the code."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+CHAPTERS = sorted(f"guide/{file.stem}" for kind in ("py", "ipynb") for file in HERE.glob(f"guide/[0-9]*.{kind}"))
 ROOMS = {  # folder of waferlab/: what is in it
     "data": "sources, splits, images, batches; the generator",
     "models": "what all networks share, and their registry",
@@ -21,6 +23,7 @@ ROOMS = {  # folder of waferlab/: what is in it
     "experiments": "comparison and ablation",
     "reports": "pictures, tables, pages",
 }
+DEPLOY = {"README.md": "index", "kubernetes/README.md": "kubernetes", "tensorrt.md": "tensorrt"}  # in deploy/: its page
 
 
 def read_chapter(text: str) -> Any:
@@ -35,13 +38,23 @@ def read_chapter(text: str) -> Any:
 def setup(app: Any) -> dict[str, bool]:
     """For Sphinx: the pages are written before it looks which there are."""
     app.connect("builder-inited", lambda _: write_pages(HERE))
+    app.connect("html-page-context", lambda app, page, template, context, tree: context.update(chapters=CHAPTERS))
+    app.connect("build-finished", copy_notebooks)
     return {"parallel_read_safe": True}
 
 
+def copy_notebooks(app: Any, error: Exception | None) -> None:
+    """Puts each chapter as a notebook, with its output, beside its page."""
+    made = Path(app.outdir).parent / "jupyter_execute"  # where MyST-NB leaves what it has run
+    for chapter in CHAPTERS if error is None and app.builder.format == "html" else []:
+        shutil.copy(made / f"{chapter}.ipynb", app.outdir / f"{chapter}.ipynb")
+
+
 def write_pages(folder: Path) -> None:
-    """Writes _generated/ and api/; what has not changed is left alone, so that it is not built again."""
+    """Writes _generated/, api/ and deploy/; what has not changed is left alone, so that it is not built again."""
     pages = {"_generated/fields.md": all_fields(), "api/index.md": api_index()}
     pages |= {f"api/{room}.md": api_of(room) for room in ROOMS}
+    pages |= {f"deploy/{name}.md": deploy_page(file) for file, name in DEPLOY.items()}
     for name, text in pages.items():
         file = folder / name
         file.parent.mkdir(exist_ok=True)
@@ -123,3 +136,20 @@ def api_of(room: str) -> str:
         for name in modules
     )
     return f"# {room}: {ROOMS[room]}\n\n{blocks}"
+
+
+# --------------------------------------------------------------------------------------------------------- deployment
+
+
+def deploy_page(file: str) -> str:
+    """A page of deploy/, which is read there as well; its links lead to pages of the site, or give the file."""
+
+    def target(link: re.Match[str]) -> str:
+        path, _, place = link[1].partition("#")
+        path = (Path("deploy") / file).parent.joinpath(path).as_posix()
+        if path.endswith("benchmarks/README.md"):
+            return f"](../results.md#{place})"
+        page = DEPLOY.get(path.removeprefix("deploy/"))
+        return f"]({page}.md)" if page else f"](../../{path})"
+
+    return re.sub(r"\]\(([^):]+)\)", target, (HERE.parent / "deploy" / file).read_text())

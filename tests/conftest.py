@@ -71,6 +71,36 @@ def exported(tmp_path_factory, tiny_maps):
     return export
 
 
+@pytest.fixture(scope="session")
+def executed_chapter(tmp_path_factory):
+    """A function from a chapter of the guide to the notebook that it becomes, with all that it prints and draws.
+
+    An error in a cell, a claim that does not hold for one, is raised. Those that run side by side share the notebooks.
+    """
+    import nbformat
+    from filelock import FileLock
+    from nbclient import NotebookClient
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "chapters"
+    folder.mkdir(exist_ok=True)
+    sys.path.append(str(ROOT / "docs"))
+    from generated_pages import read_chapter
+
+    def execute(chapter):
+        file, work = folder / f"{chapter.stem}.ipynb", folder / chapter.stem
+        with FileLock(folder / f"{chapter.stem}.lock"):
+            if not file.exists():
+                work.mkdir(exist_ok=True)
+                notebook = read_chapter(chapter.read_text())
+                client = NotebookClient(notebook, timeout=240, resources={"metadata": {"path": work}})
+                client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
+                nbformat.write(notebook, file)
+        return file
+
+    return execute
+
+
 def tiny_settings(tiny_npz, tmp_path, **more):
     """The fields of a configuration whose training takes a second."""
     return {

@@ -14,17 +14,18 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 HOW_TO = ROOT / "docs/how_to"
-WAYS = ("data", "architecture", "objective", "trainer")
+WAYS = ("data", "objective", "trainer")  # the architecture's are in test_newcomer.py
 EXAMPLES = {way: re.search(r"```python\n(.*?)```", (HOW_TO / f"{way}.md").read_text(), re.S)[1] for way in WAYS}
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_the_examples_run_as_they_stand(title, tmp_path):
     (tmp_path / "example.py").write_text(EXAMPLES[title])
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "example.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Promises about the site: it is built without a warning, asks nobody else for anything, and can be read on a phone."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from conftest import CHROMIUM
@@ -18,10 +20,16 @@ WIDTHS = (390, 1280)
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Without what the chapters print, which takes minutes: test_guide.py runs them."""
+def site(tmp_path_factory, executed_chapter):
+    """With what each chapter prints and draws, which test_guide.py may have run already."""
     folder = tmp_path_factory.mktemp("site")
-    docs = shutil.copytree(ROOT / "docs", folder / "repository/docs", ignore=shutil.ignore_patterns("_*", "api"))
+    made = shutil.ignore_patterns("_build", "_generated", "__pycache__", "api", "deploy")
+    docs = shutil.copytree(ROOT / "docs", folder / "repository/docs", ignore=made)
+    for chapter in docs.glob("guide/[0-9]*.py"):
+        shutil.copy(executed_chapter(ROOT / "docs/guide" / chapter.name), chapter.parent)
+        chapter.unlink()
+    for page in docs.rglob("*.md"):
+        page.write_text(re.sub(r"(\d\d_\w+)\.py\)", r"\1.ipynb)", page.read_text()))
     for name in ("benchmarks", "deploy", "waferlab", "examples"):
         (folder / "repository" / name).symlink_to(ROOT / name)
     for file in ROOT.glob("*.py"):
@@ -48,6 +56,25 @@ def test_every_page_is_reached_from_the_first(site):
             links = re.findall(r'href="([^"#:?]+\.html)', page.read_text())
             left += [target for link in links if (target := (page.parent / link).resolve()).exists()]
     assert {page.resolve() for page in pages_of(site)} <= {page.resolve() for page in seen}
+
+
+def test_a_chapter_shows_what_it_printed_and_drew_and_comes_as_a_notebook(site):
+    for chapter in sorted((ROOT / "docs/guide").glob("[0-9]*.py")):
+        page = (site / "guide" / f"{chapter.stem}.html").read_text()
+        assert "output_area" in page or 'class="cell_output' in page, chapter
+        assert f'href="{chapter.stem}.ipynb"' in page, chapter
+        notebook = json.loads((site / "guide" / f"{chapter.stem}.ipynb").read_text())
+        assert any(cell.get("outputs") for cell in notebook["cells"])
+    assert list((site / "_images").glob("*.png"))
+
+
+def test_links_to_elsewhere_are_whole_addresses():
+    texts = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/how_to").glob("*.md"), *(ROOT / "docs/guide").glob("*.py")]
+    links = [link for file in texts for link in re.findall(r"\]\((\w+:[^)\s]*)\)", file.read_text())]
+    assert len(links) > 20
+    for link in links:
+        address = urlsplit(link)
+        assert address.scheme in ("http", "https") and re.fullmatch(r"([\w-]+\.)+[a-z]{2,}", address.netloc), link
 
 
 def test_every_option_stands_on_the_page_of_the_configuration_with_its_meaning(site):

@@ -64,6 +64,12 @@ for trial in found.trials:
 print(f"{found.pruned} stopped early; {found.why}")
 assert found.trials[0].proposed_by == "the defaults" and len(found.trials) == 6
 
+# %% [markdown]
+# A run draws its searches with Optuna's own plots. This is the one of `python demo.py`; a point is a trial that came to
+# its end:
+#
+# ![The history of the search of demo.py](../pictures/search_history.png)
+
 # %%
 trained = pipeline.go_on("lightning_cnn", found)
 print(trained.weights_from, "- epochs:", trained.epochs)

@@ -41,6 +41,10 @@ for run in sorted(runs, key=lambda run: run.info.start_time):
 assert sorted(depth(run) for run in runs) == [0, 1, 2, 2, 2, 2]
 
 # %% [markdown]
+# `mlflow ui` in this folder shows the same tree. Here it is after `python demo.py`:
+#
+# ![The runs of demo.py on MLflow's page](../pictures/mlflow_runs.png)
+#
 # ## Before: a logger at each trainer
 #
 # Handing Lightning's own MLflow logger to each trainer writes metrics just as well. But nobody tells it how the story

@@ -88,6 +88,10 @@ print(second["verdict"])
 assert second["version"] == "2" and second["alias"] == "challenger"
 
 # %% [markdown]
+# On MLflow's page each version has its alias. These are of `python demo.py` and then `python quick_start.py`:
+#
+# ![The versions of the registered model on MLflow's page](../pictures/mlflow_registry.png)
+#
 # Whoever asks for `models:/guide_model@champion` still gets version 1. The alias moves when a better model comes, and
 # the program that asks does not change.
 
