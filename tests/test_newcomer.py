@@ -36,7 +36,7 @@ def shell(folder):
 
 
 def type_in(command, folder):
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, **shell(folder))
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, **shell(folder))
     assert done.returncode == 0, (command, done.stdout[-1000:], done.stderr[-3000:])
     return done.stdout
 
@@ -83,9 +83,7 @@ def test_new_maps_are_answered_over_http(trained_on_images):
     typed = commands_in((HOW_TO / "serving.md").read_text())
     start = next(command for command in typed if "--serve" in command)
     question = next(command for command in typed if "curl" in command and "8000" in command)
-    server = subprocess.Popen(
-        f"exec {start} --port 0", shell=True, stdout=subprocess.PIPE, text=True, **shell(folder)
-    )  # fmt: skip
+    server = subprocess.Popen(shlex.split(f"{start} --port 0"), stdout=subprocess.PIPE, text=True, **shell(folder))
     try:
         address = next(found[0] for line in server.stdout if (found := re.search(r"http://[0-9.:]+", line)))
         answer = ask(question.replace("http://127.0.0.1:8000", address))
