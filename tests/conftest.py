@@ -144,6 +144,19 @@ def trained(tiny_arrays, tmp_path_factory):
     return folder, pipeline_in(folder).train_final_model("lightning_cnn")
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window, driven by playwright."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed: pages are not looked at")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
 @pytest.fixture
 def postgres():
     from postgres import Postgres

@@ -11,7 +11,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import CHROMIUM
 
 from waferlab.config import ExperimentConfig
 
@@ -90,24 +89,19 @@ def test_the_site_asks_nobody_but_itself(site):
         assert not asked, page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the pages are not looked at")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_a_phone_and_a_screen_and_nothing_goes_wrong(site, scheme):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        wrong, grounds = [], set()
-        for width in WIDTHS:
-            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.on("requestfailed", lambda request: wrong.append(request.url))
-            for name in ("index.html", "guide/04_search.html", "configuration.html", "results.html", "api/search.html"):
-                page.goto((site / name).as_uri())
-                wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-                assert wide <= 1, (name, width, wide)
-            grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        browser.close()
+def test_pages_fit_a_phone_and_a_screen_and_nothing_goes_wrong(site, browser, scheme):
+    wrong, grounds = [], set()
+    for width in WIDTHS:
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("requestfailed", lambda request: wrong.append(request.url))
+        for name in ("index.html", "guide/04_search.html", "configuration.html", "results.html", "api/search.html"):
+            page.goto((site / name).as_uri())
+            wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wide <= 1, (name, width, wide)
+        grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        page.close()
     assert not wrong
     (ground,) = grounds
     bright = sum(map(int, re.findall(r"\d+", ground)[:3])) / 3

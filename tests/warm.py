@@ -1,14 +1,11 @@
-"""Programs for tests that begin in a moment: each is forked from a process that has imported what all of them import.
+"""Programs for tests that begin in a moment: `run` and `Popen` are those of `subprocess`, and fork what they start.
 
-To import PyTorch, Lightning, scikit-learn and MLflow takes longer than most of what tests let programs do. `run` and
-`Popen` are those of `subprocess`, for commands that begin with `sys.executable`: the program is a process of its own,
-with the environment, folder, files and signals that it is given, and can be killed like any other. A test about what a
-program imports, or how soon it answers, starts a real one.
+They take commands that begin with `sys.executable`; see `benchmarks/faults/forking.py`. A test about what a program
+imports, or how soon it answers, starts a real one.
 """
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +27,7 @@ class Popen(subprocess.Popen):
         files = [fd if fd != -1 else own for own, fd in enumerate((p2cread, c2pwrite, errwrite))]
         of_session = bool(rest[-2])
         self.pid = _ask({
-            "args": [os.fspath(one) for one in args[1:]], "cwd": os.fspath(cwd or os.getcwd()),
+            "args": [os.fspath(one) for one in args[1:]], "folder": os.fspath(cwd or os.getcwd()),
             "env": dict(os.environ) if env is None else env, "session": of_session,
         }, files)["pid"]  # fmt: skip
         self._child_created = True
@@ -93,6 +90,10 @@ def _ask(question, files=()):
 
 def serve(asked):
     """Forks what it is asked for and says how it ended, until nobody asks any more."""
+    sys.path.insert(0, str(ROOT / "benchmarks/faults"))
+    from forking import fork, import_everything
+
+    sys.path.pop(0)
     import_everything()
     ended = {}
     while True:
@@ -108,90 +109,10 @@ def serve(asked):
                     ended[pid] = status
             answer = {"status": ended.get(pid)}
         else:
-            answer = {"pid": os.fork()}
-            if answer["pid"] == 0:
-                asked.close()
-                become(files, question)
+            answer = {"pid": fork(files=files, first=asked.close, **question)}
         for file in files:
             os.close(file)
         asked.send(json.dumps(answer).encode())
-
-
-def import_everything():
-    import lightning.pytorch  # noqa: F401
-    import mlflow.pyfunc  # noqa: F401
-    import onnxruntime  # noqa: F401
-    import optuna  # noqa: F401
-    import torchvision.models  # noqa: F401
-
-    import integrated_pipeline  # noqa: F401
-
-    assert threading.active_count() == 1, threading.enumerate()
-
-
-def become(files, question):
-    """The program that was asked for; does not return."""
-    import atexit
-    import gc
-
-    status = 70
-    try:
-        atexit._clear()
-        if question["session"]:
-            os.setsid()
-        for number in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        for place, file in enumerate(files):
-            os.dup2(file, place)
-            os.close(file)
-        os.chdir(question["cwd"])
-        os.environ.clear()
-        os.environ.update(question["env"])
-        gc.freeze()
-        status = as_program(question["args"])
-    finally:
-        os._exit(status)
-
-
-def as_program(args):
-    """Runs `-c code`, `-m module` or a script as Python would, and gives its exit status."""
-    import atexit
-    import runpy
-
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    while args[0] == "-u":
-        args = args[1:]
-    sys.path[:] = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
-    try:
-        if args[0] == "-c":
-            sys.argv, sys.path[:0] = ["-c", *args[2:]], [""]
-            main = type(sys)("__main__")
-            sys.modules["__main__"] = main
-            exec(compile(args[1], "<string>", "exec"), main.__dict__)
-        elif args[0] == "-m":
-            sys.argv, sys.path[:0] = [args[1], *args[2:]], [""]
-            runpy.run_module(args[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv, sys.path[:0] = args, [os.path.dirname(os.path.abspath(args[0]))]
-            runpy.run_path(args[0], run_name="__main__")
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-    except BaseException as error:
-        sys.excepthook(*sys.exc_info())
-        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status == -signal.SIGINT:  # as Python itself ends then
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    return status
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 A life: a script is started in an empty folder and killed with SIGKILL at a moment drawn between its first line and its
 last, alone or with its whole process group; every third is killed again while it goes on. Then it goes on with
 `--resume` to its end, and must have ended with status 0, every file whole, no run of MLflow open or twice there, one
-champion, at most one epoch for each kill trained again (two where two trials run side by side), and, where two unbroken
-runs end alike, the same best trial and the same weights, bit for bit.
+champion, and, where two unbroken runs end alike, at most one epoch for each kill trained again, the same best trial and
+the same weights, bit for bit. `company.py` has two lives of another kind: of a search with a worker that joined it, and
+of the service.
 
     python benchmarks/faults/kills.py --kills 200 --output benchmarks/results/kills.json
 
@@ -27,17 +28,22 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from company import life_of_search, life_of_service
+from forking import import_everything
 from measure import write_record
-from programs import PROGRAMS, count_epochs, import_everything, make_data, moments, start, wait
+from programs import PROGRAMS, Program, count_epochs, make_data, moments, start, wait
 from provenance import SEARCH, TRAINING
+from serving import untrained
 from whole import outcome, problems
 
-MEASURES = (*TRAINING, *SEARCH, "TrainingFolder", "CheckpointFiles", "RunTree", "write_atomically")
+TOGETHER = {"search with a worker": life_of_search, "service": life_of_service}
+NAMES = [*PROGRAMS, *TOGETHER]
+MEASURES = (*TRAINING, *SEARCH, "TrainingFolder", "CheckpointFiles", "RunTree", "write_atomically", "create_app")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
+    parser.add_argument("--programs", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--kills", type=int, default=200, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="where folders of lives that went wrong are kept")
@@ -48,11 +54,13 @@ def main() -> None:
     import_everything()
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        data = make_data(work / "tiny.npz")
-        unbroken = {name: live_unbroken(name, data, work / "unbroken") for name in arguments.programs}
+        given = {"data": make_data(work / "tiny.npz")}
+        if "service" in arguments.programs:
+            given["model"] = untrained(work / "model.onnx")
+        unbroken = {name: live_unbroken(name, given, work / "unbroken") for name in arguments.programs}
         while sum(life["kills"] for life in lives) < arguments.kills:
             name = arguments.programs[len(lives) % len(arguments.programs)]
-            life = live(name, data, work / "life", unbroken[name], moments(f"{arguments.seed} {len(lives)}"))
+            life = live(name, given, work / "life", unbroken[name], moments(f"{arguments.seed} {len(lives)}"))
             lives.append(life)
             print(json.dumps(life), flush=True)
             if life["problems"] and arguments.keep:
@@ -63,12 +71,17 @@ def main() -> None:
         print(f"{name}: {row}")
 
 
-def live_unbroken(name: str, data: Path, folder: Path) -> dict[str, Any]:
+def live_unbroken(name: str, given: dict[str, Path], folder: Path) -> dict[str, Any]:
     """A life that nobody ends: its seconds, its epochs, its outcome."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    if name in TOGETHER:
+        life = live_together(name, given, folder, None, moments(""))
+        if life["problems"]:
+            raise SystemExit(f"{name} unbroken: {life['problems']}")
+        return {"seconds": life["seconds"], "epochs": None}
+    empty(folder)
     started = time.monotonic()
-    child = start(PROGRAMS[name].command(data), folder, folder / "log.txt", first=count_epochs(folder / "epochs"))
+    command = PROGRAMS[name].command(given["data"])
+    child = start(command, folder, folder / "log.txt", first=count_epochs(folder / "epochs"))
     status = wait(child)
     seconds = time.monotonic() - started
     found = problems(folder)
@@ -77,12 +90,15 @@ def live_unbroken(name: str, data: Path, folder: Path) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), "epochs": epochs_of(folder), "outcome": outcome(folder)}
 
 
-def live(name: str, data: Path, folder: Path, unbroken: dict[str, Any], draw: Any) -> dict[str, Any]:
+def live(name: str, given: dict[str, Path], folder: Path, unbroken: dict[str, Any], draw: Any) -> dict[str, Any]:
     """A life with a kill or two in it."""
+    if name in TOGETHER:
+        life = live_together(name, given, folder, 5.0 if name == "service" else unbroken["seconds"], draw)
+        return {"program": name, "killed_at": life["killed"], "kills": len(life["killed"]), "group": name != "service",
+                "epochs_again": None, "problems": life["problems"]}  # fmt: skip
     program, killed_at, group = PROGRAMS[name], [], draw.random() < 0.5
-    command = program.command(data)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    command = program.command(given["data"])
+    empty(folder)
     for turn in range(2 if draw.random() < 1 / 3 else 1):
         after = draw.uniform(0, unbroken["seconds"])
         resumed = [*command, "--resume"] if turn else command
@@ -94,6 +110,17 @@ def live(name: str, data: Path, folder: Path, unbroken: dict[str, Any], draw: An
             killed_at.append(round(after, 2))
             if not group:
                 end_orphans(child)
+    return {"program": name, "killed_at": killed_at, "kills": len(killed_at), "group": group,
+            **go_on(program, command, folder, unbroken, len(killed_at))}  # fmt: skip
+
+
+def live_together(name: str, given: dict[str, Path], folder: Path, seconds: float | None, draw: Any) -> dict[str, Any]:
+    """A life of programs that do not work alone."""
+    return TOGETHER[name](given["model" if name == "service" else "data"], folder, seconds, draw)
+
+
+def go_on(program: Program, command: list[str], folder: Path, unbroken: dict[str, Any], kills: int) -> dict[str, Any]:
+    """The rest of a life, to its end, and what is wrong with it."""
     child = start([*command, "--resume"], folder, folder / "log.txt", first=count_epochs(folder / "epochs"))
     status, again = wait(child, 600), 0
     found = problems(folder)
@@ -101,14 +128,19 @@ def live(name: str, data: Path, folder: Path, unbroken: dict[str, Any], draw: An
         found.insert(0, f"status {status}: {(folder / 'log.txt').read_text()[-600:]}")
     else:
         again = epochs_of(folder) - unbroken["epochs"]
-        side_by_side = 2 if not program.same_weights else 1
-        if program.same_weights and again > side_by_side * len(killed_at):
-            found.append(f"{again} epochs were trained again after {len(killed_at)} kills")
-        if program.same_weights and (mine := outcome(folder)) != unbroken["outcome"]:
+        if program.same_weights and again > kills:
+            found.append(f"{again} epochs were trained again after {kills} kills")
+        if program.same_weights:
+            mine = outcome(folder)
             found += [f"{key}: {mine.get(key)} and not {value}" for key, value in unbroken["outcome"].items()
                       if mine.get(key) != value]  # fmt: skip
-    return {"program": name, "killed_at": killed_at, "kills": len(killed_at), "group": group, "epochs_again": again,
-            "problems": found}  # fmt: skip
+    return {"epochs_again": again, "problems": found}
+
+
+def empty(folder: Path) -> None:
+    """Made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def end_orphans(session: int, seconds: float = 30) -> None:

@@ -1,22 +1,19 @@
 """The programs that the campaigns break: the project's own scripts, at work on a tiny file.
 
 Each is forked from a process that has imported everything, so that a life of it takes seconds. It has a session of its
-own, its output goes to a file, and it ends as a program ends that was started from a shell.
+own, and its output goes to a file.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
 import random
-import runpy
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from forking import fork
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("image_size=16", "batch_size=32", "threads=1")
@@ -79,74 +76,22 @@ def make_data(file: Path) -> Path:
     return file
 
 
-def import_everything() -> None:
-    """What a forked program needs, so that it does not import it anew.
-
-    Raises:
-        RuntimeError: an import has started a thread, which a fork would lose.
-    """
-    import mlflow.pyfunc
-    import onnx  # noqa: F401
-    import onnxruntime  # noqa: F401
-    import optuna.visualization.matplotlib  # noqa: F401
-    import torch
-    import torchvision.models  # noqa: F401
-
-    import integrated_pipeline  # noqa: F401
-    from waferlab.deployment import onnx_export, predictor, promotion  # noqa: F401
-    from waferlab.tracking import loggers, runs  # noqa: F401
-
-    torch.set_num_threads(1)
-    assert mlflow.pyfunc
-    if threading.active_count() > 1:
-        raise RuntimeError(f"Threads run that a fork would lose: {threading.enumerate()}")
-
-
 def start(command: Sequence[str], folder: Path, log: Path, *, first: Callable[[], None] = lambda: None) -> int:
     """Forks a program and returns its process number, which is that of its session, too.
 
     Args:
-        command: the script's path and its flags.
+        command: what stands behind `python` on a command line.
         folder: where it works.
         log: what it prints is added to this file.
-        first: called in it before the script begins.
+        first: called in it before the program begins.
     """
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    status = 70
+    out, nothing = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), os.open(os.devnull, os.O_RDONLY)
     try:
-        os.setsid()
-        atexit._clear()  # what the parent would do at its end is none of this program's
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for stream in (1, 2):
-            os.dup2(out, stream)
-        os.chdir(folder)
-        sys.argv = list(command)
-        first()
-        status = _run(command[0])
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        return fork(command, files=(nothing, out, out), folder=str(folder), env=env, first=first)
     finally:
-        os._exit(status)
-
-
-def _run(script: str) -> int:
-    """The script as a program; its exit status."""
-    status = 0
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return status
+        os.close(out)
+        os.close(nothing)
 
 
 def wait(child: int, seconds: float = ENDLESS) -> int | None:

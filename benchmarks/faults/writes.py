@@ -26,9 +26,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from forking import import_everything
 from kills import MEASURES, epochs_of, live_unbroken
 from measure import write_record
-from programs import PROGRAMS, ROOT, count_epochs, import_everything, make_data, start, wait
+from programs import PROGRAMS, ROOT, count_epochs, make_data, start, wait
 from whole import outcome, problems
 
 CALLS = ("replace", "rename", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "truncate")  # of os
@@ -49,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         data = make_data(work / "tiny.npz")
-        unbroken = live_unbroken(arguments.program, data, work / "unbroken")
+        unbroken = live_unbroken(arguments.program, {"data": data}, work / "unbroken")
         calls = calls_of(arguments.program, data, work / "counted")
         chosen = range(len(calls)) if arguments.all else firsts_and_lasts(calls)
         print(f"{len(calls)} calls at {len({*calls})} places, {len([*chosen])} to die at", flush=True)

@@ -4,12 +4,12 @@
 # **Goal.** You can read a wafer map, you know the nine classes, and you know why the wafers of one lot must never be
 # split between training and test.
 #
-# A silicon wafer carries hundreds of chips, called *dies*. At the end of the line each die is tested. A *wafer map*
-# shows the result: a small picture with one pixel a die, where 0 is no die (outside of the round wafer), 1 is a die
-# that passed, and 2 is a die that failed. The pattern of the failed dies tells an engineer what went wrong: a ring at
-# the edge points at another machine than a scratch.
+# A silicon wafer carries hundreds of chips, called *dies*, and each is tested at the end of the line. A *wafer map*
+# shows the result, one pixel for each die: 0 where there is none (outside of the round wafer), 1 where it passed, 2
+# where it failed. The pattern of the failed dies tells an engineer what went wrong: a ring at the edge comes from
+# another machine than a scratch.
 #
-# Real maps may not be at hand, so this guide draws its own.
+# This guide draws its own maps, so you need no data.
 
 # %%
 import numpy as np
@@ -41,8 +41,8 @@ for number, (axis, name) in enumerate(zip(axes.flat, CLASS_NAMES, strict=True)):
 # %% [markdown]
 # ## Maps have different sizes
 #
-# Products differ, and so do their maps. A network wants one size, so every map is resized to a square. The mean over
-# what lies under a pixel is taken, so a single failed die gets fainter in a large map, but never vanishes.
+# A network wants one size, so every map is resized to a square. Each pixel takes the mean of the dies under it: a
+# single failed die gets fainter in a large map, but never vanishes.
 
 # %%
 from waferlab.data.images import resize_maps
@@ -56,8 +56,8 @@ assert images.shape == (540, 1, 40, 40)
 # %% [markdown]
 # ## A lot travels together
 #
-# Wafers go through the line in *lots* of up to 25. The wafers of a lot meet the same machines on the same day, so
-# they fail alike. That is what makes a random split wrong.
+# Wafers go through the line in *lots* of up to 25, which meet the same machines on the same day, so they fail alike.
+# That is what makes a random split wrong.
 #
 # **Before.** Shuffle all maps, and take 15% of them for the test:
 
@@ -89,8 +89,8 @@ assert with_a_sibling(split.test, split.train) == 0
 # %% [markdown]
 # ## The trap: a score that is too good
 #
-# How would you notice? Take the simplest classifier there is, one that answers with the class of the most similar map
-# in the training part. It cannot learn anything; it can only remember.
+# How would you notice? Take the simplest classifier there is: it answers with the class of the most similar map in
+# the training part. It can remember, and nothing else.
 
 # %%
 from sklearn.metrics import f1_score
@@ -116,15 +116,14 @@ for name, some in scores.items():
     print(f"{name:10} macro F1 {np.mean(some):.3f} (five splits: {min(some):.3f} to {max(some):.3f})")
 
 # %% [markdown]
-# The random split gives a better score to the same classifier, which has learnt nothing more. A model that is chosen
-# by such a score disappoints in production, where every lot is new. If your score falls as soon as you split by lot,
-# the difference was never yours.
+# The same classifier gets a better score from the random split. A model chosen by such a score disappoints in
+# production, where every lot is new.
 #
 # ## Exercise
 #
 # Some files have no lot numbers, but list the maps in the order in which they were made. Write `blocks(n, size)`,
-# which gives each of `n` maps the number of its block of `size` neighbours, to be used in the place of a lot. Check
-# it: the 26th of 100 maps is in the second block of 25.
+# which numbers the blocks of `size` neighbours among `n` maps, to stand in for lots. Check it: the 26th of 100 maps
+# is in the second block of 25.
 
 
 # %% tags=["hide-cell"]

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 2. One model, in plain PyTorch and in Lightning
 #
-# **Goal.** You have trained the same small network twice, once with a loop of your own and once with Lightning, and
-# you know what the second way takes off your hands.
+# **Goal.** You have trained the same small network twice, with a loop of your own and with Lightning, and you know
+# what the second way takes off your hands.
 
 # %%
 import torch
@@ -19,7 +19,7 @@ images, target = next(iter(data.train_dataloader()))
 print("a batch:", tuple(images.shape), images.dtype, "- labels", tuple(target.shape), target.dtype)
 
 # %% [markdown]
-# The loaders give bytes, one pixel each. `encode` makes numbers in -1..1 of them, which is what networks like.
+# The loaders give one byte for each pixel. `encode` turns them into numbers from -1 to 1.
 #
 # ## Before: a loop of your own
 #
@@ -67,8 +67,8 @@ assert len(by_hand) == EPOCHS and by_hand[-1] > 1 / 9
 # ## After: Lightning
 #
 # A `LightningModule` says what a step is and which optimiser takes it. The `Trainer` does the rest: loops, devices,
-# precision, checkpoints, callbacks, progress. All models of this project share one such module, `WaferClassifier`, so
-# a new one brings nothing but a network.
+# precision, checkpoints, progress. All models of this project share one such module, `WaferClassifier`, so a new one
+# brings nothing but a network.
 
 # %%
 import lightning.pytorch as pl
@@ -87,9 +87,8 @@ print("Lightning:", [round(score, 3) for score in history.series()["val_macro_f1
 assert len(history.series()["val_macro_f1"]) == EPOCHS
 
 # %% [markdown]
-# The scores differ, and should: Lightning's way augments the maps, and its optimiser is Muon. The point is what you
-# did not have to write. Change the device, the precision or the number of epochs and the loop by hand changes; here
-# it is an argument.
+# The scores differ, and should: the second way augments the maps, and its optimiser is Muon. The point is what you
+# did not have to write. Another device or precision changes the loop by hand; here it is an argument.
 
 # %%
 print({name: type(value).__name__ for name, value in model.hparams.items()})
@@ -115,13 +114,13 @@ assert (together - alone).abs().max() > 0.05
 torch.testing.assert_close(together_right, alone_right, rtol=1e-3, atol=1e-3)
 
 # %% [markdown]
-# That is also how one notices: ask about the same map twice, in different company. Lightning's Trainer switches the
-# mode for you, before and after each validation.
+# That is how one notices: ask about the same map twice, in different company. Lightning switches the mode for you,
+# before and after each validation.
 #
 # ## Exercise
 #
-# The macro F1 above counts a class as zero that the maps do not hold. Write `macro_f1_of_present`, which takes the
-# mean over the classes that are among the targets. Check it against scikit-learn on a few made-up answers.
+# The macro F1 above counts a class as zero that the maps do not hold. Write `macro_f1_of_present`, the mean over the
+# classes that are among the targets, and check it against scikit-learn.
 
 # %% tags=["hide-cell"]
 from sklearn.metrics import f1_score

@@ -2,11 +2,11 @@
 # # 3. Transfer learning
 #
 # **Goal.** You can let a network that has seen a million photographs start your training, although your pictures have
-# one channel and show no cats, and you can say what that brought.
+# one channel, and you can say what that brought.
 #
-# A network does not have to learn from nothing what an edge is. *Transfer learning* takes the weights of a network
-# that was trained on something else and goes on from there. The weights here are those of EfficientNet-Lite0, trained
-# on ImageNet. They come as a Python package with the extra `transfer`, so no further host is asked.
+# A network need not learn from nothing what an edge is. *Transfer learning* goes on from the weights of a network
+# that was trained on something else: here EfficientNet-Lite0, trained on ImageNet. Its weights come as a Python
+# package with the extra `transfer`, so no further host is asked.
 
 # %%
 import torch
@@ -27,10 +27,10 @@ assert start.starting_weights.kind == "published"
 #
 # The first layer of such a network has kernels for red, green and blue. A wafer map has one channel.
 #
-# **Before.** One puts a fresh first layer in. It works, and it throws away what the network knew of edges.
+# **Before.** One puts a fresh first layer in, and throws away what the network knew of edges.
 #
 # **After.** Add the three kernels. A grey picture then gets the very answer that it would get as a colour picture
-# whose channels are equal.
+# with three equal channels.
 
 # %%
 from waferlab.models.starting_weights import sum_first_layer
@@ -46,7 +46,7 @@ print("the same answer:", tuple(as_grey.shape))
 # %% [markdown]
 # ## Does it help?
 #
-# The same maps, the same batches, the same number of epochs; only the start differs. Few maps are where it matters.
+# The same maps and the same number of epochs; only the start differs. It matters most where maps are few.
 
 # %%
 from lightning.pytorch import seed_everything
@@ -77,16 +77,14 @@ for source, values in scores.items():
 assert list(scores) == ["random", "imagenet"] and all(len(values) == 5 for values in scores.values())
 
 # %% [markdown]
-# One seed and a hundred validation maps prove nothing, whichever way this came out. The table of the project takes
-# the real maps of WM-811K, several seeds, and scores on test lots: see [the results](../results.md). There the
-# ImageNet start is ahead after the same epochs, most of all where each class has few maps, and weights from generated
-# maps help as well.
+# One seed and a hundred validation maps prove nothing, whichever way this came out. [The results](../results.md) take
+# real maps of WM-811K, several seeds, and scores on test lots. There the ImageNet start is ahead after the same
+# epochs, most of all where each class has few maps, and weights from generated maps help as well.
 #
 # ## The trap: weights that were never there
 #
 # A host is down, a proxy blocks it, a cache is empty: many programs then go on from random weights without a word,
-# and the experiment compares random with random. Here a run says what it really started from, and the summary keeps
-# it.
+# and the experiment compares random with random. Here a run says what it started from, and the summary keeps it.
 
 # %%
 from waferlab.errors import WeightsUnavailableError
@@ -102,7 +100,7 @@ except WeightsUnavailableError as error:
 # %% [markdown]
 # ## Exercise
 #
-# Freezing the backbone means that only the last layers learn: with few maps there is less to get wrong, and a step is
+# With a frozen *backbone* only the last layers learn: with few maps there is less to get wrong, and a step is
 # quicker. Count how many of the weights of `pipeline.create_model("efficientnet_lite0", {"freeze_backbone": True})`
 # can still change. Is it less than a fifth?
 

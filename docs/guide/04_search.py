@@ -4,8 +4,8 @@
 # **Goal.** You can let Optuna look for better settings without paying for the losers twice, and you know when not to
 # search at all.
 #
-# A *trial* is one training with one setting. A *study* is all trials of one question, written down, so that it can be
-# gone on with tomorrow.
+# A *trial* is one training with one setting. A *study* is all trials of one question, written down, so that it can go
+# on tomorrow.
 
 # %%
 import optuna
@@ -24,8 +24,8 @@ pipeline.prepare_data()
 # %% [markdown]
 # ## Before: train, throw away, train again
 #
-# This is the search that most tutorials show. Each trial is a whole training; the best setting is then trained anew
-# from the start.
+# The search that most tutorials show: each trial is a whole training, and the best setting is then trained anew from
+# the start.
 
 # %%
 from lightning.pytorch import seed_everything
@@ -54,8 +54,8 @@ assert epochs_paid == 9
 # ## After: the winner goes on
 #
 # Three things differ. The first trial has the defaults, so the search can only add to them. Trials are compared after
-# a third of their epochs, and the worse ones stop there. And the winner is not trained anew: its weights, its
-# optimiser and its clock go on to the end.
+# a third of their epochs, and the worse ones stop there. And the winner goes on to the end, with its weights and its
+# optimiser as they are.
 
 # %%
 found = pipeline.search("lightning_cnn")
@@ -65,7 +65,7 @@ print(f"{found.pruned} stopped early; {found.why}")
 assert found.trials[0].proposed_by == "the defaults" and len(found.trials) == 6
 
 # %% [markdown]
-# A run draws its searches with Optuna's own plots. This is the one of `python demo.py`; a point is a trial that came to
+# A run draws its searches with Optuna's own plots. This one is from `python demo.py`; a point is a trial that came to
 # its end:
 #
 # ![The history of the search of demo.py](../pictures/search_history.png)
@@ -80,8 +80,8 @@ if found.best.goes_on:
 # %% [markdown]
 # ## When not to search
 #
-# A search takes time from the training. Where only a few epochs fit into the time, what it costs is missed more than
-# what it finds, and the plan says so.
+# A search takes time from the training. Where only a few epochs fit into the time, it costs more than it finds, and
+# the plan says so.
 
 # %%
 from waferlab.search.budget import plan_search
@@ -96,7 +96,7 @@ assert plan_search(seconds=1000, **wanted).trials == 12
 # %% [markdown]
 # ## The trap: the best of many is best by luck
 #
-# Give twelve trials the very same setting, and one of them is ahead. The more trials, the further. Whoever takes the
+# Give twelve trials the very same setting, and one of them is ahead; the more trials, the further. Whoever takes the
 # best value of a study for what the model can do has measured luck.
 
 # %%
@@ -110,13 +110,13 @@ for n, best in luck.items():
 assert luck[50] > luck[12] > luck[4] > truth + 0.01
 
 # %% [markdown]
-# So the defaults are left only if the winner's answers to the validation maps are better than theirs by more than a
-# standard error, map by map and lot by lot. And the score that counts is the test score, which no choice has touched.
+# So the defaults are left only if the winner answers the validation maps better by more than a standard error, map by
+# map and lot by lot. And the score that counts is the test score, which no choice has touched.
 #
 # ## Exercise
 #
-# How far ahead must the best of 12 equal trials be before you believe it? Use the simulation above: find the value
-# that the best of 12 exceeds in 5% of the cases.
+# How far ahead must the best of 12 equal trials be before you believe it? Find the value that it exceeds in 5% of the
+# cases, with the simulation above.
 
 # %% tags=["hide-cell"]
 best_of_12 = rng.normal(truth, noise, (20000, 12)).max(axis=1)

@@ -1,8 +1,7 @@
 # %% [markdown]
 # # 5. Runs one can trust
 #
-# **Goal.** You can find every training of last month, what it was trained with and how it ended, and you are not
-# misled by a run that says it failed when it did what it was told.
+# **Goal.** You can find every training of last month, what it was trained with and how it ended.
 #
 # MLflow keeps *runs*: parameters, metrics of each epoch, files. Without a server it writes to a file, `mlflow.db`.
 
@@ -21,8 +20,7 @@ print("test macro F1:", round(summary["models"][0]["test"]["macro_f1"], 3))
 # %% [markdown]
 # ## A tree
 #
-# One call made many runs. They hang in a tree: the pipeline, below it a run for each model, below that one for each
-# trial.
+# One call made many runs, in a tree: the pipeline, below it a run for each model, below that one for each trial.
 
 # %%
 client = MlflowClient("sqlite:///mlflow.db")
@@ -47,8 +45,8 @@ assert sorted(depth(run) for run in runs) == [0, 1, 2, 2, 2, 2]
 #
 # ## Before: a logger at each trainer
 #
-# Handing Lightning's own MLflow logger to each trainer writes metrics just as well. But nobody tells it how the story
-# ended. A trial that Optuna stops leaves through an exception, and the logger marks it as failed:
+# Lightning's own MLflow logger, handed to each trainer, writes metrics just as well. But nobody tells it how the
+# story ended. A trial that Optuna stops leaves through an exception, and the logger marks it as failed:
 
 # %%
 import contextlib
@@ -77,8 +75,8 @@ print("a pruned trial with Lightning's own logger:", client.get_run(logger.run_i
 assert client.get_run(logger.run_id).info.status == "FAILED"
 
 # %% [markdown]
-# **After.** Here a run is closed by whoever knows what became of it. FINISHED means that it came to its end, KILLED
-# that it was stopped on purpose, with the reason as a tag, and FAILED that something broke.
+# **After.** Here a run is closed by whoever knows what became of it. FINISHED: it came to its end. KILLED: it was
+# stopped on purpose, with the reason as a tag. FAILED: something broke.
 
 # %%
 ended = {run.info.run_name: run.info.status for run in runs}
@@ -91,9 +89,8 @@ for run in runs:
 # %% [markdown]
 # ## The trap: a run that runs for ever
 #
-# If a program is killed, nobody closes its runs. They say RUNNING for the rest of their lives, and a page full of
-# them says nothing. Each run here carries the number and the start time of its process as a tag; the next start
-# closes those whose process is gone. You can see the tag:
+# If a program is killed, nobody closes its runs: they say RUNNING for ever. So each run here carries the number and
+# the start time of its process as a tag, and the next start closes those whose process is gone. You can see the tag:
 
 # %%
 pipeline_run = next(run for run in runs if depth(run) == 0)

@@ -4,10 +4,10 @@
 # **Goal.** You can take the network of a detector, use it for whole pictures, and know the two surprises that come
 # with the package.
 #
-# YOLO networks find objects in photographs. Their first half, the *backbone*, turns a picture into features, and
-# nothing keeps one from putting a classifier behind it. ultralytics ships such networks as `yolo11n-cls` and larger
-# ones. (ultralytics is under the AGPL-3.0. Using it as a library in your own experiments is one thing; distributing
-# or serving what contains it is another: read its licence first.)
+# YOLO networks find objects in photographs. Their first half, the *backbone*, turns a picture into features, and a
+# classifier can stand behind it: ultralytics ships such networks as `yolo11n-cls` and larger ones. (ultralytics is
+# under the AGPL-3.0. To use it in your own experiments is one thing; to distribute or serve what contains it is
+# another: read its licence first.)
 
 # %%
 import torch
@@ -31,20 +31,19 @@ for block in model.network.model:
 assert type(model.network.model[-1]).__name__ == "Classify"
 
 # %% [markdown]
-# What the names mean: `Conv` is a convolution with batch normalisation and the activation SiLU. `C3k2` splits the
-# features in two, sends one half through a few small blocks and joins both again, which saves half of the work.
-# `C2PSA` lets every place look at every other one (*attention*). `Classify` pools over the picture and gives nine
-# numbers.
+# `Conv` is a convolution with batch normalisation and the activation SiLU. `C3k2` sends half of the features through
+# a few small blocks and joins both halves again, which saves half of the work. `C2PSA` lets every place look at every
+# other one (*attention*). `Classify` pools over the picture and gives nine numbers.
 #
 # ## Before: the package's own trainer
 #
-# `YOLO("yolo11n-cls.yaml").train(data=folder)` reads pictures from a folder, scales and augments them as photographs,
-# and reports accuracy. None of it knows about lots, one-channel maps or macro F1.
+# `YOLO("yolo11n-cls.yaml").train(data=folder)` reads pictures, scales and augments them as photographs, and reports
+# accuracy. It knows nothing of lots, one-channel maps or macro F1.
 #
 # ## After: the network alone
 #
-# Only the network is taken, for one channel and nine classes. It is trained by the same step as every other model
-# here, on the same batches, so that it can be compared with them.
+# Only the network is taken, for one channel and nine classes. It is trained by the same step and on the same batches
+# as every other model here, so that they can be compared.
 
 # %%
 from lightning.pytorch import seed_everything
@@ -61,8 +60,8 @@ assert len(history.epochs) == 3
 # ## The traps
 #
 # **Probabilities in the place of logits.** While it trains, the network returns nine logits. Otherwise it returns a
-# pair: probabilities first, then logits. Whoever takes the first of the two for logits and puts them through a
-# softmax again gets answers that are nearly equal for all classes. No error is raised.
+# pair: probabilities first, then logits. Whoever takes the first for logits and puts them through a softmax again
+# gets answers that are nearly equal for all classes, and no error.
 
 # %%
 images = torch.randn(4, 1, 32, 32)
@@ -78,8 +77,8 @@ torch.testing.assert_close(model(images), logits, rtol=1e-3, atol=1e-3)  # the p
 
 # %% [markdown]
 # **One thread for everything.** Importing ultralytics sets the environment variable `OMP_NUM_THREADS` to 1 and tells
-# PyTorch so. From then on *every* model in the program trains on one core. One notices it by the clock alone. The
-# project imports it in one place and puts the number back.
+# PyTorch so. From then on *every* model in the program trains on one core, and only the clock shows it. The project
+# imports it in one place and puts the number back.
 
 # %%
 from waferlab.models.yolo import import_ultralytics_tasks

@@ -4,8 +4,8 @@
 # **Goal.** You can put an error bar on a score that holds what it promises, compare two models so that luck does not
 # decide, and say what did not help.
 #
-# A score on a test part is a guess at the score on all wafers to come. How good a guess? That depends less on the
-# number of maps than on the number of lots: the maps of a lot rise and fall together.
+# A score on a test part is a guess at the score on all wafers to come. How good a guess depends less on the number of
+# maps than on the number of lots: the maps of a lot rise and fall together.
 
 # %%
 import numpy as np
@@ -34,8 +34,8 @@ assert low < scores["macro_f1"] < high
 # %% [markdown]
 # ## Before: an error bar that counts maps
 #
-# The usual formula for a share, `sqrt(p (1 - p) / n)`, takes each map for a draw of its own. 500 maps seem a lot. A
-# simulation knows the truth, so it can count how often the interval holds it.
+# The usual formula for a share, `sqrt(p (1 - p) / n)`, takes each map for a draw of its own, and 500 maps seem a lot.
+# A simulation knows the truth, so it can count how often the interval holds it.
 
 # %%
 big = answers(lots=4000, maps_a_lot=25, skill=0.8, rng=rng)
@@ -63,7 +63,7 @@ assert np.mean(by_maps) < 0.80 < 0.90 < np.mean(by_lots)
 #
 # ## Two models on the same lots
 #
-# A hard lot is hard for both. So do not compare two intervals; take the difference map by map, and put the interval
+# A hard lot is hard for both. So do not compare two intervals: take the difference map by map, and put the interval
 # on that.
 
 
@@ -89,7 +89,7 @@ assert comparison["interval"][0] > 0, "and yet the new one is better on the same
 # %% [markdown]
 # ## The trap: choosing on the test part
 #
-# Ten models, none better than the others. Choose the one that is best on the test part, and report its score there:
+# Of ten equal models, choose the one that is best on the test part, and report its score there:
 
 # %%
 chosen, honest = [], []
@@ -108,15 +108,15 @@ assert np.mean(chosen) - np.mean(honest) > 0.03
 #
 # ## What did not help
 #
-# An *ablation* takes out one part at a time and sees what is missed. It is worth as much as it is complete: what made
-# no difference is printed as such. [The results](../results.md) list two dozen ways to train better that were tried
-# with several seeds each. One of them helped.
+# An *ablation* takes out one part at a time and sees what is missed; what made no difference is printed as such. [The
+# results](../results.md) list two dozen ways to train better that were tried with several seeds each. One of them
+# helped.
 #
 # ## Exercise
 #
-# You tested eight ideas, and one of them has p = 0.03. Correct for having looked eight times, by Holm's method: sort
-# the p values, multiply the smallest by 8, the next by 7, and so on; none may be smaller than the one before. Is it
-# still below 0.05?
+# You tested eight ideas, and one has p = 0.03. Correct for having looked eight times, by Holm's method: sort the p
+# values, multiply the smallest by 8, the next by 7, and so on; none may be smaller than the one before. Is it still
+# below 0.05?
 
 
 # %% tags=["hide-cell"]

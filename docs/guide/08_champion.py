@@ -2,7 +2,7 @@
 # # 8. From the best run to a champion
 #
 # **Goal.** You have a file that answers without PyTorch, the proof that it answers as the network did, and a name
-# under which tomorrow's program finds whichever model is best by then.
+# under which a program finds the best model of that day.
 
 # %%
 import numpy as np
@@ -22,8 +22,8 @@ assert registered["alias"] == "champion" and registered["version"] == "1"
 # %% [markdown]
 # ## Before: a pickle
 #
-# `torch.save(model)` and `torch.load` are quick to write. The file then needs the very code that made it, and it is a
-# program: loading it runs whatever is in it. A file from somebody else can do anything that you can.
+# `torch.save(model)` and `torch.load` are quick to write. But the file needs the very code that made it, and loading
+# it runs whatever is in it. A file from somebody else can do anything that you can.
 
 # %%
 import pickle
@@ -39,8 +39,8 @@ pickle.loads(pickle.dumps(Harmless()))  # our own bytes; with a file of somebody
 # %% [markdown]
 # ## After: ONNX
 #
-# ONNX holds a graph of operations and their weights, and no code. The preprocessing is inside, so raw die maps of any
-# size go in, and nobody can resize them in another way than the training did.
+# ONNX holds a graph of operations and their weights, and no code. The preprocessing is inside: raw die maps of any
+# size go in, and nobody can resize them otherwise than the training did.
 
 # %%
 from waferlab.deployment.predictor import Predictor
@@ -56,8 +56,8 @@ assert predictor.probabilities([small, large]).shape == (2, 9)
 # %% [markdown]
 # ## Parity: does the file answer as the network?
 #
-# Exporters have bugs, and runtimes compute in another order. So the file is asked about all test maps, and so is the
-# checkpoint. A file that answers otherwise is not registered.
+# Exporters have bugs, and runtimes compute in another order. So the file and the checkpoint are both asked about all
+# test maps. A file that answers otherwise is not registered.
 
 # %%
 from waferlab.evaluation.inference import decision_of
@@ -75,8 +75,8 @@ assert difference < 1e-3
 # ## The trap: a champion by luck
 #
 # The next run splits otherwise and reaches a score that is a little higher, on other test maps. Is its model better?
-# Both have to be asked about the same maps, and about maps that neither of the two was trained on. A new model
-# becomes champion only if the interval of the difference lies above zero. Until then it is a challenger.
+# Both have to be asked about the same maps, and about maps that neither was trained on. A new model becomes champion
+# only if the interval of the difference lies above zero. Until then it is a challenger.
 
 # %%
 again = IntegratedMLPipeline(
@@ -103,8 +103,8 @@ assert champion.name == "guide_model version 1"
 # %% [markdown]
 # ## Exercise
 #
-# Give the predictor the same map three times: as it is, turned by 90 degrees, and mirrored. A wafer turned is the
-# same wafer. Are the answers the same? By how much does the probability of the likeliest class move?
+# A wafer turned is the same wafer. Give the predictor the same map three times: as it is, turned by 90 degrees, and
+# mirrored. By how much does the probability of the likeliest class move?
 
 # %% tags=["hide-cell"]
 views = [large, np.rot90(large).copy(), large[:, ::-1].copy()]

@@ -57,7 +57,7 @@ assert len(rows) == 1 + len(drawn)
 # %% [markdown]
 # ## Abstain
 #
-# **Before.** Take the likeliest class, whatever its probability is. The network always has an answer, also for a map
+# **Before.** Take the likeliest class, whatever its probability. The network always has an answer, also for a map
 # that shows nothing it knows.
 #
 # **After.** Ask for a *prediction set*: the classes that cannot be ruled out. A set at 90% coverage holds the true
@@ -117,8 +117,8 @@ server.wait()
 # %% [markdown]
 # ## The trap: a model that cannot complain
 #
-# A tester is set up anew, and from then on one die in ten fails at random. The network still answers, as surely as
-# ever. Nobody notices, unless somebody compares the maps with those that the model was validated on.
+# A tester is set up anew, and from then on one die in ten fails at random. The network answers as surely as ever.
+# Nobody notices, unless somebody compares the maps with those that the model was validated on.
 
 # %%
 rng = np.random.default_rng(0)
@@ -136,8 +136,7 @@ assert verdicts["changed"] != verdicts["tomorrow"]
 # ## Exercise
 #
 # Ask for sets at 50% and at 90%. What happens to their size, and to the share of maps that the model abstains from?
-# Then ask for 99%: why does nothing change any more? (Look at `predictor.sets.lots` and
-# `predictor.sets.promised(0.99)`.)
+# Then ask for 99%: why does nothing change any more? (See `predictor.sets.lots` and `predictor.sets.promised(0.99)`.)
 
 # %% tags=["hide-cell"]
 for coverage in (0.5, 0.9, 0.99):

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 10. More than one machine
 #
-# **Goal.** You can let several processes, on as many machines as you like, work on one search, and you know what
-# happens when one of them dies.
+# **Goal.** You can let processes on as many machines as you like work on one search, and you know what happens when
+# one of them dies.
 #
 # The study is in a database that all can reach. A worker takes the next setting, trains, writes down what came out,
 # and takes the next. Nobody hands out work, so nobody can be missing.
@@ -29,12 +29,12 @@ Path("lead.py").write_text(
 # %% [markdown]
 # ## Before: a list of settings, cut into pieces
 #
-# One gives each machine its share of the settings. The machines are not equally fast, so all wait for the slowest;
-# one dies, and its share is lost; and no machine learns from what another one has found.
+# One gives each machine its share of the settings. All wait for the slowest; one dies, and its share is lost; and no
+# machine learns from what another has found.
 #
 # ## After: one study
 #
-# One program leads: it waits for all others, trains the winner and reports. The others join, before or after it
+# One program leads: it waits for the others, trains the winner and reports. The others join, before or after it
 # began.
 
 # %%
@@ -59,12 +59,11 @@ assert len(done) == 6
 # %% [markdown]
 # ## The trap: a worker that dies, and one that only slept
 #
-# A worker that is killed says nothing. Its trial would run for ever. So each gives a *sign of life* every few
-# seconds, and the trial of one that has missed five is put back into the queue, by whoever looks first.
+# A worker that is killed says nothing, and its trial would run for ever. So each gives a *sign of life* every few
+# seconds, and the trial of one that has missed five goes back into the queue, by whoever looks first.
 #
-# But a laptop whose lid was closed misses them as well, and wakes up. Its trial is another one's by then. If it wrote
-# down its result, the trial would count twice. It finds the trial taken, leaves it, and takes another. Counting shows
-# it:
+# But a laptop whose lid was closed misses them as well, and wakes up. Its trial is another's by then: if it wrote
+# down its result, the trial would count twice. It finds the trial taken and takes another. Counting shows it:
 
 # %%
 from waferlab.search.study import run_again
@@ -88,12 +87,11 @@ assert value == lost.params["learning_rate"] and len(counted_trials(made_up)) ==
 
 # %% [markdown]
 # `deploy/kubernetes` starts the same commands on a cluster, and `waferlab.search.ray_workers` lets Ray start them.
-# Neither knows anything of the search: a database keeps it.
 #
 # ## Exercise
 #
-# A trial takes 60 seconds, and the database takes 20 trials a second at most. With how many workers does it become
-# the bottleneck? And if a trial takes 10 minutes?
+# A trial takes 60 seconds, and the database takes 20 trials a second at most. With how many workers is it full? And
+# if a trial takes 10 minutes?
 
 
 # %% tags=["hide-cell"]

@@ -4,10 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import CHROMIUM
 from made_up_model import served, wafer, write_model
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the service's page is not tried")
 COLOURS = """canvas => {
   const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height), seen = {};
   for (let i = 0; i < data.length; i += 4) seen[data.slice(i, i + 3)] = (seen[data.slice(i, i + 3)] || 0) + 1;
@@ -20,14 +18,6 @@ PASS, FAIL = "185,203,221", "200,55,27"
 def server(tmp_path_factory):
     with served(write_model(tmp_path_factory.mktemp("model") / "model.onnx")) as (_, url):
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
 
 
 @pytest.fixture

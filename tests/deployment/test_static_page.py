@@ -9,7 +9,6 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import CHROMIUM
 from made_up_model import wafer, write_model
 from test_page import drop, write
 
@@ -17,8 +16,6 @@ from waferlab.data.maps import CLASS_NAMES
 from waferlab.deployment import static_page
 from waferlab.deployment.predictor import Predictor
 from waferlab.errors import ConfigError
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: the page is not tried")
 
 
 @pytest.fixture(scope="module")
@@ -38,35 +35,30 @@ def built(folder, runtime, model, *more):
 
 
 @pytest.fixture
-def open_page():
+def open_page(browser):
     """Serves a folder and opens its page; nothing else may be asked, and nothing may go wrong."""
-    from playwright.sync_api import sync_playwright
+    servers, wrong, asked = [], [], []
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        servers, wrong, asked = [], [], []
+    def show(folder, width):
+        class Quiet(http.server.SimpleHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
 
-        def show(folder, width):
-            class Quiet(http.server.SimpleHTTPRequestHandler):
-                def log_message(self, *_):
-                    pass
+        handler = functools.partial(Quiet, directory=str(folder))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"http://127.0.0.1:{servers[-1].server_port}/")
+        return page
 
-            handler = functools.partial(Quiet, directory=str(folder))
-            servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-            threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-            page = browser.new_page(viewport={"width": width, "height": 800})
-            page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.on("request", lambda request: asked.append(request.url))
-            page.goto(f"http://127.0.0.1:{servers[-1].server_port}/")
-            return page
-
-        yield show
-        assert wrong == []
-        assert all(url.startswith(("http://127.0.0.1:", "data:")) for url in asked)
-        browser.close()
-        for server in servers:
-            server.shutdown()
+    yield show
+    assert wrong == []
+    assert all(url.startswith(("http://127.0.0.1:", "data:")) for url in asked)
+    for server in servers:
+        server.shutdown()
 
 
 @pytest.mark.parametrize("width", [390, 1280])
