@@ -599,10 +599,11 @@ class IntegratedMLPipeline:
         Raises:
             SearchFailedError: not one trial came to its end.
         """
-        plan = plan or self.plan_search(model_type, None)
+        plan, usual = plan or self.plan_search(model_type, None), self._default_trial(model_type)
         search = ModelSearch(
-            model_type, self.config, plan, self._trial_files(model_type), self._default_trial(model_type),
-            find_model(model_type).portfolio, self._fingerprint(), self.model_runs.get(model_type), leads,
+            model_type, self.config, plan, self._trial_files(model_type), usual,
+            find_model(model_type).portfolio_around(usual["learning_rate"]), self._fingerprint(),
+            self.model_runs.get(model_type), leads,
         )  # fmt: skip
         self.studies[model_type], self.searches[model_type] = search.study, search
         if search.workers > 1:  # what all of them need is made before they are

@@ -148,7 +148,8 @@ class ExperimentConfig:
         accumulate_grad_batches: passed to Lightning.
         threads: of a training on a CPU; None takes as many as are quickest at the moment, so that the same weights come
             out again only with a fixed number.
-        workers: trials side by side, in processes of one thread each; None for as many as there are cores.
+        workers: trials side by side, in processes of one thread each; None for as many as there are cores. Neither
+            takes more than OMP_NUM_THREADS says, if that is set.
         trainer: any other argument of Lightning's Trainer, such as {"gradient_clip_val": 1.0}.
         pretrained_wait: seconds to wait for the host of pre-trained weights to answer.
         tune_decision: choose on validation, after training, whether to average over eight views of each map, how far

@@ -47,10 +47,10 @@ def life_of_search(data: Path, folder: Path, seconds: float | None, draw: random
     children = {name: start(command, folder, log) for name, command in commands.items()}
     ended: dict[str, int] = {}
     if seconds is not None:
-        victim = draw.choice(list(children))
         after = draw.uniform(0, seconds)
         _ends_within(children, ended, after)
-        if victim not in ended:
+        if alive := [name for name in children if name not in ended]:
+            victim = draw.choice(alive)
             os.killpg(children[victim], signal.SIGKILL)
             wait(children[victim])
             killed.append(f"{victim} at {after:.2f}")

@@ -78,7 +78,7 @@ def quick_collection():
 
 
 def suggest_only(self, trial, model_type):
-    suggest_parameters(trial, model_type, batch_size=self.config.batch_size)
+    self._suggest(trial, model_type)
     trial.set_user_attr("macro_f1", 0.5)
     return 0.5
 
@@ -341,16 +341,19 @@ def test_models_whose_search_does_not_fit_have_an_equal_share_and_the_others_the
     assert trainings["quicker"] == pytest.approx(3 * trainings["quick"], rel=0.01)
 
 
-def test_the_portfolio_is_tried_after_the_defaults_and_as_much_of_it_as_there_are_trials(
-    tiny_npz, tmp_path, monkeypatch
+@pytest.mark.parametrize("rate", [None, 1e-4, 2e-2])
+def test_the_portfolio_is_tried_after_the_defaults_around_their_rate_and_as_much_of_it_as_there_are_trials(
+    rate, tiny_npz, tmp_path, monkeypatch, recwarn
 ):
     common = {"batch_size": 32, "dropout": 0.3, "weight_decay": 0.01}
     portfolio = [{"learning_rate": rate, **common} for rate in (2e-3, 3e-3, 4e-3)]
     spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1}, portfolio=portfolio)
     monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
     monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", suggest_only)
-    found = searching(tiny_npz, tmp_path, num_optuna_trials=3).search("scripted")
-    assert [t.parameters["learning_rate"] for t in found.trials] == [1e-3, 2e-3, 3e-3]
+    found = searching(tiny_npz, tmp_path, num_optuna_trials=3, learning_rate=rate).search("scripted")
+    usual = rate or 1e-3
+    assert [t.parameters["learning_rate"] for t in found.trials] == pytest.approx([usual, 2 * usual, 3 * usual])
+    assert not [one for one in recwarn if "out of range" in str(one.message)]  # which Optuna says of what is outside
     assert [t.state for t in found.trials] == ["complete"] * 3
     assert found.proposed_by == {"the defaults": 1, "the portfolio": 2}
 

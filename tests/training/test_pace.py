@@ -1,5 +1,9 @@
 """Promises about how quickly a network learns here: measured without a trace, and the threads that are quickest now."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +12,8 @@ from made_up import Scripted
 
 from waferlab.training import pace
 from waferlab.training.pace import PROBE_STEPS, TRY_AGAIN, QuickestThreads, possible_precisions, seconds_a_step
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # --- precision
 
@@ -168,3 +174,30 @@ def test_it_is_tried_again_after_a_while_as_the_machine_may_have_become_quiet(mo
 def test_most_is_the_number_of_cores_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(pace, "cores", lambda: 3)
     assert QuickestThreads()._choices == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("told", "taken"), [("", 3), ("1", 1), ("2", 2), ("8", 3), ("0", 3), ("many", 3)])
+def test_who_leaves_cores_to_others_by_openmps_variable_has_no_more_taken(monkeypatch, told, taken):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(pace, "TOLD", told)
+    assert pace.cores() == taken
+
+
+def test_what_ultralytics_does_to_that_variable_is_no_word_of_a_user():
+    code = (
+        "import os; {}; from waferlab.training.pace import TOLD; print(repr(TOLD), os.environ.get('OMP_NUM_THREADS'))"
+    )
+    imports = {
+        "from waferlab.models.yolo import import_ultralytics_tasks as tasks; tasks()": "'' None",
+        "import ultralytics": "'' 1",
+    }
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for first, printed in imports.items():
+        command = [sys.executable, "-c", code.format(first)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == printed
+    told = subprocess.run(
+        [sys.executable, "-c", code.format("pass")], cwd=ROOT, env=env | {"OMP_NUM_THREADS": "3,1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout.strip() == "'3' 3,1"

@@ -37,7 +37,8 @@ class ModelSpec:
             whether the training starts from `pretrained` weights. A default value must lie in what it asks for.
         defaults: what to build without a search, where it differs from the defaults of the class.
         portfolio: settings that a search tries after the defaults: they did best, or nearly, on other maps. Each has
-            all that is searched, but for what is not asked for and so not named.
+            all that is searched, but for what is not asked for and so not named. Its learning rate belongs to a start
+            with the default one.
         in_all: whether model_type="all" means it too; the others are chosen by name.
     """
 
@@ -57,6 +58,11 @@ class ModelSpec:
             found |= {p.name: p.default for p in chosen.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         ours = ("self", "class_weights", "num_classes", *self.fixed)
         return {name: value for name, value in found.items() if name not in ours} | dict(self.defaults)
+
+    def portfolio_around(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The portfolio, with its learning rates in proportion to the one that is taken without a search."""
+        share = learning_rate / self.parameters()["learning_rate"]
+        return [{**setting, "learning_rate": setting["learning_rate"] * share} for setting in self.portfolio]
 
     def choose(self, name: str, chosen: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
         """The model's parameters: its defaults, `ours` where it has them, and what is chosen.

@@ -79,13 +79,14 @@ class YOLOLightningAdapter(WaferClassifier):
 
 def import_ultralytics_tasks():
     """Imports ultralytics quietly: no network, no installing, and torch keeps its threads."""
-    threads = torch.get_num_threads()
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # ultralytics would set it to 1
+    threads, told = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     for name, value in (("YOLO_OFFLINE", "1"), ("YOLO_AUTOINSTALL", "false"), ("YOLO_VERBOSE", "false")):
         os.environ.setdefault(name, value)
     import ultralytics.nn.tasks as tasks
 
     torch.set_num_threads(threads)
+    if told is None:  # ultralytics says 1, and the programs that this one starts would obey
+        os.environ.pop("OMP_NUM_THREADS", None)
     return tasks
 
 

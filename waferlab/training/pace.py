@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import statistics
+import sys
 import time
 from collections import deque
 from typing import Any
@@ -18,6 +19,8 @@ from waferlab.models.classifier import WaferClassifier
 PROBE_STEPS = 4  # of which the first is not counted
 TRY_AGAIN = 20.0  # seconds after which other numbers of threads are tried again: a machine may have become quiet
 SLOWER = 1.3  # times the time of a step, as when another program takes a core
+# OpenMP's own variable, whose first number is of the outermost loops. What ultralytics sets it to is no word of a user.
+TOLD = "" if "ultralytics" in sys.modules else os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
 
 
 def possible_precisions(accelerator: str = "auto") -> tuple[str, ...]:
@@ -67,8 +70,9 @@ def seconds_a_step(
 
 
 def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """That this process may use: no more than OMP_NUM_THREADS said when it began, so that others have the rest."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, int(TOLD)) if TOLD.isdecimal() and int(TOLD) else here
 
 
 class QuickestThreads(pl.Callback):
