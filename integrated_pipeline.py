@@ -286,9 +286,9 @@ class IntegratedMLPipeline:
         if config.favours_the_best():
             for name in names:
                 with self._or_a_row(name):
-                    self.say(f"\n{name}, search", style="bold")
                     plan = self.plan_search(name, config.equal_share())
                     if not plan.none_because:
+                        self.say(f"\n{name}, search", style="bold")
                         self._start_model_run(name, parent)
                         searched[name] = self.search(name, plan)
         left = [name for name in names if name not in self.failed]

@@ -13,26 +13,39 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 
 def import_everything() -> None:
-    """What a forked program needs, so that it does not import it anew.
+    """What a forked program needs, so that it does not import it anew; torch's exporter finds all of its by working.
 
     Raises:
-        RuntimeError: an import has started a thread, which a fork would lose.
+        RuntimeError: something has started a thread, which a fork would lose.
     """
-    import lightning.pytorch  # noqa: F401
-    import mlflow.pyfunc  # noqa: F401
-    import onnxruntime  # noqa: F401
-    import optuna  # noqa: F401
+    import alembic.command  # noqa: F401
+    import mlflow.onnx
+    import mlflow.store.tracking.sqlalchemy_store
+    import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
+    import optuna.visualization.matplotlib  # noqa: F401
+    import optuna_integration  # noqa: F401
+    import seaborn  # noqa: F401
+    import sklearn.metrics
+    import sklearn.model_selection  # noqa: F401
     import torch
     import torchvision.models  # noqa: F401
 
     import integrated_pipeline  # noqa: F401
+    from waferlab.deployment import predictor, promotion  # noqa: F401
+    from waferlab.deployment.onnx_export import export_onnx
+    from waferlab.tracking import loggers, runs  # noqa: F401
 
     torch.set_num_threads(1)  # a fork would lose the others
+    with tempfile.TemporaryDirectory() as folder:
+        network = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(4, 9)).eval()
+        export_onnx(network, Path(folder) / "model.onnx", image_size=16)
     if threading.active_count() > 1:
         raise RuntimeError(f"Threads run that a fork would lose: {threading.enumerate()}")
 

@@ -122,19 +122,24 @@ def live_together(name: str, given: dict[str, Path], folder: Path, seconds: floa
 def go_on(program: Program, command: list[str], folder: Path, unbroken: dict[str, Any], kills: int) -> dict[str, Any]:
     """The rest of a life, to its end, and what is wrong with it."""
     child = start([*command, "--resume"], folder, folder / "log.txt", first=count_epochs(folder / "epochs"))
-    status, again = wait(child, 600), 0
+    return compared(wait(child, 600), program, folder, unbroken, again=kills)
+
+
+def compared(
+    status: int | None, program: Program, folder: Path, unbroken: dict[str, Any], *, again: int
+) -> dict[str, Any]:
+    """What is wrong with how a life ended; no more than `again` epochs may have been trained twice."""
     found = problems(folder)
     if status != 0:
-        found.insert(0, f"status {status}: {(folder / 'log.txt').read_text()[-600:]}")
-    else:
-        again = epochs_of(folder) - unbroken["epochs"]
-        if program.same_weights and again > kills:
-            found.append(f"{again} epochs were trained again after {kills} kills")
-        if program.same_weights:
-            mine = outcome(folder)
-            found += [f"{key}: {mine.get(key)} and not {value}" for key, value in unbroken["outcome"].items()
-                      if mine.get(key) != value]  # fmt: skip
-    return {"epochs_again": again, "problems": found}
+        return {"epochs_again": 0, "problems": [f"status {status}: {(folder / 'log.txt').read_text()[-600:]}", *found]}
+    twice = epochs_of(folder) - unbroken["epochs"]
+    if program.same_weights:
+        mine = outcome(folder)
+        found += [f"{key}: {mine.get(key)} and not {value}" for key, value in unbroken["outcome"].items()
+                  if mine.get(key) != value]  # fmt: skip
+        if twice > again:
+            found.append(f"{twice} epochs were trained again, and not {again} at most")
+    return {"epochs_again": twice, "problems": found}
 
 
 def empty(folder: Path) -> None:
