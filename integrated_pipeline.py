@@ -175,7 +175,7 @@ register_model(
 
 FORWARD_SHARE = 0.35  # of the time of a training step is that of an answer, which validation needs
 MAPS_OF_A_TRIALS_EPOCH = 8192  # at most: where there are many more, trials need not see all of them to be told apart
-FINE_TUNING_SHARE = 0.1  # of a model's own learning rate, when it starts from weights made on generated maps
+FINE_TUNING_SHARE = 1 / 3  # of a model's own learning rate, when it starts from weights made on generated maps
 
 
 # ----------------------------------------------------------------------------------------------------- the pipeline

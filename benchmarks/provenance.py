@@ -90,8 +90,7 @@ def digests(names: Iterable[str], *, at: str | None = None) -> dict[str, str]:
 
 def changed(code: Mapping[str, str | None]) -> list[str]:
     """The definitions of a record that are not today what they were when it was made."""
-    found = _definitions_here()
-    return sorted(name for name, old in code.items() if name not in found or _digest(name, found) != old)
+    return sorted(name for name, old in code.items() if _digest_here(name) != old)
 
 
 def _definitions(sources: Mapping[str, str]) -> Found:
@@ -109,6 +108,13 @@ def _definitions(sources: Mapping[str, str]) -> Found:
                 for name in _names(inner):
                     found[f"{before}{node.name}.{name}"].append((path, inner))
     return found
+
+
+@cache
+def _digest_here(name: str) -> str:
+    """What many records ask for; "" of what there is no more."""
+    found = _definitions_here()
+    return _digest(name, found) if name in found else ""
 
 
 @cache

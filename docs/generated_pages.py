@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,11 @@ def copy_notebooks(app: Any, error: Exception | None) -> None:
 
 def write_pages(folder: Path) -> None:
     """Writes _generated/, api/ and deploy/; what has not changed is left alone, so that it is not built again."""
-    pages = {"_generated/fields.md": all_fields(), "api/index.md": api_index()}
+    pages = {
+        "_generated/fields.md": all_fields(),
+        "_generated/licences.md": all_licences(),
+        "api/index.md": api_index(),
+    }
     pages |= {f"api/{room}.md": api_of(room) for room in ROOMS}
     pages |= {f"deploy/{name}.md": deploy_page(file) for file, name in DEPLOY.items()}
     for name, text in pages.items():
@@ -100,6 +107,41 @@ def allowed(one: Any) -> str:
     if "low" in said:
         return f"{said['low']:,} to {said['high']:,}"
     return "" if one.type != "bool" else "`True`, `False`"
+
+
+# --------------------------------------------------------------------------------------------------------- dependencies
+
+
+def all_licences() -> str:
+    """What an installation of requirements.txt brings here, with version and licence, as pip-licenses finds them."""
+    names = sorted(brought_by((HERE.parent / "requirements.txt").read_text().splitlines()))
+    command = [sys.executable, "-m", "piplicenses", "--from=mixed", "--format=markdown", "--packages", *names]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def brought_by(requirements: Iterable[str]) -> set[str]:
+    """The names of what is required, of what that requires, and so on, as far as it is installed here."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found: set[str] = set()
+    left = [(line, "") for line in requirements]
+    while left:
+        line, extra = left.pop()
+        one = Requirement(line)
+        if one.marker is not None and not one.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(one.name)
+        try:
+            theirs = requires(name) or []
+        except PackageNotFoundError:
+            continue
+        if name not in found or one.extras:
+            found.add(name)
+            left += [(line, extra) for line in theirs for extra in ("", *one.extras)]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- API

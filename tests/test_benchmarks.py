@@ -104,6 +104,11 @@ register_model("small", Model)
 NAMES = ("measured", "Model.fit", "Model.rate", "register_model('small')")
 
 
+def forget():
+    """What was read of another tree."""
+    provenance._definitions_here.cache_clear(), provenance._digest_here.cache_clear()
+
+
 @pytest.fixture
 def digests_of(tmp_path, monkeypatch):
     def digests(**files):
@@ -111,12 +116,12 @@ def digests_of(tmp_path, monkeypatch):
             old.unlink()
         for name, text in files.items():
             (tmp_path / f"{name}.py").write_text(text)
-        provenance._definitions_here.cache_clear()
+        forget()
         return provenance.digests(NAMES)
 
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     yield digests
-    provenance._definitions_here.cache_clear()
+    forget()
 
 
 def test_comments_docstrings_formatting_and_another_file_leave_a_digest_as_it_is(digests_of):

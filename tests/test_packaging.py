@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # sha256 of apache.org's LICENSE-2.0.txt
@@ -72,6 +73,19 @@ def test_the_licence_is_apaches_word_for_word_with_a_note_on_ultralytics_below()
     text, rule, note = re.split(r"^(-{80}\n)", (ROOT / "LICENSE").read_text(), flags=re.MULTILINE)
     assert rule and hashlib.sha256(text.removesuffix("\n").encode()).hexdigest() == APACHE
     assert "ultralytics" in note and "AGPL-3.0" in note
+
+
+def test_of_all_that_an_installation_brings_ultralytics_alone_has_a_licence_that_reaches_further(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from generated_pages import all_licences
+
+    rows = [re.split(r" *\| *", line.strip("| \n")) for line in all_licences().splitlines()[2:]]
+    licences = {canonicalize_name(name): licence for name, _, licence in rows}
+    direct = {canonicalize_name(name) for name in requirements((ROOT / "requirements.txt").read_text().splitlines())}
+    assert direct <= licences.keys() and "UNKNOWN" not in {licences[name] for name in direct}
+    reach_further = {name for name, one in licences.items() if re.search(r"(?<!L)GPL|General Public", one)}
+    lesser = {name for name in reach_further if re.search(r"LGPL|Lesser", licences[name])}
+    assert {name.partition("-")[0] for name in reach_further - lesser} == {"ultralytics"}
 
 
 def test_the_tests_environment_is_the_extra_test():
