@@ -36,13 +36,15 @@ def import_everything() -> None:
     import sklearn.model_selection  # noqa: F401
     import torch
     import torchvision.models  # noqa: F401
+    import tqdm
 
     import integrated_pipeline  # noqa: F401
     from waferlab.deployment import predictor, promotion  # noqa: F401
     from waferlab.deployment.onnx_export import export_onnx
     from waferlab.tracking import loggers, runs  # noqa: F401
 
-    torch.set_num_threads(1)  # a fork would lose the others
+    torch.set_num_threads(1)  # a fork would lose the others, and the one that watches progress bars
+    tqdm.tqdm.monitor_interval = 0
     with tempfile.TemporaryDirectory() as folder:
         network = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(4, 9)).eval()
         export_onnx(network, Path(folder) / "model.onnx", image_size=16)
