@@ -639,6 +639,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "comparison_real": comparison,
     "idea": table_of_the_idea,
     "ablation": ablation,
+    "ablation_few": ablation,
     "runs": runs_of_minutes,
     "levels": levels,
     "headline": headline,

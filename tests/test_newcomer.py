@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 HOW_TO = ROOT / "docs/how_to"
@@ -36,7 +37,9 @@ def shell(folder):
 
 
 def type_in(command, folder):
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True, **shell(folder))
+    program, *words = shlex.split(command)
+    assert program == "python"
+    done = warm.run([sys.executable, *words], capture_output=True, text=True, **shell(folder))
     assert done.returncode == 0, (command, done.stdout[-1000:], done.stderr[-3000:])
     return done.stdout
 

@@ -17,6 +17,7 @@ from urllib import request
 import kubernetes_validate
 import numpy as np
 import pytest
+import warm
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,7 +156,7 @@ class Cluster:
             (self.folder / mount["mountPath"].lstrip("/")).mkdir(parents=True, exist_ok=True)
         log = (self.folder / f"{pod}-{name}-{len(self.running)}.log").open("w")
         environment = os.environ | given | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.running.append(subprocess.Popen(
+        self.running.append(warm.Popen(
             [sys.executable, *command[1:]], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
         ))  # fmt: skip
         return self.running[-1]
