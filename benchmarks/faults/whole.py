@@ -28,7 +28,8 @@ def outcome(folder: Path) -> dict[str, Any]:
         name = str(file.relative_to(folder))
         for model in summary.get("models", []):
             best = (model.get("search") or {}).get("best") or {}
-            found[f"{name} {model['model_type']}"] = [model["test"]["macro_f1"], best.get("number"), best.get("values")]
+            chosen = best.get("parameters"), best.get("values")
+            found[f"{name} {model['model_type']}"] = [model["test"]["macro_f1"], *chosen]
     return found
 
 

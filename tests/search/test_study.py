@@ -18,6 +18,7 @@ from waferlab.search.study import (
     proposed_by,
     run_again,
 )
+from waferlab.search.trials import counted_trials
 from waferlab.tracking.processes import this_process
 
 DEFAULTS = {"rate": 4e-3}
@@ -47,7 +48,11 @@ def opened(
 
 def objective(trial):
     trial.set_user_attr("proposed_by", proposed_by(trial))
-    return 1 - trial.suggest_float("rate", 1e-5, 1e-1, log=True)
+    return 1 - rate_of(trial)
+
+
+def rate_of(trial):
+    return trial.suggest_float("rate", 1e-5, 1e-1, log=True)
 
 
 def rates(study):
@@ -231,7 +236,7 @@ def test_trials_of_processes_that_are_gone_run_again_and_those_of_others_go_on(j
     study = opened(journal, go_on=True)
     states = [trial.state for trial in study.trials]
     assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING, TrialState.WAITING]
-    assert study.ask().user_attrs == {"again": 0, "proposed_by": "a trial that was cut off"}
+    assert study.ask().user_attrs == {"again": 0, "proposed_by": "a trial that was cut off", "place": 0}
 
 
 def test_a_trial_whose_loss_was_written_down_by_a_process_that_was_killed_then_runs_again(journal):
@@ -275,6 +280,20 @@ def test_what_runs_again_comes_first_with_what_it_was_asked_to_try():
     assert [one.state for one in study.trials[2:]] == [TrialState.WAITING]
     trial = study.ask()
     assert trial.suggest_float("rate", 0, 1) == 0.25 and trial.user_attrs["again"] == cut_off.number
+
+
+@pytest.mark.parametrize("cut_off", [(0,), (0, 1), (1, 0), (2, 0, 1)])
+def test_the_order_in_which_trials_are_compared_is_kept_when_some_are_cut_off(journal, cut_off):
+    portfolio = [*PORTFOLIO, {"rate": 2e-2}]
+    study, rates_in_order = opened(journal, portfolio=portfolio), [one["rate"] for one in (DEFAULTS, *portfolio)]
+    for _ in range(2):
+        begun = [study.ask() for _ in cut_off]
+        assert [rate_of(trial) for trial in begun] == rates_in_order[: len(begun)]
+        for number in cut_off:
+            run_again(study, begun[number])
+            study.tell(begun[number], state=TrialState.FAIL)
+    assert [rate_of(study.ask()) for _ in rates_in_order] == rates_in_order
+    assert not counted_trials(study) and not study.get_trials(states=(TrialState.WAITING,))
 
 
 # --- the journal and the database

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from waferlab.errors import ConfigError
 from waferlab.search.trials import lost_and_not_queued
@@ -150,13 +150,34 @@ def proposed_by(trial: optuna.Trial) -> str:
 
 
 def run_again(study: optuna.Study, trial: optuna.trial.BaseTrial) -> None:
-    """Puts the parameters of a trial that was cut off back in the queue, once: all that it had, or was to have."""
+    """Puts the parameters of a trial that was cut off back in the queue, once: all that it had, or was to have.
+
+    It is the next one: pruning compares a trial with those before it, so their order is kept.
+    """
     trials = study.get_trials(deepcopy=False)
     if any(other.user_attrs.get("again") == trial.number for other in trials):
         return  # somebody else has, while this process was stopped
-    asked = trials[trial.number].system_attrs.get("fixed_params", {})
-    again = {"again": trial.number, "proposed_by": "a trial that was cut off"}
+    asked, place = trials[trial.number].system_attrs.get("fixed_params", {}), _place(trials[trial.number])
+    again = {"again": trial.number, "proposed_by": "a trial that was cut off", "place": place}
     study.enqueue_trial(asked | trial.params, user_attrs=again)
+    behind = [other for other in trials if other.state == TrialState.WAITING and _place(other) > place]
+    for other in sorted(behind, key=_place):
+        _move_to_the_end(study, other)
+
+
+def _place(trial: FrozenTrial) -> int:
+    """In the order of trials, of which one that runs again has that of the one that was cut off."""
+    return trial.user_attrs.get("place", trial.number)
+
+
+def _move_to_the_end(study: optuna.Study, waiting: FrozenTrial) -> None:
+    """Optuna takes the waiting trial with the lowest number, so another one gets its parameters, with the highest."""
+    with suppress(UpdateFinishedTrialError):  # somebody has begun it, and it has even ended
+        if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):  # nobody has begun it
+            moved = {"again": waiting.number, "place": _place(waiting)}
+            study.enqueue_trial(waiting.system_attrs.get("fixed_params", {}), user_attrs=waiting.user_attrs | moved)
+            study._storage.set_trial_user_attr(waiting._trial_id, "surplus", True)
+            study.tell(waiting.number, state=TrialState.FAIL)
 
 
 def study_plots(study: optuna.Study, objectives: Sequence[str] = ("macro_f1",)) -> dict[str, Callable[[], Any]]:
