@@ -31,7 +31,7 @@ def site(tmp_path_factory, executed_chapter):
         page.write_text(re.sub(r"(\d\d_\w+)\.py\)", r"\1.ipynb)", page.read_text()))
     for name in ("benchmarks", "deploy", "waferlab", "examples"):
         (folder / "repository" / name).symlink_to(ROOT / name)
-    for file in ROOT.glob("*.py"):
+    for file in (*ROOT.glob("*.py"), ROOT / "requirements.txt"):
         (folder / "repository" / file.name).symlink_to(file)
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-D", "nb_execution_mode=off"]
     done = subprocess.run(
