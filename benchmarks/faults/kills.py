@@ -14,8 +14,6 @@ A call with the same output file goes on until it has as many. The first program
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import signal
@@ -28,29 +26,23 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from campaign import Lives, make_parser
 from company import life_of_search, life_of_service
 from forking import import_everything
-from measure import write_record
 from programs import PROGRAMS, Program, count_epochs, make_data, moments, start, wait
-from provenance import SEARCH, TRAINING
 from serving import untrained
 from whole import outcome, problems
 
 TOGETHER = {"search with a worker": life_of_search, "service": life_of_service}
 NAMES = [*PROGRAMS, *TOGETHER]
-MEASURES = (*TRAINING, *SEARCH, "TrainingFolder", "CheckpointFiles", "RunTree", "write_atomically", "create_app")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=NAMES, choices=NAMES)
+    parser = make_parser(__doc__, programs=NAMES, default=NAMES)
     parser.add_argument("--kills", type=int, default=200, help="in all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="where folders of lives that went wrong are kept")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
-    lives = json.loads(arguments.output.read_text())["lives"] if arguments.output and arguments.output.exists() else []
+    lives = Lives("kills", output=arguments.output, keep=arguments.keep)
     import_everything()
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
@@ -60,13 +52,8 @@ def main() -> None:
         unbroken = {name: live_unbroken(name, given, work / "unbroken") for name in arguments.programs}
         while sum(life["kills"] for life in lives) < arguments.kills:
             name = arguments.programs[len(lives) % len(arguments.programs)]
-            life = live(name, given, work / "life", unbroken[name], moments(f"{arguments.seed} {len(lives)}"))
-            lives.append(life)
-            print(json.dumps(life), flush=True)
-            if life["problems"] and arguments.keep:
-                shutil.copytree(work / "life", arguments.keep / str(len(lives)), dirs_exist_ok=True)
-            if arguments.output:
-                write(arguments.output, lives, unbroken)
+            draw = moments(f"{arguments.seed} {len(lives)}")
+            lives.add(live(name, given, work / "life", unbroken[name], draw), work / "life")
     for name, row in table(lives).items():
         print(f"{name}: {row}")
 
@@ -186,15 +173,6 @@ def table(lives: list[dict[str, Any]]) -> dict[str, str]:
         kills[life["program"]] += life["kills"]
         wrong[life["program"]] += bool(life["problems"])
     return {name: f"{count} kills, {wrong[name]} lives with a problem" for name, count in kills.items()}
-
-
-def write(path: Path, lives: list[dict[str, Any]], unbroken: dict[str, Any]) -> None:
-    """The record, after each life."""
-    seconds = {name: {key: one[key] for key in ("seconds", "epochs")} for name, one in unbroken.items()}
-    write_record(
-        path, {"benchmark": "kills", "unbroken": seconds, "lives": lives}, measures=MEASURES,
-        repeats=f"{sum(life['kills'] for life in lives)} kills", search="as each program does",
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ A call with the same output file goes on until it has as many.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import resource
 import shutil
@@ -32,9 +30,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from campaign import Lives, make_parser
 from forking import import_everything
-from kills import MEASURES, alive_in, empty, go_on, live_unbroken
-from measure import write_record
+from kills import alive_in, empty, go_on, live_unbroken
 from programs import PROGRAMS, count_epochs, make_data, moments, start, wait
 
 KINDS = ("disk", "file size", "files")
@@ -44,16 +42,12 @@ BLOCK = 4096
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=["demo", "comparison", "pretrain"], choices=PROGRAMS)
+    parser = make_parser(__doc__, programs=[*PROGRAMS], default=["demo", "comparison", "pretrain"])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--lives", type=int, default=60, help="in all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="where folders of lives that went wrong are kept")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
-    lives = json.loads(arguments.output.read_text())["lives"] if arguments.output and arguments.output.exists() else []
+    lives = Lives("scarce", output=arguments.output, keep=None)  # a life keeps its folder while it is mounted
     import_everything()
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
@@ -64,13 +58,8 @@ def main() -> None:
             draw = moments(f"{arguments.seed} {len(lives)}")
             name = arguments.programs[len(lives) % len(arguments.programs)]
             kind = arguments.kinds[len(lives) // len(arguments.programs) % len(arguments.kinds)]
-            lives.append(live(name, kind, given["data"], work / "life", unbroken[name], draw, arguments.keep))
-            print(json.dumps(lives[-1]), flush=True)
-            if arguments.output:
-                write_record(
-                    arguments.output, {"benchmark": "scarce", "lives": lives}, measures=MEASURES,
-                    repeats=f"{len(lives)} lives", search="as each program does",
-                )  # fmt: skip
+            life = live(name, kind, given["data"], work / "life", unbroken[name], draw, arguments.keep)
+            lives.add(life, work / "life")
     for kind, row in table(lives).items():
         print(f"{kind}: {row}")
 

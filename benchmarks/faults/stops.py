@@ -16,10 +16,7 @@ A call with the same output file goes on until it has as many.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -30,9 +27,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from campaign import Lives, make_parser
 from forking import import_everything
-from kills import MEASURES, alive_in, compared, empty, go_on, live_unbroken
-from measure import write_record
+from kills import alive_in, compared, empty, go_on, live_unbroken
 from programs import PROGRAMS, count_epochs, make_data, moments, start, wait
 from whole import problems_of_tracking
 
@@ -41,16 +38,12 @@ TIME_TO_END, SLEEP = 60.0, 3.0  # seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
+    parser = make_parser(__doc__, programs=[*PROGRAMS], default=[*PROGRAMS])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--lives", type=int, default=60, help="in all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="where folders of lives that went wrong are kept")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
-    lives = json.loads(arguments.output.read_text())["lives"] if arguments.output and arguments.output.exists() else []
+    lives = Lives("stops", output=arguments.output, keep=arguments.keep)
     import_everything()
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
@@ -60,15 +53,7 @@ def main() -> None:
             draw = moments(f"{arguments.seed} {len(lives)}")
             name = arguments.programs[len(lives) % len(arguments.programs)]
             way = arguments.ways[len(lives) // len(arguments.programs) % len(arguments.ways)]
-            lives.append(live(name, way, given["data"], work / "life", unbroken[name], draw))
-            print(json.dumps(lives[-1]), flush=True)
-            if lives[-1]["problems"] and arguments.keep:
-                shutil.copytree(work / "life", arguments.keep / str(len(lives)), dirs_exist_ok=True)
-            if arguments.output:
-                write_record(
-                    arguments.output, {"benchmark": "stops", "lives": lives}, measures=MEASURES,
-                    repeats=f"{len(lives)} lives", search="as each program does",
-                )  # fmt: skip
+            lives.add(live(name, way, given["data"], work / "life", unbroken[name], draw), work / "life")
     for way, row in table(lives).items():
         print(f"{way}: {row}")
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import builtins
-import json
 import os
 import shutil
 import signal
@@ -26,9 +25,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from campaign import Lives, with_output
 from forking import import_everything
-from kills import MEASURES, epochs_of, live_unbroken
-from measure import write_record
+from kills import epochs_of, live_unbroken
 from programs import PROGRAMS, ROOT, count_epochs, make_data, start, wait
 from whole import outcome, problems
 
@@ -40,11 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", default="demo", choices=PROGRAMS)
     parser.add_argument("--all", action="store_true", help="die at each call, not at the first and last of a place")
-    parser.add_argument("--keep", type=Path, help="where folders that went wrong are kept")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = with_output(parser).parse_args()
 
-    lives = json.loads(arguments.output.read_text())["lives"] if arguments.output and arguments.output.exists() else []
+    lives = Lives("writes", output=arguments.output, keep=arguments.keep)
     done = {(life["program"], life["call"]) for life in lives}
     import_everything()
     with tempfile.TemporaryDirectory() as work:
@@ -58,15 +55,7 @@ def main() -> None:
             if (arguments.program, number) in done:
                 continue
             life = die_at(number, arguments.program, data, work / "life", unbroken)
-            lives.append({"program": arguments.program, "call": number, "place": calls[number], **life})
-            print(json.dumps(lives[-1]), flush=True)
-            if life["problems"] and arguments.keep:
-                shutil.copytree(work / "life", arguments.keep / f"call{number}", dirs_exist_ok=True)
-            if arguments.output:
-                write_record(
-                    arguments.output, {"benchmark": "writes", "lives": lives}, measures=MEASURES,
-                    repeats=f"{len(lives)} kills", search="as the program does",
-                )  # fmt: skip
+            lives.add({"program": arguments.program, "call": number, "place": calls[number], **life}, work / "life")
     wrong = [life for life in lives if life["problems"]]
     print(f"{len(lives)} kills at {len({life['place'] for life in lives})} places, {len(wrong)} with a problem")
 
