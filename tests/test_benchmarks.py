@@ -16,6 +16,7 @@ import warm
 from conftest import tiny_settings
 from made_up_predictions import assert_is_a_picture
 
+from integrated_pipeline import FINE_TUNING_SHARE, MODEL_REGISTRY
 from waferlab.models.classifier import WaferClassifier
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -477,8 +478,10 @@ def test_transfer_has_all_starts_on_the_same_maps_for_the_same_draws(tiny_npz, t
         away.append(float((first - sum_first_layer(weights["features.0.1.weight"])).abs().mean()))
     assert away[0] < away[1] / 3
     assert runs["both"]["pretraining"]["maps_seen"] == "1152" and runs["imagenet"]["pretraining"] is None
+    usual = MODEL_REGISTRY["efficientnet_lite0"].defaults["learning_rate"]
+    tuned = usual * FINE_TUNING_SHARE
     assert {start: one["learning_rate"] for start, one in runs.items()} == {
-        "random": 0.002, "imagenet": 0.001, "generated": 0.0001, "both": 0.0001,
+        "random": 0.002, "imagenet": usual, "generated": pytest.approx(tuned), "both": pytest.approx(tuned),
     }  # fmt: skip
     (maps,) = {json.dumps(one["maps"]) for one in runs.values()}
     maps = json.loads(maps)
