@@ -62,7 +62,7 @@ from waferlab.search.portfolio import PORTFOLIOS
 from waferlab.search.study import proposed_by, run_again, study_plots
 from waferlab.search.told import Listener, ToldRuns, ToldTerminal
 from waferlab.search.trial_files import TrialFiles
-from waferlab.search.trials import Validation, pack_answers, trial_tag
+from waferlab.search.trials import Validation, pack_answers, take_up, trial_tag
 from waferlab.search.workers import workers_for
 from waferlab.terminal import Terminal, quiet_libraries
 from waferlab.tracking.processes import this_process
@@ -523,7 +523,7 @@ class IntegratedMLPipeline:
         else:
             folder.restore_start(model)  # a checkpoint cannot tell how its training started
         if trial and not cut_off and model_type in self.model_runs:
-            track_epochs(self.runs, self.model_runs[model_type], trial.record)
+            track_epochs(self.runs, self.model_runs[model_type], trial.record.history)
         return model, resume_from
 
     def _callbacks_of_final_training(
@@ -602,7 +602,7 @@ class IntegratedMLPipeline:
         plan, usual = plan or self.plan_search(model_type, None), self._default_trial(model_type)
         search = ModelSearch(
             model_type, self.config, plan, self._trial_files(model_type), usual,
-            find_model(model_type).portfolio_around(usual["learning_rate"]), self._fingerprint(),
+            find_model(model_type).portfolio_around(usual), self._fingerprint(),
             self.model_runs.get(model_type), leads,
         )  # fmt: skip
         self.studies[model_type], self.searches[model_type] = search.study, search
@@ -682,17 +682,18 @@ class IntegratedMLPipeline:
         search, files = self.searches.get(model_type), self._trial_files(model_type)
         file, history, answers = files.best(trial.number), History(), BestAnswers()
         seconds = search and search.budget.for_a_trial()
-        callbacks = [*([TimeBudget(seconds)] if seconds else []), history, answers, best_weights(file)]
+        callbacks = [*([TimeBudget(seconds)] if seconds else []), history, answers]
+        callbacks += [best_weights(file), every_epoch(files.state(trial.number))]
+        if state := files.begin(trial):
+            take_up(trial, state, track=partial(track_epochs, self.runs, run))
         if len(self.config.objectives) == 1:  # several values cannot be pruned on
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
         if bar := self.terminal.progress(f"trial {trial.number}"):
             callbacks.append(bar)
-        trainer = self.fit(
-            model_type, model, data, callbacks, run=run, batches=self._batches_of_a_trial(data),
+        self.fit(
+            model_type, model, data, callbacks, run=run, batches=self._batches_of_a_trial(data), resume_from=state,
             max_epochs=search.plan.epochs if search else self.config.search_epochs,
         )  # fmt: skip
-        # Optimiser, schedule and clock beside the weights; it is read again as plain values only, like all checkpoints.
-        trainer.save_checkpoint(files.state(trial.number), weights_only=False)
         record = record_training(
             model_type, model, data, history, precision=self.precision(model_type), checkpoint=file
         )

@@ -2,10 +2,11 @@
 
 Measured: macro F1 on the test part after `--seconds` of training in all, once with the default parameters for the whole
 time and once with a search that is paid for from the same seconds; seed by seed, on the same split. A seed changes the
-split, the weights and the proposals. With `--start wrong`, the defaults are those of the architecture but for a
-learning rate that is ten times too large or too small, as a network that nobody has tuned would have; both ways start
-from them, and there is no portfolio. Left out of the clock: imports, reading the maps, scoring; tracking is off. What
-is given besides the score: how long each really took, what the search chose, how many trials it had and stopped.
+split, the weights and the proposals. With `--starts too-large too-small`, the defaults are those of the architecture
+but for a learning rate that is ten times too large or too small, as a network that nobody has tuned would have; both
+ways start from them, and there is no portfolio of its own. Left out of the clock: imports, reading the maps, scoring;
+tracking is off. What is given besides the score: how long each really took, what the search chose, how many trials it
+had and stopped.
 
     python benchmarks/search_pays.py --data wm811k.npz --seconds 600 --output benchmarks/results/search_pays.json
 
@@ -92,7 +93,7 @@ def measure(case: dict[str, Any], fields: list[str]) -> dict[str, Any]:
         if factor != 1:
             usual = spec.parameters()["learning_rate"]
             MODEL_REGISTRY[model] = replace(
-                spec, defaults={**spec.defaults, "learning_rate": usual * factor}, portfolio=()
+                spec, defaults={**spec.defaults, "learning_rate": usual * factor}, portfolio=None
             )
         started = time.monotonic()
         try:

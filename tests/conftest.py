@@ -128,7 +128,7 @@ def scripted(monkeypatch):
 
     from waferlab.models.registry import MODEL_REGISTRY, ModelSpec
 
-    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1})
+    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1}, portfolio=())
     monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
     monkeypatch.setattr(Scripted, "scripts", [])
     monkeypatch.setattr(Scripted, "seen", {})

@@ -31,7 +31,7 @@ class Slow(Scripted):
         time.sleep(float(os.environ["LATER_EPOCHS"]) if self.current_epoch else 0.7)
         super().on_train_epoch_start()
 
-register_model("slow", ModelSpec(Slow, defaults={"learning_rate": 1e-3, "dropout": 0.1}))
+register_model("slow", ModelSpec(Slow, defaults={"learning_rate": 1e-3, "dropout": 0.1}, portfolio=()))
 """
 LEAD = """
 import json, sys

@@ -25,6 +25,7 @@ from optuna_integration import PyTorchLightningPruningCallback
 from sklearn.metrics import f1_score
 from torch import nn
 
+import integrated_pipeline
 from integrated_pipeline import MODEL_REGISTRY, IntegratedMLPipeline, ModelSpec, suggest_parameters
 from waferlab.config import ExperimentConfig
 from waferlab.data.images import encode
@@ -39,8 +40,9 @@ from waferlab.errors import (
 from waferlab.records import StartingWeights
 from waferlab.search.budget import SearchPlan
 from waferlab.search.study import proposed_by, run_again
+from waferlab.search.trial_files import TrialFiles
 from waferlab.search.trials import counted_trials, pack_answers, unpack_answers, worth_keeping
-from waferlab.training.callbacks import Patience, TimeBudget
+from waferlab.training.callbacks import Patience, SeedEachEpoch, TimeBudget
 from waferlab.training.checkpoints import load_trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +64,7 @@ def searching(data, folder, **more):
 
 @pytest.fixture(autouse=True)
 def scripted(monkeypatch):
-    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1})
+    spec = ModelSpec(Scripted, defaults={"learning_rate": 1e-3, "dropout": 0.1}, portfolio=())
     monkeypatch.setitem(MODEL_REGISTRY, "scripted", spec)
     monkeypatch.setattr(Scripted, "scripts", [])
     monkeypatch.setattr(Scripted, "seen", {})
@@ -356,6 +358,18 @@ def test_the_portfolio_is_tried_after_the_defaults_around_their_rate_and_as_much
     assert not [one for one in recwarn if "out of range" in str(one.message)]  # which Optuna says of what is outside
     assert [t.state for t in found.trials] == ["complete"] * 3
     assert found.proposed_by == {"the defaults": 1, "the portfolio": 2}
+
+
+def test_of_an_architecture_that_nobody_has_tuned_other_rates_are_tried_after_the_defaults(
+    tiny_npz, tmp_path, monkeypatch, recwarn
+):
+    monkeypatch.setitem(MODEL_REGISTRY, "scripted", ModelSpec(Scripted, defaults={"learning_rate": 1e-3}))
+    monkeypatch.setattr(IntegratedMLPipeline, "optuna_objective", suggest_only)
+    found = searching(tiny_npz, tmp_path, num_optuna_trials=5).search("scripted")
+    rates = [trial.parameters.pop("learning_rate") for trial in found.trials]
+    assert rates == pytest.approx([1e-3, 3e-3, 1e-3 / 3, 8e-3, 1.25e-4])
+    assert all(trial.parameters == found.trials[0].parameters for trial in found.trials)
+    assert not [one for one in recwarn if "out of range" in str(one.message)]
 
 
 def test_only_files_of_trials_that_may_be_gone_on_with_are_kept(tiny_npz, tmp_path):
@@ -752,6 +766,72 @@ def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path
     assert states == ["complete", "fail", "complete", "complete"]
     (again,) = (trial for trial in found.trials if trial.again == 1)
     assert again.parameters == running[0].params
+
+
+@pytest.mark.parametrize(("whole", "objectives"), [(0, 1), (1, 1), (3, 1), (1, 2)])
+def test_a_trial_goes_on_after_the_last_whole_epoch_of_the_one_that_was_cut_off(
+    whole, objectives, tiny_npz, tmp_path, monkeypatch
+):
+    epochs = []
+
+    def begins(self, trainer, module):
+        epochs.append(trainer.current_epoch)
+        if stop and len(epochs) == 3 + whole + 1:
+            raise KeyboardInterrupt
+        original(self, trainer, module)
+
+    def ends(*arguments, **more):
+        if stop and len(epochs) == 6:  # all of them are trained, but the trial has not come to its end
+            raise KeyboardInterrupt
+        return record(*arguments, **more)
+
+    original, record = SeedEachEpoch.on_train_epoch_start, integrated_pipeline.record_training
+    monkeypatch.setattr(SeedEachEpoch, "on_train_epoch_start", begins)
+    monkeypatch.setattr("integrated_pipeline.record_training", ends)
+    more = {"num_optuna_trials": 2, "search_epochs": 3, "max_epochs": 6}
+    more["objectives"] = ("macro_f1", "parameters")[:objectives]
+
+    def search(folder, **others):
+        made = pipeline(tiny_npz, folder, **more, **others)
+        made.search("lightning_cnn")
+        return made.studies["lightning_cnn"].trials
+
+    stop = False
+    unbroken = search(tmp_path / "unbroken")[1]
+    epochs.clear()
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "broken")
+    stop = False
+    _, cut_off, again = search(tmp_path / "broken", resume=True)
+    assert epochs == [
+        *range(5),
+        *range(min(5, whole + 1)),
+        *range(whole, 5),
+    ]  # none twice but the one that was cut off
+    assert again.user_attrs["again"] == cut_off.number and again.params == unbroken.params
+    assert again.values == unbroken.values and again.intermediate_values == unbroken.intermediate_values
+    assert len(again.intermediate_values) == (3 if objectives == 1 else 0)
+    ours, theirs = (trial.user_attrs["record"] for trial in (again, unbroken))
+    assert ours["history"] == theirs["history"] and ours["best_epoch"] == theirs["best_epoch"]
+    assert again.user_attrs["answers"] == unbroken.user_attrs["answers"]
+    weights, others = (
+        torch.load(file, weights_only=True)["state_dict"]
+        for file in (tmp_path / f"{folder}/checkpoints/tiny/lightning_cnn/trials/{number}.ckpt"
+                     for folder, number in (("broken", 2), ("unbroken", 1)))
+    )  # fmt: skip
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
+
+
+def test_a_search_from_anew_takes_nothing_from_what_an_earlier_one_was_cut_off_in(tiny_npz, tmp_path, monkeypatch):
+    Scripted.scripts = [[0.3, 0.4], [0.5, 0.6]]
+    made = searching(tiny_npz, tmp_path, num_optuna_trials=2)
+    made.search("scripted")
+    began = []
+    monkeypatch.setattr(TrialFiles, "begin", lambda files, trial: began.append(sorted(files.folder.iterdir())))
+    Scripted.scripts = [[0.3, 0.4], [0.5, 0.6]]
+    searching(tiny_npz, tmp_path, num_optuna_trials=1).search("scripted")
+    assert began == [[]]
 
 
 def test_resuming_a_finished_search_runs_no_trial_and_other_settings_are_refused(tiny_npz, tmp_path):

@@ -6,6 +6,7 @@ from made_up_trials import a_study, add_trial
 from optuna.trial import TrialState
 
 from waferlab.search.trial_files import TrialFiles
+from waferlab.training.checkpoints import CheckpointFiles, read_checkpoint
 
 
 def kept(folder):
@@ -41,6 +42,46 @@ def test_a_trial_can_be_gone_on_with_only_where_both_files_are(tmp_path):
     assert files.fetch(study.best_trial)
     files.state(0).unlink()
     assert not files.fetch(study.best_trial)
+
+
+def leave_checkpoints(files, *numbers):
+    files.folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        for file in (files.best(number), files.state(number)):
+            CheckpointFiles().save_checkpoint({"of": file.name}, file)
+
+
+def of(file):
+    return read_checkpoint(file)["of"]
+
+
+def test_what_runs_again_begins_with_copies_of_what_the_last_that_was_cut_off_left(tmp_path):
+    study, files = a_study(0.5), TrialFiles(tmp_path)
+    for number in range(3):  # the second was never begun, but moved in the queue
+        cut_off = {"again": number} if number else {}
+        add_trial(study, state=TrialState.FAIL, **cut_off)
+    again, other = (add_trial(study, state=TrialState.RUNNING, **more) for more in ({"again": 3}, {}))
+    leave_checkpoints(files, 1, again.number, other.number)  # the last two are of an earlier study
+    assert files.begin(optuna.Trial(study, other._trial_id)) is None and kept(tmp_path) == both(1, again.number)
+    assert files.begin(optuna.Trial(study, again._trial_id)) == files.state(again.number)
+    assert of(files.state(again.number)) == "1.state.ckpt" and of(files.best(again.number)) == "1.ckpt"
+    assert kept(tmp_path) == both(1, again.number)
+
+
+@pytest.mark.parametrize("which", ["best", "state"])
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_trial_begins_anew_where_what_was_cut_off_left_no_whole_epoch(which, damage, tmp_path):
+    study, files = a_study(0.5), TrialFiles(tmp_path)
+    cut_off = add_trial(study, state=TrialState.FAIL)
+    again = add_trial(study, state=TrialState.RUNNING, again=cut_off.number)
+    leave_checkpoints(files, cut_off.number)
+    file = getattr(files, which)(cut_off.number)
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut short":
+        file.write_bytes(content[:-100])
+    assert files.begin(optuna.Trial(study, again._trial_id)) is None
+    assert not files.best(again.number).exists() and not files.state(again.number).exists()
 
 
 @pytest.fixture

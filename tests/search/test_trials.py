@@ -14,11 +14,14 @@ from waferlab.search.trials import (
     pack_answers,
     search_record,
     study_seconds,
+    take_up,
     to_go_on_with,
     trial_line,
     unpack_answers,
     worth_keeping,
 )
+from waferlab.training.callbacks import History
+from waferlab.training.checkpoints import CheckpointFiles
 
 DEFAULTS, OTHER = {"rate": 1.0}, {"rate": 2.0}
 LABELS, LOTS = np.arange(360) % 9, np.arange(360) // 18  # 20 lots with two maps of each class
@@ -42,6 +45,14 @@ def test_a_trial_that_was_cut_off_runs_again_and_counts_once_with_its_seconds():
     add_trial(study, state=TrialState.RUNNING)
     assert [trial.number for trial in counted_trials(study)] == [0, 2, 3, 4]
     assert study_seconds(study) == 8 + 12 + 4 + 2
+
+
+def test_a_trial_that_goes_on_counts_the_seconds_of_the_one_that_was_cut_off():
+    study = a_study()
+    add_trial(study, 0.5, start=0, seconds=10)
+    cut_off = add_trial(study, state=TrialState.FAIL, start=10, seconds=1000)  # the night is in these
+    add_trial(study, 0.6, start=1010, seconds=5, again=cut_off.number, seconds_before=7.0)
+    assert study_seconds(study) == 10 + 7 + 5
 
 
 @pytest.mark.parametrize(
@@ -167,10 +178,39 @@ def test_worth_keeping_are_those_that_no_other_beats_and_the_defaults():
     add_trial(study, 0.3, params=DEFAULTS)
     add_trial(study, 0.1, params=DEFAULTS)
     assert worth_keeping(study, DEFAULTS) == {1, 4}
+    lost = add_trial(study, state=TrialState.FAIL)
+    assert worth_keeping(study, DEFAULTS) == {1, 4, lost.number}  # until somebody finishes it
+    again = add_trial(study, state=TrialState.RUNNING, again=lost.number)
+    assert worth_keeping(study, DEFAULTS) == {1, 4, lost.number}
+    study.tell(again.number, 0.1)
+    assert worth_keeping(study, DEFAULTS) == {1, 4}
     front = optuna.create_study(directions=["maximize", "minimize"])
     for values in ((0.5, 10), (0.6, 20), (0.55, 30)):
         add_trial(front, values=values)
     assert worth_keeping(front, DEFAULTS) == {0, 1}
+
+
+def left_after(epochs, folder):
+    """A state that a trial left after epochs with these scores."""
+    history = History()
+    history.epochs = [{"epoch": n + 1, "val_macro_f1": score} for n, score in enumerate(epochs)]
+    file = folder / "0.state.ckpt"
+    CheckpointFiles().save_checkpoint({"callbacks": {"History": history.state_dict() | {"seconds": 12.0}}}, file)
+    return file
+
+
+def test_tracker_and_pruner_are_told_the_epochs_that_a_trial_brings_along(tmp_path, said):
+    trial = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner()).ask()
+    take_up(trial, left_after([0.25, 0.5], tmp_path), track=said.append)
+    assert said == [{"epoch": [1, 2], "val_macro_f1": [0.25, 0.5]}]
+    (told,) = trial.study.trials
+    assert told.intermediate_values == {0: 0.25, 1: 0.5} and told.user_attrs["seconds_before"] == 12.0
+
+
+def test_a_trial_that_the_pruner_would_have_stopped_is_stopped_when_it_is_taken_up(tmp_path, said):
+    trial = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.3)).ask()
+    with pytest.raises(optuna.TrialPruned, match="epoch 1"):
+        take_up(trial, left_after([0.4, 0.2, 0.4], tmp_path), track=said.append)
 
 
 # --- what a search found

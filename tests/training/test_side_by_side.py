@@ -285,7 +285,7 @@ class Slow(made_up.Scripted):
         super().on_train_epoch_start()
         time.sleep(3600 * json.loads(sys.argv[1])["slow"])
 
-register_model("slow", ModelSpec(Slow))
+register_model("slow", ModelSpec(Slow, portfolio=()))
 IntegratedMLPipeline(ExperimentConfig(**json.loads(sys.argv[1])["config"])).run_complete_pipeline()
 """
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 # What people call parameters elsewhere, and we call:
 ALSO_KNOWN_AS = {"dropout_rate": "dropout", "lr": "learning_rate", "batch": "batch_size"}
 
+# Times the default learning rate, which is what is most often wrong of a network that nobody has tuned. A search looks
+# no further than 8 times away.
+OTHER_RATES = (3, 1 / 3, 8, 1 / 8)
+
 
 def our_names(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """Parameters of a model and its training, under the names that they have here."""
@@ -38,7 +42,7 @@ class ModelSpec:
         defaults: what to build without a search, where it differs from the defaults of the class.
         portfolio: settings that a search tries after the defaults: they did best, or nearly, on other maps. Each has
             all that is searched, but for what is not asked for and so not named. Its learning rate belongs to a start
-            with the default one.
+            with the default one. None for an architecture that has not been tuned: see `OTHER_RATES`.
         in_all: whether model_type="all" means it too; the others are chosen by name.
     """
 
@@ -46,7 +50,7 @@ class ModelSpec:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     suggest: Callable[..., dict[str, Any]] = nothing_of_its_own
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    portfolio: Sequence[Mapping[str, Any]] = ()
+    portfolio: Sequence[Mapping[str, Any]] | None = None
     in_all: bool = False
 
     def parameters(self) -> dict[str, Any]:
@@ -59,9 +63,12 @@ class ModelSpec:
         ours = ("self", "class_weights", "num_classes", *self.fixed)
         return {name: value for name, value in found.items() if name not in ours} | dict(self.defaults)
 
-    def portfolio_around(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The portfolio, with its learning rates in proportion to the one that is taken without a search."""
-        share = learning_rate / self.parameters()["learning_rate"]
+    def portfolio_around(self, usual: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What a search tries after the parameters that are taken without one, rates in proportion to theirs."""
+        rate = usual["learning_rate"]
+        if self.portfolio is None:
+            return [{**usual, "learning_rate": rate * times} for times in OTHER_RATES]
+        share = rate / self.parameters()["learning_rate"]
         return [{**setting, "learning_rate": setting["learning_rate"] * share} for setting in self.portfolio]
 
     def choose(self, name: str, chosen: Mapping[str, Any], **ours: Any) -> dict[str, Any]:

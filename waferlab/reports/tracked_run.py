@@ -11,7 +11,7 @@ from typing import Any
 from waferlab.config import ExperimentConfig
 from waferlab.data.maps import CLASS_NAMES, WaferMaps
 from waferlab.data.splitting import Split
-from waferlab.records import ModelResult, TrainingRecord, environment
+from waferlab.records import ModelResult, environment
 from waferlab.reports.run_report import pictures_of_model
 from waferlab.reports.tables import comparison_rows, results_table, table_markdown
 from waferlab.tracking.runs import NoRuns, Run, RunTree
@@ -48,10 +48,16 @@ def start_pipeline_run(
     return run
 
 
-def track_epochs(runs: RunTree | NoRuns, run: Run, record: TrainingRecord) -> None:
-    """The epochs of a trial, for the run of the model that goes on from it: so its curves begin where it began."""
-    series = {name: values for name, values in record.history.items() if name not in ("epoch", "learning_rate")}
-    for i, epoch in enumerate(record.history["epoch"]):
+def track_epochs(runs: RunTree | NoRuns, run: Run, history: Mapping[str, Sequence[float]]) -> None:
+    """The epochs of a trial, for the run of what goes on from it: so its curves begin where it began.
+
+    Args:
+        runs: the tree.
+        run: of what goes on.
+        history: see `History.series`.
+    """
+    series = {name: values for name, values in history.items() if name not in ("epoch", "learning_rate")}
+    for i, epoch in enumerate(history["epoch"]):
         runs.metrics(run, {name: values[i] for name, values in series.items()}, step=int(epoch))
 
 

@@ -111,6 +111,7 @@ class ModelSearch:
             KeyboardInterrupt: interrupted; trials that were cut off are in the queue again.
         """
         shared = self.config.storage is not None
+        self._forget_beaten(self.study)  # and what an earlier search has left
         if shared and self.leads:
             self._tell_who_joins(runs)
         with interrupts_kept(), self._lost_trials_watched():
@@ -146,7 +147,7 @@ class ModelSearch:
             return objective(trial)
 
         def report(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            self.files.forget_all_but(worth_keeping(study, self.defaults), study)
+            self._forget_beaten(study)
             if "surplus" not in trial.user_attrs:
                 say(trial_line(study, trial, wanted=self.plan.trials, seconds_left=self.budget.left()))
 
@@ -156,6 +157,9 @@ class ModelSearch:
                     run, n_trials=1, callbacks=[report], catch=(TrialFailedError, SurplusTrialError),
                     gc_after_trial=True,
                 )  # fmt: skip
+
+    def _forget_beaten(self, study: optuna.Study) -> None:
+        self.files.forget_all_but(worth_keeping(study, self.defaults), study)
 
     # --- with others
 

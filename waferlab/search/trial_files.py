@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
+
+from waferlab.errors import DamagedFileError
+from waferlab.training.checkpoints import checkpoint_digest
+
+
+def repeated_by(trial: BaseTrial, trials: Sequence[FrozenTrial]) -> Iterator[int]:
+    """The numbers of the trials that were cut off and that this one is to finish, the last of them first."""
+    while (number := trial.user_attrs.get("again")) is not None:
+        yield number
+        trial = trials[number]
 
 
 class TrialFiles:
@@ -33,6 +45,27 @@ class TrialFiles:
     def state(self, number: int) -> Path:
         """Where the state after a trial's last epoch is, or will be."""
         return self.folder / f"{number}.state.ckpt"
+
+    def begin(self, trial: optuna.Trial) -> Path | None:
+        """The state that a trial goes on from: after the last whole epoch of the one that was cut off in its place.
+
+        It is a copy, as is that of the best weights: whoever was taken for dead may come back and write to the others.
+        None if nothing was cut off, or not even an epoch of it is here, whole.
+        """
+        ours = (self.best(trial.number), self.state(trial.number))
+        for file in ours:
+            file.unlink(missing_ok=True)
+        for number in repeated_by(trial, trial.study.get_trials(deepcopy=False)):
+            theirs = (self.best(number), self.state(number))
+            with suppress(DamagedFileError):  # of which a missing one is a kind
+                for file in theirs:
+                    checkpoint_digest(file)
+                for file, place in zip(theirs, ours, strict=True):
+                    unfinished = place.with_name(f"{place.name}.unfinished")
+                    shutil.copyfile(file, unfinished)
+                    os.replace(unfinished, place)
+                return ours[1]
+        return None
 
     def share(self, trial: optuna.Trial) -> None:
         """Leaves a trial's files where the others can fetch them."""

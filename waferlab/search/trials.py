@@ -7,6 +7,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from waferlab.errors import SearchFailedError
 from waferlab.evaluation.metrics import compare_macro_f1
 from waferlab.evaluation.predictions import Predictions
 from waferlab.records import BestTrial, SearchRecord, TrainingRecord, TrialRecord
-from waferlab.search.trial_files import TrialFiles
+from waferlab.search.trial_files import TrialFiles, repeated_by
+from waferlab.training.callbacks import History
+from waferlab.training.checkpoints import read_checkpoint
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:
@@ -50,11 +54,15 @@ def trial_tag(trial: optuna.Trial) -> dict[str, str]:
 
 
 def study_seconds(study: optuna.Study) -> float:
-    """Seconds in which a trial was running that has come to its end: those of trials side by side count once."""
+    """Seconds in which a trial was running that has come to its end: those of trials side by side count once.
+
+    One that went on where another was cut off has the seconds of that one, too.
+    """
     seconds, until = 0.0, None
-    done = (t for t in counted_trials(study) if t.datetime_start is not None)
-    for trial in sorted(done, key=lambda trial: trial.datetime_start):
-        start = trial.datetime_start if until is None else max(until, trial.datetime_start)
+    done = [t for t in counted_trials(study) if t.datetime_start is not None]
+    starts = {t.number: t.datetime_start - timedelta(seconds=t.user_attrs.get("seconds_before", 0.0)) for t in done}
+    for trial in sorted(done, key=lambda trial: starts[trial.number]):
+        start = starts[trial.number] if until is None else max(until, starts[trial.number])
         seconds += max(0.0, (trial.datetime_complete - start).total_seconds())
         until = trial.datetime_complete if until is None else max(until, trial.datetime_complete)
     return seconds
@@ -142,11 +150,41 @@ def to_go_on_with(study: optuna.Study, defaults: Mapping[str, Any], validation: 
 
 
 def worth_keeping(study: optuna.Study, defaults: Mapping[str, Any]) -> set[int]:
-    """The numbers of the trials that may still be gone on with: those that no other beats, and the defaults."""
+    """The numbers of the trials that may still be gone on with.
+
+    Those that no other beats, the defaults, and what was cut off and is not finished yet.
+    """
+    trials = study.get_trials(deepcopy=False)
+    lost = lost_and_not_queued(study)
+    to_finish = [trial for trial in trials if not trial.state.is_finished()] + lost
+    cut_off = {trial.number for trial in lost} | {n for trial in to_finish for n in repeated_by(trial, trials)}
     if not completed(study):
-        return set()
+        return cut_off
     ours = max((t for t in completed(study) if t.params == defaults), key=lambda t: t.values[0], default=None)
-    return {trial.number for trial in study.best_trials} | ({ours.number} if ours else set())
+    return cut_off | {trial.number for trial in study.best_trials} | ({ours.number} if ours else set())
+
+
+def take_up(trial: optuna.Trial, state: Path, *, track: Callable[[dict[str, list[float]]], None]) -> None:
+    """Tells tracker and pruner of the epochs that a trial brings along from the one that was cut off in its place.
+
+    Args:
+        trial: that goes on.
+        state: from where, see `TrialFiles.begin`.
+        track: is given the series of these epochs, see `History.series`.
+
+    Raises:
+        optuna.TrialPruned: it is to stop; the one that was cut off would have been as well.
+    """
+    history = History()
+    history.load_state_dict(read_checkpoint(state)["callbacks"][history.state_key])
+    track(history.series())
+    trial.set_user_attr("seconds_before", history.seconds_before)
+    if len(trial.study.directions) > 1:  # several values cannot be pruned on
+        return
+    for epoch in history.epochs:
+        trial.report(epoch["val_macro_f1"], step=int(epoch["epoch"]) - 1)
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"Trial was pruned at epoch {int(epoch['epoch']) - 1}.")
 
 
 # ------------------------------------------------------------------------------------------------ what came of it

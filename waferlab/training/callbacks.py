@@ -211,6 +211,15 @@ class BestAnswers(pl.Callback):
             self.best, self._score = torch.cat(self._batches).numpy(), score
         self._batches = []
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Keeps them beside the callbacks' own: a training that goes on without this callback would miss them there."""
+        checkpoint["best_answers"] = {"answers": torch.from_numpy(self.best), "score": self._score}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Takes up those of the run that is resumed."""
+        kept = checkpoint["best_answers"]
+        self.best, self._score = kept["answers"].numpy(), kept["score"]
+
 
 class EpochLines(pl.Callback):
     """Prints a line an epoch, with the time left, where no bar shows the progress.
