@@ -165,27 +165,29 @@ def run_and_report(arguments: argparse.Namespace) -> None:
 def pretrain_all(arguments: argparse.Namespace) -> None:
     """The work of pretrain, a network after the other."""
     from integrated_pipeline import ExperimentConfig, IntegratedMLPipeline
+    from waferlab.training.checkpoints import hold_folders
     from waferlab.training.pretraining import DEFAULT_MAPS, pretrain
 
     config = ExperimentConfig(**_options(arguments) | {"use_pretrained": False})
     pipeline = IntegratedMLPipeline(config)
-    for model_type in config.model_types():
-        if not config.quiet:
-            print(model_type, flush=True)
-        file = pretrain(
-            model_type,
-            make=partial(pipeline.create_model, model_type),
-            fit=partial(pipeline.fit, model_type),
-            precision=pipeline.precision(model_type),
-            folder=config.generated_weights_dir,
-            maps=DEFAULT_MAPS if arguments.maps is None else arguments.maps,
-            seed=config.seed,
-            image_size=config.image_size,
-            resume=config.resume,
-            say=(lambda text: None) if config.quiet else (lambda text: print(text, flush=True)),
-        )
-        if config.quiet:
-            print(file, flush=True)
+    with hold_folders(config.generated_weights_dir):
+        for model_type in config.model_types():
+            if not config.quiet:
+                print(model_type, flush=True)
+            file = pretrain(
+                model_type,
+                make=partial(pipeline.create_model, model_type),
+                fit=partial(pipeline.fit, model_type),
+                precision=pipeline.precision(model_type),
+                folder=config.generated_weights_dir,
+                maps=DEFAULT_MAPS if arguments.maps is None else arguments.maps,
+                seed=config.seed,
+                image_size=config.image_size,
+                resume=config.resume,
+                say=(lambda text: None) if config.quiet else (lambda text: print(text, flush=True)),
+            )
+            if config.quiet:
+                print(file, flush=True)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, object]:

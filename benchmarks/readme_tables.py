@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import fault_tables
 from devices import table_of_devices
 from guide import table_of_chapters
 from idea import table_of_the_idea
@@ -670,6 +671,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "devices": table_of_devices,
     "guide": table_of_chapters,
     "workers": table_of_workers,
+    **{name: getattr(fault_tables, name) for name in ("kills", "writes", "stops", "scarce", "fuzz", "soak")},
     "lswmd_conversion": lswmd_conversion,
     "generator_realism": generator_realism,
     "label_audit": table_of_audit,

@@ -47,11 +47,11 @@ def tiny_npz(tmp_path, tiny_arrays):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, tiny_maps):
-    """A function from a model type to the file that `test_onnx_export.model_of` gives for 32 pixels, half sure.
+    """A function from a model type to the file of `test_onnx_export.model_of` and `decision_for`, for 32 pixels.
 
     Exporting takes longer than most tests, so all that run side by side share these files.
     """
-    from deployment.test_onnx_export import half_sure, model_of
+    from deployment.test_onnx_export import decision_for, model_of
     from filelock import FileLock
 
     from waferlab.deployment.onnx_export import export_onnx
@@ -65,7 +65,7 @@ def exported(tmp_path_factory, tiny_maps):
         with FileLock(folder / f"{model_type}.lock"):
             if not file.exists():
                 model = model_of(model_type)
-                export_onnx(model, file, image_size=32, decision=half_sure(model, tiny_maps))
+                export_onnx(model, file, image_size=32, decision=decision_for(model_type, model, tiny_maps))
             return file
 
     return export
@@ -77,7 +77,10 @@ def executed_chapter(tmp_path_factory):
 
     An error in a cell, a claim that does not hold for one, is raised. Those that run side by side share the notebooks.
     """
+    from unittest import mock
+
     import nbformat
+    import warm
     from filelock import FileLock
     from nbclient import NotebookClient
 
@@ -93,8 +96,12 @@ def executed_chapter(tmp_path_factory):
             if not file.exists():
                 work.mkdir(exist_ok=True)
                 notebook = read_chapter(chapter.read_text())
-                client = NotebookClient(notebook, timeout=240, resources={"metadata": {"path": work}})
-                client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
+                client = NotebookClient(
+                    notebook, timeout=240, resources={"metadata": {"path": work}},
+                    extra_arguments=["--matplotlib=inline"],
+                )  # fmt: skip
+                with mock.patch("jupyter_client.launcher.Popen", warm.Popen):  # a real kernel, but a forked one
+                    client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
                 nbformat.write(notebook, file)
         return file
 

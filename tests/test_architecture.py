@@ -54,12 +54,11 @@ def lines(name):
     return len((ROOT / name).read_text().splitlines())
 
 
-@pytest.mark.parametrize("contract", CONTRACTS)
-def test_imports_go_the_way_that_pyproject_says(contract):
-    code = "import sys; from importlinter.cli import lint_imports as lint;"
-    code += "sys.exit(lint(limit_to_contracts=(sys.argv[1],), no_cache=True, no_logo=True))"
-    done = subprocess.run([sys.executable, "-c", code, contract], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{CONTRACTS[contract]}:\n{done.stdout}{done.stderr}"
+def test_imports_go_the_way_that_pyproject_says():
+    code = "import sys; from importlinter.cli import lint_imports as lint; sys.exit(lint(no_cache=True, no_logo=True))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert f"{len(CONTRACTS)} kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize("name", sorted({*ALLOWED_TOOLS, *SCRIPTS}))

@@ -1,10 +1,13 @@
 """The Hydra example: groups, overrides, one run for each combination, and what it says when it cannot."""
 
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 pytest.importorskip("hydra", reason="the extra `hydra` is not installed")
 FILE = Path(__file__).resolve().parent.parent / "examples" / "hydra_app.py"
@@ -52,6 +55,19 @@ def test_a_multirun_is_a_run_for_each_combination_in_a_folder_of_its_own(app, ca
         (1, "all"): "hydra_seed=1_model=all",
     }
     assert capsys.readouterr().out.count("macro F1 {'any': 0.5}") == 4
+
+
+def test_a_multirun_trains_and_scores_each_of_its_runs(tiny_npz, tmp_path):
+    small = [f"{name}=false" for name in ("enable_optuna", "enable_mlflow", "use_pretrained")]
+    small += ["image_size=16", "batch_size=16", "max_epochs=1", "threads=1", "quiet=true", "time_limit=null"]
+    asked = ["--multirun", "seed=0,1", "model=small", f"data={tiny_npz}", f"output_dir={tmp_path}", *small]
+    done = warm.run([sys.executable, FILE, *asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scores = re.findall(r"^hydra_seed=\d: macro F1 \{'lightning_cnn': 0\.\d+\}$", done.stdout, re.M)
+    files = sorted((tmp_path / "results").glob("*/experiment_summary.json"))
+    summaries = [json.loads(file.read_text()) for file in files]
+    assert len(scores) == 2 and [summary["config"]["seed"] for summary in summaries] == [0, 1]
+    assert len({summary["split"]["fingerprint"] for summary in summaries}) == 2
 
 
 def test_several_runs_are_started_only_if_asked_for(app, capsys):

@@ -61,10 +61,10 @@ def trained_on_images(repository, tiny_maps):
     from waferlab.data.maps import CLASS_NAMES
 
     greys = np.array([0, 128, 255], np.uint8)  # black, grey, white
-    for number, (one, label) in enumerate(zip(tiny_maps, tiny_maps.labels, strict=True)):
-        folder = repository / "my_images" / CLASS_NAMES[label]
+    for number in range(0, len(tiny_maps), 3):
+        folder = repository / "my_images" / CLASS_NAMES[tiny_maps.labels[number]]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(greys[one]).save(folder / f"wafer_{number}.png")
+        Image.fromarray(greys[tiny_maps[number]]).save(folder / f"wafer_{number}.png")
     (repository / "tomorrows_images").mkdir()
     for number in range(5):
         Image.fromarray(greys[tiny_maps[number]]).save(repository / f"tomorrows_images/{number}.png")
@@ -86,7 +86,8 @@ def test_new_maps_are_answered_over_http(trained_on_images):
     typed = commands_in((HOW_TO / "serving.md").read_text())
     start = next(command for command in typed if "--serve" in command)
     question = next(command for command in typed if "curl" in command and "8000" in command)
-    server = subprocess.Popen(shlex.split(f"{start} --port 0"), stdout=subprocess.PIPE, text=True, **shell(folder))
+    _, *words = shlex.split(f"{start} --port 0")
+    server = warm.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True, **shell(folder))
     try:
         address = next(found[0] for line in server.stdout if (found := re.search(r"http://[0-9.:]+", line)))
         answer = ask(question.replace("http://127.0.0.1:8000", address))

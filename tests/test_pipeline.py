@@ -1,7 +1,10 @@
 """Promises about a whole run: outputs, honesty, resume after a kill, clear errors."""
 
+import errno
 import io
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -411,8 +414,73 @@ def test_every_error_of_ours_is_one_line_with_its_status(error, status, capsys):
     assert capsys.readouterr().err == "error: what, why and the remedy\n"
 
 
+WITH_SMALL_FILES = """
+import resource, runpy, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "status", "said"),
+    [
+        (1000, 2, "cannot be written"),  # said before any work
+        (400_000, 1, "error: a checkpoint could not be written. Make room on the disk"),
+    ],
+)
+def test_where_files_cannot_grow_a_sentence_says_so_and_with_room_the_run_goes_on(
+    limit, status, said, tiny_npz, tmp_path
+):
+    command = [sys.executable, "-c", WITH_SMALL_FILES]
+    script = ["run_experiment.py", "--mode", "production", "--models", "lightning_cnn", "--epochs", 2, "--no-mlflow"]
+    script += ["--data", tiny_npz, "--output-dir", tmp_path, "image_size=16", "enable_optuna=false"]
+    script += ["use_pretrained=false"]
+
+    def run(limit, *more):
+        given = [*command, limit, ROOT / script[0], *script[1:], *more]
+        return warm.run(list(map(str, given)), capture_output=True, text=True)
+
+    done = run(limit)
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1) and said in done.stderr
+    assert not list(tmp_path.rglob("*.unfinished")) and not list(tmp_path.rglob("experiment_summary.json"))
+    done = run(resource.RLIM_INFINITY, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("experiment_summary.json"))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "error: No space left on device (a/file). Make room on the disk."),
+        (errno.EDQUOT, "error: Disk quota exceeded (a/file). Make room in your quota."),
+        (errno.EMFILE, "error: Too many open files (a/file). Raise the limit of open files (ulimit -n)."),
+        (errno.EROFS, "error: Read-only file system (a/file). Choose an --output-dir on a disk that can be written."),
+    ],
+)
+def test_what_the_machine_refuses_is_a_sentence_with_its_remedy(number, said, capsys):
+    def work():
+        raise OSError(number, os.strerror(number), "a/file")
+
+    assert command_line.run(work) == 1
+    assert capsys.readouterr().err == f"{said} Finished epochs are kept: repeat the command with --resume then.\n"
+    assert command_line.run(work, when_stopped="again") == 1
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback():
+    for error in (FileNotFoundError(errno.ENOENT, "gone"), RuntimeError("what nobody thought of")):
+        with pytest.raises(type(error)):
+            command_line.run(partial(throw, error))
+
+
+def throw(error):
+    raise error
+
+
 def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz, tmp_path):
-    command = [sys.executable, ROOT / "quick_start.py", "--data", tiny_npz, "--output-dir", tmp_path]
+    given = ["--data", tiny_npz, "--output-dir", tmp_path, "--no-mlflow", "image_size=16"]
+    command = [sys.executable, ROOT / "quick_start.py", *given]
     child = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "checkpoints" / "quick_start" / "torchvision_resnet"
     deadline = time.monotonic() + 120
@@ -423,7 +491,7 @@ def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
     assert f"--data {tiny_npz}" in errors and errors.rstrip().endswith("--resume") and "Traceback" not in errors
-    done = run_script("--data", tiny_npz, "--output-dir", tmp_path, "--resume")
+    done = run_script(*given, "--resume")
     assert done.returncode == 0, done.stderr
     assert "epoch 1/5" not in done.stdout and "epoch 5/5" in done.stdout
     assert "torchvision_resnet Results: accuracy" in done.stdout

@@ -1,11 +1,13 @@
 """Promises about records: what is written to JSON comes back as it was, with a text for people beside it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from made_up import a_record
 
-from waferlab.records import StartingWeights, TrainingRecord, write_summary
+from integrated_pipeline import ExperimentConfig
+from waferlab.records import StartingWeights, TrainingRecord, decided_by_time, write_summary
 
 WEIGHTS = [
     (StartingWeights("random", reason="not asked for"), "random (not asked for)"),
@@ -24,3 +26,21 @@ def test_a_record_comes_back_from_json_as_it_was(weights, text, tmp_path):
     again = TrainingRecord.from_json(written)
     assert again == record and again.weights == weights
     assert again.val_macro_f1 == record.val_macro_f1 == 0.75
+
+
+def a_result(**more):
+    return SimpleNamespace(**{"model_type": "made_up", "epochs": 7, "search": None, "precision": "32-true"} | more)
+
+
+def test_a_summary_says_which_figures_another_run_may_not_repeat():
+    fixed = {"time_limit": None, "threads": 1, "precision": "32-true", "workers": 1}
+    searched = a_result(search=SimpleNamespace(workers=1, trials=[1, 2, 3]))
+    assert decided_by_time(ExperimentConfig(**fixed), [a_result(), searched]) == []
+    (said,) = decided_by_time(ExperimentConfig(**fixed | {"time_limit": 60}), [a_result(), searched])
+    assert "time_limit=60" in said and "7 of made_up, 7 of made_up epochs and 3 trials" in said
+    (said,) = decided_by_time(ExperimentConfig(**fixed), [a_result(search=SimpleNamespace(workers=2, trials=[]))])
+    assert "workers=1 repeats" in said
+    (said,) = decided_by_time(ExperimentConfig(**fixed | {"threads": None}), [a_result()])
+    assert "threads=1 repeats" in said
+    (said,) = decided_by_time(ExperimentConfig(**fixed | {"precision": "auto"}), [a_result(), a_result(precision="16")])
+    assert "took what was quickest here: 16, 32-true." in said

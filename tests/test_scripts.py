@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 import warm
 
@@ -207,15 +208,17 @@ def test_a_wrong_option_is_one_message_and_status_2(arguments, said, capsys, tmp
         ("- seed\n", "holds no options"),
         ("", "holds no options"),
         ("seed: [1\n", "cannot be read as YAML"),
-        ("seed: !!python/object/apply:os.getpid []\n", "cannot be read as YAML"),
+        ("seed: !!python/object/apply:os.mkdir [ran]\n", "cannot be read as YAML"),
     ],
 )
-def test_a_wrong_file_is_named_with_what_is_wrong(text, said, tmp_path, capsys):
+def test_a_wrong_file_is_named_with_what_is_wrong(text, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     assert call("quick_start", "--config", file) == 2
     found = capsys.readouterr().err
     assert found.startswith(f"error: {file}") and said in found
+    assert list(tmp_path.iterdir()) == [file]  # no code that the file asks for has run
 
 
 def test_seeds_that_are_none_are_refused_by_name(capsys):
@@ -230,6 +233,21 @@ def test_the_file_that_a_run_leaves_repeats_it(configured, tmp_path):
     first.write_yaml(tmp_path / "config.yaml")
     again = configured("quick_start", "--config", tmp_path / "config.yaml", "--output-dir", tmp_path)
     assert again == replace(first, output_dir=str(tmp_path), objectives=["macro_f1"])
+
+
+def test_no_file_no_line_and_no_run_of_a_whole_run_holds_a_password(postgres, tiny_npz, tmp_path, capfd):
+    storage = postgres.url.replace("optuna@", "optuna:s3cret@")  # the server lets everybody in
+    small = ("image_size=16", "search_epochs=1", "threads=1", "workers=1", "use_pretrained=false")
+    run = ("run_experiment", "--mode", "production", "--models", "lightning_cnn", "--trials", 1, "--epochs", 1, *small)
+    assert call(*run, "--data", tiny_npz, "--output-dir", tmp_path, f"storage={storage}") == 0
+    written = [file for file in tmp_path.rglob("*") if file.is_file() and file != tiny_npz]
+    assert {"experiment_summary.json", "report.html", "config.yaml", "mlflow.db"} <= {file.name for file in written}
+    assert [file for file in written if b"s3cret" in file.read_bytes()] == []
+    summary = next(file for file in written if file.name == "experiment_summary.json").read_text()
+    assert "storage=postgresql+psycopg://optuna@127.0.0.1" in summary
+    assert "s3cret" not in "".join(capfd.readouterr())
+    (study,) = optuna.get_all_study_summaries(postgres.url)
+    assert "s3cret" not in str(study.user_attrs) and study.user_attrs["search"]
 
 
 def test_a_password_in_an_address_is_written_nowhere(configured, tmp_path):

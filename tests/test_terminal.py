@@ -59,6 +59,17 @@ def test_a_table_is_printed_without_markup_or_escapes(terminal):
     assert "---" not in printed(terminal) and "&amp;" not in printed(terminal)
 
 
+def test_what_others_have_named_moves_no_cursor_and_renames_no_window(capsys):
+    terminal = Terminal(Console(file=io.StringIO(), width=200, highlight=False))
+    nasty = "lot \x1b]0;owned\x07\x1b[2J\x9b1A\rgone"
+    words = r"lot \x1b]0;owned\x07\x1b[2J\x9b1A\x0dgone"
+    terminal.say(nasty)
+    terminal.print_table(Table((nasty, "maps"), [(nasty, "1")], note=nasty))
+    terminal.warn(nasty)
+    assert printed(terminal).count(words) == 4 and capsys.readouterr().err == f"{words}\n"
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(printed(terminal))
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [

@@ -21,9 +21,10 @@ class UnreliableServer:
     """
 
     def __init__(self, folder: Path):
+        import warm
         from mlflow import MlflowClient
 
-        self._process = subprocess.Popen(
+        self._process = warm.Popen(
             [sys.executable, __file__, folder], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -60,7 +61,10 @@ def serve(folder: Path) -> None:
     from mlflow.server import app
     from mlflow.server.handlers import initialize_backend_stores
 
+    from waferlab.tracking.runs import make_database
+
     uri = f"sqlite:///{folder / 'server.db'}"
+    make_database(folder / "server.db", files=str(folder / "files"))
     initialize_backend_stores(uri, uri, default_artifact_root=str(folder / "files"))
     shutil.copy(folder / "server.db", folder / "fresh.db")
     state = {"down": False, "failures": 0, "lost": None, "requests": 0}

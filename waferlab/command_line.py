@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waferlab.errors import ConfigError, RunError, UserError
+from waferlab.errors import ConfigError, RunError, UserError, printable, refused_by_the_machine
+from waferlab.tracking.addresses import without_password
 
 if TYPE_CHECKING:
     from integrated_pipeline import IntegratedMLPipeline
@@ -150,9 +150,10 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
     try:
         work()
     except KeyboardInterrupt as stopped:
-        again = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        again += [] if "--resume" in again else ["--resume"]
-        hint = when_stopped or f"Finished epochs are kept. To go on: python {shlex.join(again)}"
+        from waferlab.records import command_line_used  # here, as --help need not wait for what it imports
+
+        again = command_line_used() + ("" if "--resume" in sys.argv else " --resume")
+        hint = when_stopped or f"Finished epochs are kept. To go on: {again}"
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(" ".join(["\nStopped.", *map(str, stopped.args), hint]), file=sys.stderr)
         return 128 + stopped_by[-1]
@@ -160,6 +161,13 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
         print(f"error: {error}. Install what is needed: pip install -r requirements.txt", file=sys.stderr)
         return 1
     except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(without_password(str(error)))}", file=sys.stderr)
         return error.exit_status
+    except (OSError, RuntimeError) as error:
+        if (refused := refused_by_the_machine(error)) is None:
+            raise
+        kept = "" if when_stopped else " Finished epochs are kept: repeat the command with --resume then."
+        with contextlib.suppress(OSError):
+            print(f"error: {printable(refused)}.{kept}", file=sys.stderr)
+        return RunError.exit_status
     return 0

@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+
+# What a machine may refuse a program in the middle of its work, and the remedy.
+REMEDIES = {
+    errno.ENOSPC: "Make room on the disk",
+    errno.EDQUOT: "Make room in your quota",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "Choose an --output-dir on a disk that can be written",
+    errno.EACCES: "Change its rights, or choose another --output-dir",
+    errno.EPERM: "Change its rights, or choose another --output-dir",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "Close other programs, which have too many files open",
+    errno.ELOOP: "A link stands where this program wants a file of its own: remove it",
+    errno.EIO: "Look after the disk, or choose another --output-dir",
+}
+
+# What a terminal would carry out, such as to rename its window, if a lot or a file had it in its name.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """A text with others' names in it, as it may be printed: control characters in words."""
+    return text.translate(CONTROLS)
+
 
 class UserError(ValueError):
     """What was asked for cannot be done; the message names the value, the reason and the remedy."""
@@ -53,6 +77,16 @@ class TrialFailedError(RuntimeError):
 
 class SurplusTrialError(RuntimeError):
     """A trial more than wanted: another machine has started the last one at the same moment."""
+
+
+def refused_by_the_machine(error: Exception) -> str | None:
+    """What the machine refused and the remedy, if that is what an error is of: a full disk, rights, too many files."""
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}. {REMEDIES[error.errno]}"
+    if "inline_container.cc" in str(error):  # PyTorch's writer of archives, which does not tell why
+        return f"a checkpoint could not be written. {REMEDIES[errno.ENOSPC]}, or look after its rights"
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:

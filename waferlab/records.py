@@ -22,6 +22,7 @@ import numpy as np
 
 from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps
 from waferlab.data.splitting import SPLITS, Split
+from waferlab.tracking.addresses import without_password
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_SCHEMA_VERSION = 1
@@ -273,8 +274,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace cannot cross disks
+    temporary.unlink(missing_ok=True)
     try:
-        temporary.write_bytes(data)
+        with temporary.open("xb") as file:  # made here: a link that somebody has put there is not followed
+            file.write(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -331,8 +334,34 @@ def summarise(
         ],
         "best_model": best,
         "best_model_rule": "highest macro F1 on the validation part",
+        "decided_by_time": decided_by_time(config, results),
         "seconds": seconds,
     }
+
+
+def decided_by_time(config: Any, results: Sequence[ModelResult]) -> list[str]:
+    """What followed the speed and load of the machine, in sentences; with none, a repetition gives the same figures.
+
+    Args:
+        config: the configuration.
+        results: what came of it.
+    """
+    said = []
+    if config.time_limit is not None:
+        epochs = ", ".join(f"{result.epochs} of {result.model_type}" for result in results)
+        trials = sum(len(result.search.trials) for result in results if result.search)
+        said.append(
+            f"time_limit={config.time_limit:g} let the machine's speed decide how much was trained: here {epochs} "
+            f"epochs and {trials} trials."
+        )
+    if any(result.search and result.search.workers > 1 for result in results):
+        said.append("Trials ran side by side, compared with those that had come as far. workers=1 repeats them.")
+    if config.threads is None:
+        said.append("The quickest number of threads was taken: sums in another order differ. threads=1 repeats them.")
+    if config.precision == "auto":
+        precisions = ", ".join(sorted({result.precision for result in results}))
+        said.append(f"precision='auto' took what was quickest here: {precisions}. Name it, to have it elsewhere.")
+    return said
 
 
 def _verdict(results: Sequence[ModelResult], best: str) -> str:
@@ -351,8 +380,8 @@ def _verdict(results: Sequence[ModelResult], best: str) -> str:
 
 
 def command_line_used() -> str:
-    """How this program was started, without the folder it lies in."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """How this program was started, without the folder it lies in and passwords of addresses."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *map(without_password, sys.argv[1:])])
 
 
 def environment() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.progress import track
 from waferlab.config import ExperimentConfig
 from waferlab.data.maps import WaferMaps
 from waferlab.data.splitting import Split
+from waferlab.errors import printable
 from waferlab.records import ModelResult, SearchRecord, StartingWeights
 from waferlab.reports import tables as reports
 from waferlab.reports.columns import InColumns
@@ -68,11 +69,11 @@ class Terminal:
 
     def say(self, text: str, *, style: str | None = None) -> None:
         """Prints a line as it is: brackets in a path are no markup. The terminal wraps; a log keeps whole lines."""
-        self.console.print(text, soft_wrap=True, markup=False, emoji=False, style=style)
+        self.console.print(printable(text), soft_wrap=True, markup=False, emoji=False, style=style)
 
     def warn(self, text: str) -> None:
         """Prints a line to the standard error, from any thread."""
-        self._errors.print(text)
+        self._errors.print(printable(text))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

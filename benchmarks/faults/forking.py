@@ -43,6 +43,7 @@ def import_everything() -> None:
     from waferlab.deployment.onnx_export import export_onnx
     from waferlab.tracking import loggers, runs  # noqa: F401
 
+    runs.empty_database()
     torch.set_num_threads(1)  # a fork would lose the others, and the one that watches progress bars
     tqdm.tqdm.monitor_interval = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -67,14 +68,20 @@ def fork(
         first: called in it before the program begins.
     """
     sys.stdout.flush()
+    hears, tells = os.pipe()
     child = os.fork()
     if child:
+        os.close(tells)
+        os.read(hears, 1)  # ends when the child has its session: who asks for its process group must not get ours
+        os.close(hears)
         return child
     status = 70
     try:
+        os.close(hears)
         atexit._clear()  # what the parent would do at its end is none of this program's
         if session:
             os.setsid()
+        os.close(tells)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for place, file in enumerate(files):
@@ -96,7 +103,7 @@ def _as_program(args: list[str]) -> int:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    while args[0] == "-u":
+    while args[0] == "-u" or args[0].startswith("-X"):
         args = args[1:]
     sys.path[:] = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
     status: int = 0

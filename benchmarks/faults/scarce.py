@@ -86,6 +86,8 @@ def live(
             os.killpg(child, signal.SIGKILL)
         if status not in (0, 1, 2):
             found.append(f"status {status}")
+        if status in (1, 2) and "error: " not in said:
+            found.append(f"status {status} without a sentence: {said[-300:]}")
         if "Traceback" in said:
             found.append(f"a traceback: {said[said.index('Traceback') :][-900:]}")
         enlarge()

@@ -11,26 +11,42 @@ from typing import Any
 
 import numpy as np
 
-LEFT_BEHIND = (".tmp", ".partial")
+LEFT_BEHIND = (".tmp", ".partial", ".unfinished")
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What two runs that ended alike have in common: best trials, scores, and digests of the weights."""
+    """What two runs that ended alike have in common: best trials, scores, and digests of the weights.
+
+    Raises:
+        ValueError: nothing of that is there, so that any two runs would be alike.
+    """
     import torch
+    from safetensors.torch import load_file
 
     found: dict[str, Any] = {}
     for file in files_of(folder, "best.ckpt"):
         weights = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
-        digest = hashlib.sha256(b"".join(name.encode() + value.numpy().tobytes() for name, value in weights.items()))
-        found[str(file.relative_to(folder))] = digest.hexdigest()
-    for file in files_of(folder, "experiment_summary.json"):
-        summary = json.loads(file.read_text())
-        name = str(file.relative_to(folder))
-        for model in summary.get("models", []):
-            best = (model.get("search") or {}).get("best") or {}
-            chosen = best.get("parameters"), best.get("values")
-            found[f"{name} {model['model_type']}"] = [model["test"]["macro_f1"], *chosen]
+        found[str(file.relative_to(folder))] = _digest(weights)
+    for file in files_of(folder, "*.safetensors"):  # of pre-training
+        found[str(file.relative_to(folder))] = _digest(load_file(file))
+    for file in files_of(folder, "*.json"):
+        record, name = json.loads(file.read_text()), str(file.relative_to(folder))
+        if file.name == "experiment_summary.json":
+            for model in record["models"]:
+                best = (model.get("search") or {}).get("best") or {}
+                chosen = best.get("parameters"), best.get("values")
+                found[f"{name} {model['model_type']}"] = [model["test"]["macro_f1"], *chosen]
+        elif record.get("mode") in ("comparison", "ablation"):
+            for run in record["runs"]:
+                found[f"{name} {run['variant']} {run['seed']}"] = run["macro_f1"]
+    if not found:
+        raise ValueError(f"{folder} holds neither weights nor scores")
     return found
+
+
+def _digest(weights: dict[str, Any]) -> str:
+    parts = (name.encode() + value.numpy().tobytes() for name, value in weights.items())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
@@ -87,6 +103,12 @@ def _read_model(file: Path) -> None:
     onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
 
+def _read_weights(file: Path) -> None:
+    from safetensors.torch import load_file
+
+    load_file(file)
+
+
 def _read_yaml(file: Path) -> None:
     import yaml
 
@@ -102,6 +124,7 @@ READERS = {
     ".json": lambda file: json.loads(file.read_text()),
     ".ckpt": _read_checkpoint,
     ".npz": _read_arrays,
+    ".safetensors": _read_weights,
     ".png": _read_picture,
     ".onnx": _read_model,
     ".yaml": _read_yaml,

@@ -99,6 +99,22 @@ print("commit:", pipeline_run.data.tags.get("commit", "not in a repository"))
 assert pipeline_run.data.tags["process"]
 
 # %% [markdown]
+# An abandoned run, such as one of a process of this number that began earlier, and the next start of the project:
+
+# %%
+from pathlib import Path
+
+from waferlab.tracking.runs import RunTree
+
+host, number, began = pipeline_run.data.tags["process"].rsplit(" ", 2)
+gone = f"{host} {number} {int(began) - 1000}"
+abandoned = client.create_run(experiment.experiment_id, run_name="abandoned", tags={"process": gone})
+RunTree(experiment.name, uri=None, folder=Path(), warn=print).close()
+now = client.get_run(abandoned.info.run_id)
+print(abandoned.info.status, "->", now.info.status, "-", now.data.tags["reason"])
+assert now.info.status == "KILLED"
+
+# %% [markdown]
 # ## Exercise
 #
 # Ask MLflow itself, not Python, for the best trial: `search_runs` takes a filter such as `tags.mlflow.parentRunId =

@@ -38,8 +38,21 @@ assert type(model.network.model[-1]).__name__ == "Classify"
 # ## Before: the package's own trainer
 #
 # `YOLO("yolo11n-cls.yaml").train(data=folder)` reads pictures, scales and augments them as photographs, and reports
-# accuracy. It knows nothing of lots, one-channel maps or macro F1.
-#
+# accuracy. It knows nothing of lots or macro F1, and the network that it builds takes no map as it is:
+
+# %%
+from waferlab.models.yolo import import_ultralytics_tasks
+
+packaged = import_ultralytics_tasks().ClassificationModel("yolo11n-cls.yaml", nc=9, verbose=False)
+try:
+    packaged(torch.zeros(4, 1, 32, 32))
+    refused = ""
+except RuntimeError as error:
+    refused = str(error).splitlines()[0]
+print("as packaged:", refused)
+assert "channels" in refused
+
+# %% [markdown]
 # ## After: the network alone
 #
 # Only the network is taken, for one channel and nine classes. It is trained by the same step and on the same batches
@@ -81,8 +94,6 @@ torch.testing.assert_close(model(images), logits, rtol=1e-3, atol=1e-3)  # the p
 # imports it in one place and puts the number back.
 
 # %%
-from waferlab.models.yolo import import_ultralytics_tasks
-
 torch.set_num_threads(2)
 import_ultralytics_tasks()
 print("threads after the import:", torch.get_num_threads())

@@ -59,7 +59,7 @@ assert np.mean(by_maps) < 0.80 < 0.90 < np.mean(by_lots)
 
 # %% [markdown]
 # **After.** Leave out one lot at a time and see how the score moves: that is the *jackknife*. Its interval is wider,
-# and true.
+# and holds the truth as often as it promises.
 #
 # ## Two models on the same lots
 #

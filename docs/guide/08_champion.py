@@ -109,6 +109,7 @@ assert champion.name == "guide_model version 1"
 # %% tags=["hide-cell"]
 views = [large, np.rot90(large).copy(), large[:, ::-1].copy()]
 shares = champion.probabilities(views)
-moved = float(np.ptp(shares[:, shares[0].argmax()]))
+likeliest = shares[:, shares[0].argmax()]
+moved = float(np.ptp(likeliest))
 print(f"it moves by {moved:.3f}; `tune_decision=True` answers with the mean of the eight views where that pays")
-assert 0 <= moved < 1
+assert shares.shape == (3, 9) and moved == likeliest.max() - likeliest.min()

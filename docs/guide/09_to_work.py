@@ -58,16 +58,23 @@ assert len(rows) == 1 + len(drawn)
 # ## Abstain
 #
 # **Before.** Take the likeliest class, whatever its probability. The network always has an answer, also for a map
-# that shows nothing it knows.
-#
-# **After.** Ask for a *prediction set*: the classes that cannot be ruled out. A set at 90% coverage holds the true
-# class in at least 90% of the maps of each class. That is a promise with a proof (conformal prediction), made on
-# validation lots. Where the set is more than one class, somebody should look.
+# that shows nothing it knows, such as a chessboard:
 
 # %%
 from waferlab.deployment import Predictor
 
 predictor = Predictor.load(MODEL, tracking_uri="sqlite:///mlflow.db")
+chessboard = (np.indices((30, 30)).sum(0) % 2 + 1).astype(np.uint8)
+answer = predictor.predict([chessboard])
+print(f"a chessboard is {answer.classes[0]}, and sure of it: {answer.probabilities.max():.2f}")
+assert answer.classes[0] in predictor.class_names
+
+# %% [markdown]
+# **After.** Ask for a *prediction set*: the classes that cannot be ruled out. A set at 90% coverage holds the true
+# class in at least 90% of the maps of each class. That is a promise with a proof (conformal prediction), made on
+# validation lots. Where the set is not exactly one class, somebody should look.
+
+# %%
 answers = predictor.predict(drawn, coverage=0.9)
 from waferlab.data.maps import CLASS_NAMES
 

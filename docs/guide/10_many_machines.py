@@ -31,7 +31,15 @@ Path("lead.py").write_text(
 #
 # One gives each machine its share of the settings. All wait for the slowest; one dies, and its share is lost; and no
 # machine learns from what another has found.
-#
+
+# %%
+rates = [10 ** (-4 + number / 4) for number in range(8)]
+pieces = {"machine 1": rates[:4], "machine 2": rates[4:]}
+tried = [rate for machine, piece in pieces.items() if machine != "machine 2" for rate in piece]  # the other one died
+print(f"{len(tried)} of {len(rates)} settings were tried, none larger than {max(tried):.4f}")
+assert len(tried) == len(rates) / 2
+
+# %% [markdown]
 # ## After: one study
 #
 # One program leads: it waits for the others, trains the winner and reports. The others join, before or after it
@@ -60,7 +68,7 @@ assert len(done) == 6
 # ## The trap: a worker that dies, and one that only slept
 #
 # A worker that is killed says nothing, and its trial would run for ever. So each gives a *sign of life* every few
-# seconds, and the trial of one that has missed five goes back into the queue, by whoever looks first.
+# seconds, and the trial of one that has missed five is put back into the queue by whoever notices first.
 #
 # But a laptop whose lid was closed misses them as well, and wakes up. Its trial is another's by then: if it wrote
 # down its result, the trial would count twice. It finds the trial taken and takes another. Counting shows it:
@@ -90,7 +98,7 @@ assert value == lost.params["learning_rate"] and len(counted_trials(made_up)) ==
 #
 # ## Exercise
 #
-# A trial takes 60 seconds, and the database takes 20 trials a second at most. With how many workers is it full? And
+# A trial takes 60 seconds, and the database takes 20 trials per second at most. How many workers saturate it? And
 # if a trial takes 10 minutes?
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -234,6 +235,12 @@ def test_unknown_class_folders_and_broken_images_are_named(tmp_path):
     (tmp_path / "Spiral").rename(tmp_path / "edge_ring")
     (tmp_path / "edge_ring" / "x.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"x\.png: not a readable image"):
+        load_wafer_maps(tmp_path)
+    size = (60_000).to_bytes(4, "big") * 2  # in pixels, which an image of a few bytes may say of itself
+    header = b"IHDR" + size + bytes([8, 0, 0, 0, 0])
+    start = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "edge_ring" / "x.png").write_bytes(start + bytes(4) + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
+    with pytest.raises(DataError, match=r"x\.png: not a readable image .*bomb"):
         load_wafer_maps(tmp_path)
 
 

@@ -88,6 +88,17 @@ def test_each_map_has_a_row_that_says_what_the_model_says_of_all_maps_at_once(su
     assert abstains == expected.abstains.tolist() and len(set(abstains)) == 2
 
 
+def test_a_spreadsheet_takes_no_name_for_a_formula_and_a_terminal_none_for_a_command(tmp_path):
+    lots = ["=1+1", "+A1", "-A1", "@sum", "\tx", "-12", "plain", "\x1b[2J"]
+    source = save(tmp_path / "maps.npz", np.ones((8, 4, 4)), group=np.array(lots))
+    said = answer(source, tmp_path / "out.csv")
+    kept = ["'=1+1", "'+A1", "'-A1", "'@sum", "x", "-12", "plain", "\x1b[2J"]
+    assert [row["lot"] for row in read_rows(tmp_path / "out.csv")] == kept
+    assert r"\x1b[2J" in said and "\x1b" not in said
+    answer(source, tmp_path / "out.jsonl")
+    assert [row["lot"] for row in read_rows(tmp_path / "out.jsonl")] == [lot.strip() for lot in lots]
+
+
 def test_a_model_without_sets_leaves_set_and_abstain_empty_and_that_is_said(tmp_path, tiny_npz):
     for suffix, nothing in ((".csv", ""), (".jsonl", None), (".parquet", None)):
         output = tmp_path / f"out{suffix}"

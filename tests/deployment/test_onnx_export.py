@@ -15,6 +15,7 @@ from waferlab.data.maps import CLASS_NAMES
 from waferlab.data.reading import load_wafer_maps
 from waferlab.deployment.onnx_export import RawMapClassifier, export_onnx
 from waferlab.deployment.predictor import Predictor
+from waferlab.errors import ModelError
 from waferlab.evaluation.decision import Decision
 from waferlab.evaluation.inference import predict_probabilities
 
@@ -36,8 +37,10 @@ def a_small_network():
     return torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(16, 9)).eval()
 
 
-def half_sure(model, maps):
-    """A decision with which half of the maps are answered by one view."""
+def decision_for(model_type, model, maps):
+    """With which half of the maps are answered by one view; by one view all, where that takes long to export."""
+    if model_type not in ("lightning_cnn", "torchvision_resnet"):
+        return Decision(temperature=0.7)
     of_one_view = predict_probabilities(model, resize_maps(maps, 32)[::9])
     return Decision(views=8, sure_at=float(np.median(of_one_view.max(1))), temperature=0.7)
 
@@ -47,7 +50,7 @@ def test_the_file_answers_as_the_checkpoint_does_for_maps_of_all_sizes(model_typ
     model, maps = model_of(model_type), load_wafer_maps(tiny_npz)
     some, images = [maps[i] for i in range(0, len(maps), 9)], resize_maps(maps, 32)[::9]
     assert len({one.shape for one in some}) > 3
-    decision, of_one_view = half_sure(model, maps), predict_probabilities(model, images)
+    decision, of_one_view = decision_for(model_type, model, maps), predict_probabilities(model, images)
     predictor = Predictor(exported(model_type))
     expected = predict_probabilities(model, images, decision)
     answered, features = predictor.outputs(some)
@@ -142,7 +145,24 @@ def test_a_file_from_a_stranger_brings_no_operators_of_its_own(tmp_path):
         Predictor(tmp_path / "model.onnx")
 
 
-def write_stranger(path, nodes, location=None):
+def test_a_file_from_a_stranger_that_asks_for_more_memory_than_there_is_gets_a_sentence(tmp_path):
+    nodes = [
+        helper.make_node("Cast", ["maps"], ["numbers"], to=TensorProto.INT64),
+        helper.make_node("ReduceMax", ["numbers"], ["one"], keepdims=0),
+        helper.make_node("Mul", ["one", "million"], ["sides"]),
+        helper.make_node("ConstantOfShape", ["sides"], ["huge"]),
+        helper.make_node("ReduceSum", ["huge"], ["probabilities"], keepdims=1),
+    ]
+    million = numpy_helper.from_array(np.array([10**6, 10**6]), "million")
+    maps = (TensorProto.UINT8, ["maps", "rows", "columns"])
+    write_stranger(tmp_path / "model.onnx", nodes, more=[million], maps=maps)
+    predictor = Predictor.load(tmp_path / "model.onnx")
+    assert predictor.predict([np.zeros((5, 6), np.uint8)]).probabilities.tolist() == [[0.0]]  # nothing times a million
+    with pytest.raises(ModelError, match=r"gives no answer to 1 maps of 5x6 \(.*memory"):
+        predictor.predict([np.ones((5, 6), np.uint8)])
+
+
+def write_stranger(path, nodes, location=None, more=(), maps=(TensorProto.FLOAT, ["maps", 1])):
     """A file for one class, made by hand; its weight may lie in another file."""
     weight = numpy_helper.from_array(np.ones(1, np.float32), "w")
     if location is not None:
@@ -151,9 +171,9 @@ def write_stranger(path, nodes, location=None):
         weight.data_location = TensorProto.EXTERNAL
     graph = helper.make_graph(
         nodes, "stranger",
-        [helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["maps", 1])],
+        [helper.make_tensor_value_info("maps", *maps)],
         [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["maps", 1])],
-        [weight],
+        [weight, *more],
     )  # fmt: skip
     operators = [helper.make_opsetid("", 18), helper.make_opsetid("stranger", 1)]
     model = helper.make_model(graph, opset_imports=operators, ir_version=10)

@@ -28,6 +28,7 @@ from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.errors import RegistryError
 from waferlab.records import code_tags
+from waferlab.tracking.line import in_a_line
 from waferlab.tracking.processes import still_runs, this_process
 from waferlab.tracking.registry import may_pass
 from waferlab.tracking.runs import NoRuns, RunTree, make_database
@@ -166,14 +167,24 @@ def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tm
     assert printed.count("goes on without MLflow") == 1
 
 
-def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (400, b'{"error_code": "INTERNAL_ERROR", "message": "the disk is full"}', "the disk is full"),
+        (200, b"<html>Please log in</html>", ""),  # of a proxy that stands before the server
+        (200, b'{"experiment": 7}', ""),
+    ],
+)
+def test_a_server_that_answers_wrongly_costs_a_warning_and_not_the_training(
+    status, body, said, tiny_npz, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("waferlab.tracking.line.OUTAGE", 1.0)
 
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(400)
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(b'{"error_code": "INTERNAL_ERROR", "message": "the disk is full"}')
+            self.wfile.write(body)
 
         do_POST = do_GET
 
@@ -191,7 +202,7 @@ def test_a_server_that_breaks_halfway_costs_a_warning_and_not_the_training(tiny_
         server.server_close()
     printed = capsys.readouterr().err
     assert printed.count("goes on without MLflow") == 1
-    assert "the disk is full" in printed
+    assert said in printed and "Traceback" not in printed
 
 
 def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path):
@@ -527,6 +538,8 @@ def test_a_program_without_a_main_guard_tracks(tiny_npz, tmp_path):
 
 
 def test_a_fresh_database_is_moved_into_place_whole_unless_another_program_was_first(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
     database, files = tmp_path / "mlflow.db", (tmp_path / "mlruns").as_uri()
     link = os.link
 
@@ -544,6 +557,7 @@ def test_a_fresh_database_is_moved_into_place_whole_unless_another_program_was_f
     make_database(database, files=files)
     assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
     assert names_of_runs(database) == set()
+    assert MlflowClient(f"sqlite:///{database}").get_experiment("0").artifact_location == f"{files}/0"
     assert database.stat().st_mode == (tmp_path / "mlflow.db").stat().st_mode
 
 
@@ -591,12 +605,13 @@ sys.exit(command_line.run(work))
 """
 
 
-def test_sigterm_ends_a_script_like_ctrl_c_with_its_own_status(tiny_npz, tmp_path, fresh_store):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_script_like_ctrl_c_with_its_own_status(sent, status, tiny_npz, tmp_path, fresh_store):
     config = tiny_settings(tiny_npz, tmp_path, search_epochs=200, pruner="none")
     child = start_and_wait_for_trial(config, tmp_path, 0, code=SCRIPT)
-    child.terminate()
+    child.send_signal(sent)
     _, printed = child.communicate(timeout=60)
-    assert child.returncode == 143 and b"To go on: python" in printed and b"--resume" in printed
+    assert child.returncode == status and b"To go on: python" in printed and b"--resume" in printed
     assert b"Traceback" not in printed
     runs, _ = runs_of(tmp_path)
     assert {run.info.status for run in runs.values()} == {"KILLED"}
@@ -841,6 +856,18 @@ def test_a_warning_of_a_store_says_no_password(tmp_path, monkeypatch):
     writes = RunTree("tiny", uri="http://me:s3cret@127.0.0.1:9", folder=tmp_path, warn=warnings.append)
     writes.start("a run")
     writes.close()
-    assert (
-        warnings and "http://me@127.0.0.1:9" in " ".join(warnings) and "MLflow at http://me:" not in " ".join(warnings)
-    )
+    assert warnings and "http://me@127.0.0.1:9" in " ".join(warnings) and "s3cret" not in " ".join(warnings)
+
+
+def test_what_a_store_says_of_itself_is_repeated_without_its_password():
+    error = ConnectionError("Max retries exceeded: http://me:s3cret@mlflow:5000/api/2.0/mlflow/runs/create")
+    assert in_a_line(error) == "ConnectionError: Max retries exceeded: http://me@mlflow:5000/api/2.0/mlflow/runs/create"
+
+
+def test_why_a_run_failed_is_kept_without_a_password(tmp_path, fresh_store):
+    writes = RunTree("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    with pytest.raises(ValueError, match="s3cret"), writes.closing():
+        writes.start("a run")
+        raise ValueError("postgresql://me:s3cret@db is not there")
+    reason = runs_of(tmp_path)[0]["a run"].data.tags["reason"]
+    assert reason == "ValueError: postgresql://me@db is not there"

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import tiny_settings
 from made_up import Scripted, a_record
 
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
-from waferlab.records import StartingWeights
+from waferlab.records import StartingWeights, write_summary
 from waferlab.training.checkpoints import (
     CheckpointFiles,
     TrainingFolder,
@@ -132,7 +133,7 @@ def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_whole_one(tmp_pa
     CheckpointFiles().save_checkpoint({"weights": torch.zeros(5)}, file)
     program = "import sys, torch; from waferlab.training.checkpoints import CheckpointFiles\n"
     program += "while True: CheckpointFiles().save_checkpoint({'weights': torch.ones(50_000_000)}, sys.argv[1])"
-    child = subprocess.Popen([sys.executable, "-c", program, file], cwd=ROOT)
+    child = warm.Popen([sys.executable, "-c", program, file], cwd=ROOT)
     deadline = time.monotonic() + 120
     while not unfinished.exists() or unfinished.stat().st_size == 0:
         assert child.poll() is None and time.monotonic() < deadline
@@ -194,8 +195,9 @@ def test_a_damaged_file_is_one_sentence_and_its_remedy_works(name, damage, finis
             IntegratedMLPipeline(ExperimentConfig(**config, resume=True)).run_complete_pipeline()
         assert "\n" not in str(error.value)
         (folder / name).unlink()
-        again = IntegratedMLPipeline(ExperimentConfig(**config, resume=True)).run_complete_pipeline()
-        assert again["models"][0]["test"]["macro_f1"] == summary["models"][0]["test"]["macro_f1"]
+        made = IntegratedMLPipeline(ExperimentConfig(**config, resume=True))
+        (again,), _ = made.evaluate([made.search_and_train("lightning_cnn")])
+        assert again.test["macro_f1"] == summary["models"][0]["test"]["macro_f1"]
     finally:
         for file, content in kept.items():
             file.write_bytes(content)
@@ -221,6 +223,37 @@ def test_a_checkpoint_that_scores_otherwise_than_its_history_is_refused(tiny_npz
         run.evaluate([replace(record, history=better)])
 
 
+class Hostile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, lambda file: load_trained(Scripted, file, expected=None)])
+def test_a_checkpoint_that_asks_for_other_code_is_refused_before_it_runs(read, tmp_path):
+    CheckpointFiles().save_checkpoint({"state_dict": Hostile(tmp_path / "ran")}, tmp_path / "best.ckpt")  # well sealed
+    with pytest.raises(DamagedFileError, match="cannot be loaded safely"):
+        read(tmp_path / "best.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_training_is_not_gone_on_with_from_a_checkpoint_that_asks_for_other_code(tiny_npz, tmp_path):
+    run = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, enable_optuna=False)))
+    run.train_final_model("lightning_cnn")
+    folder = tmp_path / "checkpoints/tiny/lightning_cnn"
+    (folder / "finished.json").unlink()  # as if it had been cut off
+    state = torch.load(folder / "resume.ckpt", weights_only=True)
+    CheckpointFiles().save_checkpoint(state | {"more": Hostile(tmp_path / "ran")}, folder / "resume.ckpt")
+    again = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, enable_optuna=False, resume=True)))
+    with pytest.raises(DamagedFileError, match="cannot be loaded safely"):
+        again.train_final_model("lightning_cnn")
+    assert not (tmp_path / "ran").exists()
+
+
 # --- one run a folder
 
 HOLDER = """
@@ -235,7 +268,7 @@ with hold_folder(Path(sys.argv[1])):
 
 def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_one_dies(tiny_npz, tmp_path):
     folder = tmp_path / "results" / "tiny"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder = warm.Popen([sys.executable, "-c", HOLDER, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "holds\n"
         run = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path)))
@@ -255,3 +288,15 @@ def test_two_runs_of_one_program_do_not_share_a_folder_either(tmp_path):
         pass
     with hold_folder(tmp_path):  # and it is free again
         pass
+
+
+def test_a_link_that_somebody_has_put_there_has_no_other_file_emptied(tmp_path):
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.write_text("precious")
+    (folder / ".lock").symlink_to(other)
+    with pytest.raises(OSError, match="symbolic links"), hold_folder(folder):
+        pass
+    (folder / f".summary.json.{os.getpid()}.tmp").symlink_to(other)
+    write_summary(folder / "summary.json", {"a": 1})
+    assert other.read_text() == "precious" and json.loads((folder / "summary.json").read_text())["a"] == 1

@@ -101,6 +101,17 @@ def on_two(work):
     return heard
 
 
+def test_processes_that_share_a_training_listen_on_this_machine_alone():
+    def listen(rank, tell):
+        together = torch.ones(1)
+        torch.distributed.all_reduce(together)
+        listening = [one for one in psutil.Process().net_connections() if one.status == psutil.CONN_LISTEN]
+        tell("listens", float(together), [one.laddr.ip for one in listening])
+
+    for _, _, together, addresses in on_two(listen):
+        assert together == 2.0 and {*addresses} == {"127.0.0.1"}
+
+
 def test_all_devices_end_with_the_same_weights_though_the_schedule_goes_by_the_clock(tiny_npz, tmp_path):
     made = pipeline(tiny_npz, tmp_path, devices=2, model_type="lightning_cnn")
     data, model = made.data_module(), made.create_model("lightning_cnn")

@@ -67,7 +67,8 @@ def _read_grey(path: Path) -> np.ndarray:
                     f"{path}: {image.size[0]}x{image.size[1]} pixels. At most {MAX_MAP_SIDE}: a pixel a die."
                 )
             return np.asarray(image.convert("L"))
-    except (UnidentifiedImageError, OSError, ImportError) as error:  # ultralytics, once loaded, asks for a plugin
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ImportError) as error:
+        # ultralytics, once loaded, asks for a plugin, which is an ImportError.
         raise DataError(f"{path}: not a readable image ({error}). Remove it or save it as .png.") from error
 
 

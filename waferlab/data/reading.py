@@ -84,7 +84,7 @@ def _read_path(path: Path, *, image_levels: str, say: Callable[[str], None]) -> 
             return _read_npz(convert_lswmd(path, say=say))
         except DataError:
             raise
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise DataError(str(error)) from error
     if path.suffix == ".npz":
         return _read_npz(path)

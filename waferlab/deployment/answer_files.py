@@ -153,12 +153,23 @@ class _Csv(_TextFile):
 
     def write(self, columns: Columns) -> None:
         words = {None: None, True: "true", False: "false"}
-        self._append([*row[:-1], words[row[-1]]] for row in _rounded(columns))
+        self._append([*map(_no_formula, row[:-1]), words[row[-1]]] for row in _rounded(columns))
 
     def _append(self, rows: Any) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         self.append(text.getvalue())
+
+
+def _no_formula(cell: Any) -> Any:
+    """Puts a quote before what a spreadsheet would compute (OWASP, "CSV Injection"); "-12" stays as it is."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 class _JsonLines(_TextFile):

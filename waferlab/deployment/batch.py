@@ -16,7 +16,7 @@ from waferlab.deployment.answer_files import answer_file, check_name
 from waferlab.deployment.predictor import Answers, Predictor
 from waferlab.deployment.progress import counting
 from waferlab.deployment.tallies import Example, Tallies
-from waferlab.errors import DataError, UserError
+from waferlab.errors import DataError, UserError, printable
 
 FLATTERED = "On maps that the model was trained or tuned on, these figures flatter it: only lots new to it tell."
 
@@ -72,7 +72,7 @@ def answer_maps(predictor: Predictor, source: str, *, options: BatchOptions, con
     """
 
     def show(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, emoji=False)
+        console.print(printable(text), soft_wrap=True, markup=False, emoji=False)
 
     def say(text: str) -> None:
         if not quiet:
@@ -222,7 +222,7 @@ def _print(summary: dict[str, Any], console: Console) -> None:
     from waferlab.reports.columns import InColumns
 
     def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, emoji=False)
+        console.print(printable(text), soft_wrap=True, markup=False, emoji=False)
 
     left = f", {summary['left_out']:,} left out for die values other than 0 to 2" if summary["left_out"] else ""
     say(f"{summary['maps']:,} maps in {summary['seconds']:.1f} s, {summary['maps_per_second']:,.0f} maps/s{left}")

@@ -176,6 +176,7 @@ class Predictor:
             coverage: how often the sets shall hold the true class, 0.50 to 0.99.
 
         Raises:
+            ModelError: the file can be opened but gives no answer.
             ValueError: a map is empty, not uint8, not two-dimensional, or has values other than 0, 1 and 2; or there
                 are no sets of this coverage.
         """
@@ -187,7 +188,7 @@ class Predictor:
         """Class probabilities float32 [N, C] alone; see `predict`."""
         out = np.empty((len(maps), len(self.class_names)), dtype=np.float32)
         for some, batch in batches_of_one_size(maps):
-            out[some] = self._session.run(["probabilities"], {"maps": batch})[0]
+            out[some] = self._run(self._session, ["probabilities"], batch)[0]
         return out
 
     def outputs(self, maps: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +199,7 @@ class Predictor:
         """
         probabilities, features = np.empty((len(maps), len(self.class_names)), dtype=np.float32), None
         for some, batch in batches_of_one_size(maps):
-            probabilities[some], found = self._with_features.run(None, {"maps": batch})
+            probabilities[some], found = self._run(self._with_features, None, batch)
             features = np.empty((len(maps), found.shape[1]), dtype=np.float32) if features is None else features
             features[some] = found
         return probabilities, np.empty((0, 0), np.float32) if features is None else features
@@ -258,9 +259,22 @@ class Predictor:
             )
         return session
 
+    def _run(self, session: Any, outputs: Sequence[str] | None, batch: np.ndarray) -> Any:
+        """Raises ModelError where a file that could be opened cannot answer: others may have made it, for mischief."""
+        try:
+            return session.run(outputs, {"maps": batch})
+        except Exception as error:  # of the many kinds that ONNX Runtime has
+            raise ModelError(
+                f"{self.path} gives no answer to {len(batch)} maps of {batch.shape[1]}x{batch.shape[2]} "
+                f"({_reason(error)}). Export the model anew, or make room in the memory."
+            ) from error
+
     def _unusable(self, error: Exception) -> ValueError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        return ValueError(f"{self.path} is no exported classifier ({reason}). Export the model anew.")
+        return ValueError(f"{self.path} is no exported classifier ({_reason(error)}). Export the model anew.")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_map(one: np.ndarray, what: str) -> None:

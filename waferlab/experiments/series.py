@@ -27,7 +27,7 @@ from waferlab.reports.pages import write_report
 from waferlab.reports.tables import Table, table_markdown
 from waferlab.terminal import Terminal
 from waferlab.tracking.runs import NoRuns, Run, RunTree
-from waferlab.training.checkpoints import hold_folder
+from waferlab.training.checkpoints import hold_folders
 
 TRAINING_SHARE = 0.8  # of the time limit; the rest is for data, evaluation and pictures
 
@@ -94,7 +94,7 @@ class TrainingSeries:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Holds the folder and opens the series' run; however the block ends, the tree is closed accordingly."""
-        with hold_folder(self.config.results_dir), self.runs.closing():
+        with hold_folders(self.config.results_dir), self.runs.closing():
             self.config.write_yaml(self.config.results_dir / "config.yaml")
             self.run_above = self.runs.start(self.config.experiment_name, key=self._fingerprint(self.config))
             self.runs.tags(self.run_above, budget=self.budget())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as Shown
 from rich.text import Text
 
+from waferlab.errors import printable
 from waferlab.reports.tables import Table
 
 BETWEEN = 2  # characters between two columns
@@ -27,7 +29,8 @@ class InColumns:
     """
 
     def __init__(self, table: Table, *, title: str | None = None) -> None:
-        self._table, self._title = table, title
+        rows = [[printable(cell) for cell in row] for row in (table.headings, *table.rows)]
+        self._table, self._title = replace(table, headings=rows[0], rows=rows[1:]), title
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """For rich: the parts, as wide as the terminal lets them be."""

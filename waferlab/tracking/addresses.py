@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^@/\s]*(?=@)")  # after the name of the user
+# After the name of the user, and, as SQLAlchemy reads it, up to the next @; or named behind the question mark.
+PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^@\s]*(?=@)|([?&](?:ssl)?passw(?:or)?d=)[^&#\s'\")]*")
 
 
-def without_password(address: str) -> str:
-    """The address without the password that may be in it."""
-    return PASSWORD.sub(r"\1", address)
+def without_password(text: str) -> str:
+    """A text, such as an address or an error that names one, without the passwords of addresses that may be in it."""
+    return PASSWORD.sub(lambda found: found[1] or found[2] or "", text)

@@ -14,6 +14,8 @@ from enum import Enum, auto
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
+from waferlab.tracking.addresses import without_password
+
 STORE_WAIT = 60.0  # seconds that the end of a program, or one who needs an answer, waits for what is to be written
 OUTAGE = 30.0  # seconds of failed tries after which nobody waits for the store any longer
 FIRST_PAUSE = 0.5  # seconds before the second try; each further pause is twice as long, up to OUTAGE
@@ -184,6 +186,9 @@ class _Call(NamedTuple):
 
 
 def in_a_line(error: Exception) -> str:
-    """Kind and first line of an error, shortened in its middle: where it was is said first, what was wrong last."""
-    line = (str(error).strip().splitlines() or [""])[0]
+    """Kind and first line of an error, shortened in its middle: where it was is said first, what was wrong last.
+
+    An address in it loses its password.
+    """
+    line = without_password((str(error).strip().splitlines() or [""])[0])
     return f"{type(error).__name__}: {line if len(line) <= 200 else f'{line[:98]} ... {line[-98:]}'}"

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -36,6 +38,7 @@ QUIET = {
 }
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # the line tries again
 GONE = "its process was killed"
+NOWHERE = "file:///nowhere"
 
 
 @dataclass(eq=False)
@@ -185,9 +188,9 @@ class RunTree(ModelRegistry):
         return next((run.info.run_id for run in found if name in (None, run.info.run_name)), None)
 
     def end(self, run: Run, status: str = "FINISHED", *, reason: str | None = None) -> None:
-        """Closes a run as FINISHED, FAILED or KILLED; `reason` becomes a tag."""
+        """Closes a run as FINISHED, FAILED or KILLED; `reason` becomes a tag, without passwords."""
         run.closed = True
-        self._end(run, status, reason)
+        self._end(run, status, reason and without_password(reason))
 
     @in_line
     def _end(self, run: Run, status: str, reason: str | None) -> None:
@@ -319,23 +322,33 @@ class RunTree(ModelRegistry):
 def make_database(database: Path, *, files: str) -> None:
     """Makes a fresh MLflow database, whole or not at all, unless there is one: of several programs one is first.
 
-    It is made in memory, which takes half the time that a disk does, and moved into place.
-
     Args:
         database: the file.
         files: URI of the folder for the artifacts of experiments that name none.
     """
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     if database.exists():
         return
-    made = SqlAlchemyStore("sqlite://", files).engine.raw_connection().driver_connection.serialize()
+    empty = empty_database()
     database.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".mlflow_", dir=database.parent) as beside:
+    with (
+        closing(sqlite3.connect(":memory:")) as made,
+        tempfile.TemporaryDirectory(prefix=".mlflow_", dir=database.parent) as beside,
+    ):
+        made.deserialize(empty)
+        made.execute("UPDATE experiments SET artifact_location = replace(artifact_location, ?, ?)", (NOWHERE, files))
+        made.commit()
         whole = Path(beside) / database.name
-        whole.write_bytes(made)
+        whole.write_bytes(made.serialize())
         with suppress(FileExistsError):
             os.link(whole, database)
+
+
+@cache
+def empty_database() -> bytes:
+    """MLflow's database as it begins, with `NOWHERE` for its files; made in memory, in half the time of a disk."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    return SqlAlchemyStore("sqlite://", NOWHERE).engine.raw_connection().driver_connection.serialize()
 
 
 class NoRuns:

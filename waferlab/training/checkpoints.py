@@ -11,9 +11,7 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +26,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
 from waferlab.models.classifier import WaferClassifier
-from waferlab.records import StartingWeights, TrainingRecord, write_summary
+from waferlab.records import StartingWeights, TrainingRecord, command_line_used, write_summary
 from waferlab.training.callbacks import History
 
 SEAL = b"sha256:"
@@ -284,7 +282,7 @@ def hold_folders(*folders: Path) -> Iterator[None]:
         for folder in folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
+                (folder / ".writable").write_bytes(bytes(4096))  # a full disk still takes an empty file
                 (folder / ".writable").unlink()
             except OSError as error:
                 raise ConfigError(f"{folder} cannot be written ({error}). Choose another output_dir.") from error
@@ -300,7 +298,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         FolderInUseError: another run holds it; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
+    with open(folder / ".lock", "a+", opener=_not_by_a_link) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -310,13 +308,18 @@ def hold_folder(folder: Path) -> Iterator[None]:
                 "give this run another --output-dir or experiment_name."
             ) from None
         lock.truncate(0)
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = command_line_used()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"process {os.getpid()} on {platform.node()} since {since} ({command})", file=lock, flush=True)
         try:
             yield
         finally:
             lock.truncate(0)
+
+
+def _not_by_a_link(path: str, flags: int) -> int:
+    """For `open`: a link that somebody else has put there would have another file emptied."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 def record_training(

@@ -9,9 +9,11 @@ is answered once, by one device, and the counts are added up.
 from __future__ import annotations
 
 import os
-import socket
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -49,10 +51,9 @@ def on_each_device(
         )
     returned: list[Result] = []
     gone: list[str] = []
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0"}
 
     def work(rank: int, tell: Tell) -> None:
-        with _told_to_lightning(place | {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(devices)}):
+        with _joined(rank, devices, Path(folder) / "meeting"):
             result = train(rank, tell)
         if rank == 0:
             tell("returned", result)
@@ -66,7 +67,8 @@ def on_each_device(
             hear(rank, what, *content)
 
     try:
-        side_by_side(work, workers=devices, hear=heard)
+        with tempfile.TemporaryDirectory() as folder:
+            side_by_side(work, workers=devices, hear=heard)
     except RuntimeError as error:  # of those that have lost one of them, as that is heard after it
         if any(KILLED in how for how in gone):
             raise _one_is_gone(gone, devices) from error
@@ -84,21 +86,19 @@ def _one_is_gone(gone: list[str], devices: int) -> RunError:
     )
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @contextmanager
-def _told_to_lightning(environment: dict[str, str]) -> Iterator[None]:
-    """In the block, Lightning takes this process for one of several that somebody has started, as torchrun does."""
-    os.environ |= environment
+def _joined(rank: int, devices: int, meeting: Path) -> Iterator[None]:
+    """In the block, Lightning takes this process for one of several that somebody has joined, as torchrun does.
+
+    They meet in a file and talk by the loopback: PyTorch's own way listens on all addresses of the machine.
+    """
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(devices), "NODE_RANK": "0"}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    torch.distributed.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=devices)
     try:
         yield
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def arguments_of_several(devices: int | list[int]) -> dict[str, Any]:
