@@ -685,6 +685,7 @@ RECORDS_OF = {
     "inference_champion": ("inference",),
     "set_coverage_real": ("set_coverage",),
     "quick_start": ("start_up",),
+    "search_pays": ("search_pays", "search_pays_wrong"),
     "runs": ("time_to_f1",),
     "levels": ("time_to_f1",),
     "headline": ("time_to_f1", "label_audit"),

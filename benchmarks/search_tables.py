@@ -7,10 +7,10 @@ from pathlib import Path
 from measure import rows
 
 
-def search_pays(record: dict) -> list[str]:
+def search_pays(*records: dict) -> list[str]:
     """A row for each kind of case."""
     cells = []
-    for row in record["rows"]:
+    for row in (row for record in records for row in record["rows"]):
         searched = [n for n in row["trials"] if n]
         trials = f"{min(searched)} to {max(searched)}" if searched else "no search"
         cells.append(
