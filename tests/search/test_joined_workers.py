@@ -201,32 +201,18 @@ def test_what_a_worker_cannot_do_is_one_message_and_status_2(flags, said, tmp_pa
     assert done.returncode == 2 and f"error: {said}" in done.stderr
 
 
-@pytest.fixture
-def ray_cluster(monkeypatch):
-    """The address of a cluster of two nodes on this machine, with a core each."""
+def test_ray_starts_workers_on_a_cluster(fleet):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    cluster = Cluster()
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1")
-    yield cluster.address
-    cluster.shutdown()
-
-
-def test_ray_starts_workers_on_a_cluster_of_two_nodes(fleet, ray_cluster):
-    fleet = fleet(num_optuna_trials=8, workers=1)
+    fleet = fleet(num_optuna_trials=6, workers=1)
     launcher = fleet.start(
-        "-m", "waferlab.search.ray_workers", "--workers", 2, "--cpus", 1, "--address", ray_cluster,
-        "--storage", fleet.server.url, "--model", "slow", "--register", "slow_models",
-        "--output-dir", fleet.folder / "ray",
+        "-m", "waferlab.search.ray_workers", "--workers", 2, "--cpus", 1, "--storage", fleet.server.url,
+        "--model", "slow", "--register", "slow_models", "--output-dir", fleet.folder / "ray",
     )  # fmt: skip
     fleet.until(lambda: fleet.logs().count("waits for a search of slow") == 2)
     leader = fleet.lead()
     assert [fleet.ended(leader), fleet.ended(launcher)] == [0, 0], fleet.logs()
     trials = counted_trials(fleet.study())
-    assert len(trials) == 8 and len({trial.user_attrs["process"] for trial in trials}) == 3
+    assert len(trials) == 6 and len({trial.user_attrs["process"] for trial in trials}) == 3
 
 
 def test_without_ray_a_sentence_says_how_to_have_it_and_nothing_else_needs_it():
