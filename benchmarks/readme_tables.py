@@ -681,7 +681,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
 }
 RECORDS_OF = {
     "champion": ("production",),
-    "idea": ("comparison_generated", "pruning"),
+    "idea": ("comparison_generated", "pruning", "ablation", "ablation_few"),
     "inference_champion": ("inference",),
     "set_coverage_real": ("set_coverage",),
     "quick_start": ("start_up",),

@@ -26,6 +26,7 @@ ROOMS = {  # folder of waferlab/: what is in it
     "experiments": "comparison and ablation",
     "reports": "pictures, tables, pages",
 }
+TOP = ("config", "records", "errors", "terminal", "command_line")  # modules of waferlab/ that are in no folder
 DEPLOY = {"README.md": "index", "kubernetes/README.md": "kubernetes", "tensorrt.md": "tensorrt"}  # in deploy/: its page
 
 
@@ -61,6 +62,7 @@ def write_pages(folder: Path) -> None:
         "api/index.md": api_index(),
     }
     pages |= {f"api/{room}.md": api_of(room) for room in ROOMS}
+    pages["api/top.md"] = "# What is in no folder\n\n" + blocks_of(f"waferlab.{name}" for name in TOP)
     pages |= {f"deploy/{name}.md": deploy_page(file) for file, name in DEPLOY.items()}
     for name, text in pages.items():
         file = folder / name
@@ -106,7 +108,7 @@ def allowed(one: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in said["choices"])
     if "low" in said:
         return f"{said['low']:,} to {said['high']:,}"
-    return "" if one.type != "bool" else "`True`, `False`"
+    return "`True`, `False`" if one.type == "bool" else f"`{one.type}`".replace("|", "\\|")
 
 
 # --------------------------------------------------------------------------------------------------------- dependencies
@@ -149,7 +151,7 @@ def brought_by(requirements: Iterable[str]) -> set[str]:
 
 def api_index() -> str:
     """What one imports most, and a page for each room."""
-    rooms = "\n".join(ROOMS)
+    rooms = "\n".join(["top", *ROOMS])
     return f"""# Reference of the API
 
 What most programs need is one call:
@@ -173,11 +175,15 @@ def api_of(room: str) -> str:
     """All modules of a room with what they offer."""
     files = sorted((HERE.parent / "waferlab" / room).glob("*.py"))
     modules = [f"waferlab.{room}.{file.stem}" for file in files if file.stem != "__init__"]
-    blocks = "\n".join(
+    return f"# {room}: {ROOMS[room]}\n\n{blocks_of(modules)}"
+
+
+def blocks_of(modules: Iterable[str]) -> str:
+    """What Sphinx makes of each module's docstrings."""
+    return "\n".join(
         f"## {name.rpartition('.')[2]}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
         for name in modules
     )
-    return f"# {room}: {ROOMS[room]}\n\n{blocks}"
 
 
 # --------------------------------------------------------------------------------------------------------- deployment

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import warm
 
+from integrated_pipeline import IntegratedMLPipeline
+
 ROOT = Path(__file__).resolve().parent.parent
 HOW_TO = ROOT / "docs/how_to"
 WAYS = ("data", "objective", "trainer")  # the architecture's are in test_newcomer.py
@@ -32,6 +34,37 @@ def test_the_examples_run_as_they_stand(title, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     runs_the_pipeline = "run_complete_pipeline" in EXAMPLES[title]
     assert (tmp_path / "results/wafer_defect_complete/experiment_summary.json").exists() == runs_the_pipeline
+
+
+def test_the_call_that_the_readme_shows_is_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(IntegratedMLPipeline, "run_complete_pipeline", lambda pipeline: asked.append(pipeline.config))
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(block, {})
+    assert [config.time_limit for config in asked] == [600]
+
+
+TRIED = {  # what stands on the page of troubles: where its remedy is tried
+    "The MLflow page does not open": "test_a_taken_port_is_passed_over",
+    "MLflow does not show my experiment": "test_the_outcome_ends_with_the_way_to_the_runs_page",
+    "Out of memory": "test_a_trial_without_memory_or_with_nan_fails_with_its_reason_and_the_study_goes_on",
+    "The machine refuses": "test_where_files_cannot_grow_a_sentence_says_so_and_with_room_the_run_goes_on",
+    "It is slow": "test_who_leaves_cores_to_others_by_openmps_variable_has_no_more_taken",
+    "No network": "test_a_host_that_swallows_packets_costs_the_bounded_wait_only",
+    "A GPU": "",  # there is none here
+    "A search was cut off": "test_a_trial_goes_on_after_the_last_whole_epoch_of_the_one_that_was_cut_off",
+    "`--resume` refuses": "test_resume_with_other_settings_is_refused_and_keeps_what_is_there",
+    "The MLflow server was away": "test_an_outage_delays_what_is_written",
+    "A file is damaged": "test_a_damaged_file_is_one_sentence_and_its_remedy_works",
+    "A better model stays challenger": "test_a_champion_that_has_trained_on_nearly_all_of_the_test_maps",
+}
+
+
+def test_each_remedy_on_the_page_of_troubles_is_tried_by_a_test():
+    titles = re.findall(r"^- \*\*(.+?)\.\*\*", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+    assert titles == list(TRIED)
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert all(f"\ndef {name}" in tests for name in TRIED.values() if name)
 
 
 MEET = (ROOT / "docs/design.md").read_text().partition("\n## How the tools meet\n")[2].partition("\n## ")[0]

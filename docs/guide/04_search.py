@@ -69,6 +69,10 @@ assert found.trials[0].proposed_by == "the defaults" and len(found.trials) == 6
 # its end:
 #
 # ![The history of the search of demo.py](../pictures/search_history.png)
+#
+# And one panel for each parameter: what was tried of it, and what came of it.
+#
+# ![What the search of demo.py tried of each parameter](../pictures/search_slices.png)
 
 # %%
 trained = pipeline.go_on("lightning_cnn", found)
