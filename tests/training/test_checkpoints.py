@@ -283,6 +283,21 @@ def test_a_second_run_in_a_folder_is_told_who_holds_it_until_that_one_dies(tiny_
         holder.kill()
 
 
+OF_TWO = HOLDER.replace('print("holds"', 'os.fork() or (time.sleep(1.5), os._exit(0))\n    print("holds"')
+
+
+def test_who_goes_on_after_a_kill_waits_for_the_workers_of_the_program_that_was_killed(tmp_path):
+    holder = warm.Popen(
+        [sys.executable, "-c", f"import os{OF_TWO}", tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "holds\n"
+    holder.kill()
+    holder.wait()
+    began = time.monotonic()
+    with hold_folder(tmp_path):
+        assert time.monotonic() - began > 0.5  # the worker lived on for a while
+
+
 def test_two_runs_of_one_program_do_not_share_a_folder_either(tmp_path):
     with hold_folder(tmp_path), pytest.raises(FolderInUseError, match=f"process {os.getpid()}"), hold_folder(tmp_path):
         pass

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -31,6 +32,7 @@ from waferlab.training.callbacks import History
 
 SEAL = b"sha256:"
 SEAL_LENGTH = len(SEAL) + 64
+LET_GO = 10.0  # seconds in which the workers of a program that was killed notice it and let go of its folders
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -299,14 +301,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", opener=_not_by_a_link) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise FolderInUseError(
-                f"{folder} is in use by {lock.read().strip() or 'another run'}. Wait until it has ended, stop it, or "
-                "give this run another --output-dir or experiment_name."
-            ) from None
+        _lock(lock, folder)
         lock.truncate(0)
         command = command_line_used()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -315,6 +310,37 @@ def hold_folder(folder: Path) -> Iterator[None]:
             yield
         finally:
             lock.truncate(0)
+
+
+def _lock(lock: IO[str], folder: Path) -> None:
+    until = time.monotonic() + LET_GO
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip()
+        if time.monotonic() > until or not _is_gone(holder):
+            raise FolderInUseError(
+                f"{folder} is in use by {holder or 'another run'}. Wait until it has ended, stop it, or give this run "
+                "another --output-dir or experiment_name."
+            )
+        time.sleep(0.05)
+
+
+def _is_gone(holder: str) -> bool:
+    """Whether the process that a lock names was one of this machine and has ended; what it forked may live a moment."""
+    named = re.match(r"process (\d+) on (\S+) ", holder)
+    if named is None or named[2] != platform.node():
+        return False
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is another user's
+        return False
+    return False
 
 
 def _not_by_a_link(path: str, flags: int) -> int:
