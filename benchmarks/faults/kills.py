@@ -130,8 +130,11 @@ def compared(
 
 
 def empty(folder: Path) -> None:
-    """Made anew."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Made anew; a process that has just been killed may be about to write its last file."""
+    until = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < until:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
     folder.mkdir(parents=True)
 
 
