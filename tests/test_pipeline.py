@@ -426,7 +426,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
     ("limit", "status", "said"),
     [
         (1000, 2, "cannot be written"),  # said before any work
-        (400_000, 1, "error: a checkpoint could not be written. Make room on the disk"),
+        (400_000, 1, "best.ckpt.unfinished). Raise the limit of a file's size (ulimit -f)."),
     ],
 )
 def test_where_files_cannot_grow_a_sentence_says_so_and_with_room_the_run_goes_on(

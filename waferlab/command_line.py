@@ -163,7 +163,7 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
     except (UserError, RunError) as error:
         print(f"error: {printable(without_password(str(error)))}", file=sys.stderr)
         return error.exit_status
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         if (refused := refused_by_the_machine(error)) is None:
             raise
         kept = "" if when_stopped else " Finished epochs are kept: repeat the command with --resume then."

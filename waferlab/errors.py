@@ -84,8 +84,6 @@ def refused_by_the_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in REMEDIES:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}. {REMEDIES[error.errno]}"
-    if "inline_container.cc" in str(error):  # PyTorch's writer of archives, which does not tell why
-        return f"a checkpoint could not be written. {REMEDIES[errno.ENOSPC]}, or look after its rights"
     return None
 
 

@@ -25,6 +25,9 @@ def import_everything() -> None:
     Raises:
         RuntimeError: something has started a thread, which a fork would lose.
     """
+    from waferlab.tracking.runs import QUIET
+
+    os.environ.update(QUIET)  # as a program of ours has it before it imports MLflow
     import alembic.command  # noqa: F401
     import mlflow.onnx
     import mlflow.store.tracking.sqlalchemy_store

@@ -18,8 +18,8 @@ from waferlab.records import SearchRecord
 from waferlab.search.budget import SearchBudget, SearchPlan
 from waferlab.search.storage import study_storage
 from waferlab.search.study import (
+    causes_kept,
     forget_lost_trials,
-    interrupts_kept,
     left_if_taken_away,
     make_pruner,
     make_sampler,
@@ -114,7 +114,7 @@ class ModelSearch:
         self._forget_beaten(self.study)  # and what an earlier search has left
         if shared and self.leads:
             self._tell_who_joins(runs)
-        with interrupts_kept(), self._lost_trials_watched():
+        with causes_kept(), self._lost_trials_watched():
             self._run_all(objective, terminal=terminal, runs=runs, become_worker=become_worker)
             while shared and self.leads and self._others_are_at_work():
                 if self.budget.wants_another(self.study):  # one of theirs was lost

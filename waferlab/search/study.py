@@ -90,13 +90,21 @@ def forget_lost_trials(study: optuna.Study, reason: str) -> None:
 
 
 @contextmanager
-def interrupts_kept() -> Iterator[None]:
-    """Lets Ctrl-C through while the journal's lock is given back: its file is then deleted twice, an OSError."""
+def causes_kept() -> Iterator[None]:
+    """Lets through what really happened, where another error stands before it.
+
+    Ctrl-C while the journal's lock is given back: its file is then deleted twice, an OSError. And an OSError of the
+    journal, such as a full disk, while Optuna writes down how a trial ended: it then asserts that this cannot be.
+    """
     try:
         yield
     except OSError as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
+        raise
+    except AssertionError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
         raise
 
 

@@ -6,6 +6,7 @@ so one file carries its own check sum, is replaced in one step, and opens in `to
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -48,7 +49,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """Replaces the file of that name, if there is one.
 
         Raises:
-            OSError, RuntimeError: it cannot be written; what was there before is unharmed.
+            OSError: it cannot be written; what was there before is unharmed.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +60,10 @@ class CheckpointFiles(TorchCheckpointIO):
             torch.save(checkpoint, unfinished)
             _seal(unfinished)
             os.replace(unfinished, path)
+        except RuntimeError as error:
+            if "inline_container.cc" in str(error):  # PyTorch's writer of archives, which does not tell why
+                raise _why_not(unfinished) from error
+            raise
         finally:
             torch.serialization.set_crc32_options(with_sums)
             unfinished.unlink(missing_ok=True)
@@ -68,6 +73,16 @@ class CheckpointFiles(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """See `read_checkpoint`."""
         return read_checkpoint(Path(path))
+
+
+def _why_not(file: Path) -> OSError:
+    """Why a file cannot grow, as the system says when it is asked again."""
+    try:
+        with file.open("ab") as again:
+            again.write(bytes(2**20))
+    except OSError as error:
+        return OSError(error.errno, error.strerror, str(file))
+    return OSError(errno.EIO, "a checkpoint could not be written", str(file))
 
 
 def _seal(file: Path) -> None:
