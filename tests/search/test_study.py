@@ -1,10 +1,13 @@
 """Promises about a study: who proposes and who stops, told by made-up trials; what is kept survives a crash."""
 
 import json
+import os
+from pathlib import Path
 
 import optuna
 import pytest
 from made_up_trials import a_study, add_trial
+from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from waferlab.errors import ConfigError, DamagedFileError
@@ -307,6 +310,28 @@ def test_a_last_line_that_a_crash_cut_off_is_mended_and_the_study_goes_on(journa
     assert journal.read_bytes() == whole
     opened(journal, go_on=True).optimize(objective, n_trials=1)
     assert len(rates(opened(journal, go_on=True))) == 4
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_program_that_was_killed_while_it_wrote_does_not_hold_the_next_up(moved, tmp_path, monkeypatch):
+    (tmp_path / "first").mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    monkeypatch.setattr("waferlab.search.storage.LET_GO", 3)
+    journal = Path("results/journal.log")  # relative, as by default
+    opened(journal)
+
+    def is_killed(lock):
+        raise SystemExit  # its lock stays
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(JournalFileSymlinkLock, "release", is_killed)
+        opened(journal)
+    if moved:
+        (tmp_path / "first").rename(tmp_path / "second")
+        monkeypatch.chdir(tmp_path / "second")
+    assert os.path.lexists("results/journal.log.lock")
+    assert opened(journal, go_on=True).trials
+    assert not os.path.lexists("results/journal.log.lock")
 
 
 def test_a_damaged_line_of_the_journal_is_named_with_the_remedy(journal):

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from waferlab.errors import DamagedFileError
+
+LET_GO = 5  # seconds after which a journal's lock is taken from whoever holds it; a line is written in milliseconds
 
 
 def study_storage(url: str | None, *, journal: Path, heartbeat: int) -> BaseStorage:
@@ -18,8 +20,19 @@ def study_storage(url: str | None, *, journal: Path, heartbeat: int) -> BaseStor
 
         return open_database(url, heartbeat=heartbeat)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    mend_journal(journal)
-    return JournalStorage(JournalFileBackend(str(journal)))
+    journal.touch()
+    # Optuna's lock is a link to the file. To take it from a program that was killed, it asks how old that is; and of a
+    # link that leads nowhere, as with a relative path or in a folder that was moved, it asks for ever.
+    path, link = str(journal.resolve()), journal.with_name(f"{journal.name}.lock")
+    if link.is_symlink() and not link.exists():
+        link.unlink(missing_ok=True)
+    lock = JournalFileSymlinkLock(path, grace_period=LET_GO)
+    lock.acquire()  # a worker that is about to write has its line whole
+    try:
+        mend_journal(journal)
+    finally:
+        lock.release()
+    return JournalStorage(JournalFileBackend(path, lock_obj=lock))
 
 
 def mend_journal(journal: Path) -> None:
