@@ -172,6 +172,7 @@ def test_each_benchmark_names_definitions_that_there_are(script, monkeypatch):
         "provenance",
         "readme_tables",
         "search_tables",
+        "fault_tables",
         "idea",
         "keep_experiment",
         "mutation",

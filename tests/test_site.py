@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from filelock import FileLock
 
 from waferlab.config import ExperimentConfig
 
@@ -20,8 +21,17 @@ WIDTHS = (390, 1280)
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, executed_chapter):
-    """With what each chapter prints and draws, which test_guide.py may have run already."""
-    folder = tmp_path_factory.mktemp("site")
+    """With what each chapter prints and draws, which test_guide.py may have run already; built once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "html/objects.inv").exists():
+            build_site(folder, executed_chapter)
+    return folder / "html"
+
+
+def build_site(folder, executed_chapter):
     made = shutil.ignore_patterns("_build", "_generated", "__pycache__", "api", "deploy")
     docs = shutil.copytree(ROOT / "docs", folder / "repository/docs", ignore=made)
     for chapter in docs.glob("guide/[0-9]*.py"):
@@ -39,7 +49,6 @@ def site(tmp_path_factory, executed_chapter):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "html"
 
 
 def pages_of(site):

@@ -129,7 +129,7 @@ def suggest_for_linear(trial, *, pretrained):
 @pytest.fixture
 def linear():
     """Registers it; it goes again when the test ends."""
-    register_model("linear", ModelSpec(Linear, suggest=suggest_for_linear))
+    register_model("linear", ModelSpec(Linear, suggest=suggest_for_linear, portfolio=()))
     yield
     del MODEL_REGISTRY["linear"]
 

@@ -76,13 +76,13 @@ def test_a_failed_write_leaves_the_old_summary_and_no_litter(tmp_path, monkeypat
     def disk_full(*_args):
         raise OSError("no space left on device")
 
-    def half_a_file(self, data):
-        with open(self, "wb") as file:
-            file.write(data[: len(data) // 2])
-        disk_full()
+    class Half(io.FileIO):
+        def write(self, data):
+            super().write(data[: len(data) // 2])
+            disk_full()
 
     if stage == "write":
-        monkeypatch.setattr(Path, "write_bytes", half_a_file)
+        monkeypatch.setattr(Path, "open", lambda path, mode: Half(path, mode))
     else:
         monkeypatch.setattr(os, "replace", disk_full)
     with pytest.raises(OSError, match="no space"):

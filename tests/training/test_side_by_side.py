@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
+from waferlab.search.trial_files import repeated_by
 from waferlab.search.workers import workers_for
 from waferlab.tracking.runs import Run
 from waferlab.training import pace
@@ -343,7 +344,7 @@ def test_ctrl_c_ends_all_workers_closes_their_runs_and_queues_their_trials_again
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "results/tiny/optuna_journal.log"))
     )
     trials = optuna.load_study(study_name="tiny/slow", storage=storage).trials
-    waiting = [trial.user_attrs["again"] for trial in trials if trial.state == TrialState.WAITING]
+    waiting = [[*repeated_by(trial, trials)][-1] for trial in trials if trial.state == TrialState.WAITING]
     assert [trial.state for trial in trials[:2]] == [TrialState.FAIL] * 2 and sorted(waiting) == [0, 1]
 
 
