@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
 from waferlab.models.classifier import WaferClassifier
 from waferlab.records import StartingWeights, TrainingRecord, command_line_used, write_summary
+from waferlab.tracking.processes import still_runs, this_process
 from waferlab.training.callbacks import History
 
 SEAL = b"sha256:"
@@ -320,7 +320,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         command = command_line_used()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"process {os.getpid()} on {platform.node()} since {since} ({command})", file=lock, flush=True)
+        print(f"process {os.getpid()} on {platform.node()} since {since} ({command})", file=lock)
+        print(this_process(), file=lock, flush=True)
         try:
             yield
         finally:
@@ -335,27 +336,14 @@ def _lock(lock: IO[str], folder: Path) -> None:
             return
         except BlockingIOError:
             lock.seek(0)
-            holder = lock.read().strip()
-        if time.monotonic() > until or not _is_gone(holder):
+            said, _, process = lock.read().strip().partition("\n")
+        # Of a program that was killed, workers may live on for a moment and hold its folders.
+        if time.monotonic() > until or not process or still_runs(process):
             raise FolderInUseError(
-                f"{folder} is in use by {holder or 'another run'}. Wait until it has ended, stop it, or give this run "
+                f"{folder} is in use by {said or 'another run'}. Wait until it has ended, stop it, or give this run "
                 "another --output-dir or experiment_name."
             )
         time.sleep(0.05)
-
-
-def _is_gone(holder: str) -> bool:
-    """Whether the process that a lock names was one of this machine and has ended; what it forked may live a moment."""
-    named = re.match(r"process (\d+) on (\S+) ", holder)
-    if named is None or named[2] != platform.node():
-        return False
-    try:
-        os.kill(int(named[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # it is another user's
-        return False
-    return False
 
 
 def _not_by_a_link(path: str, flags: int) -> int:
