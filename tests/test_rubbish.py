@@ -82,6 +82,27 @@ def test_a_file_without_an_end_is_not_read_to_its_end():
         read_options("/dev/zero")
 
 
+@st.composite
+def damaged(draw, sound):
+    """A sound input of which some bytes are others, and the end may be missing or be a second one."""
+    content = bytearray(draw(st.sampled_from(sound)))
+    for place, byte in draw(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=6)):
+        content[place % len(content)] = byte
+    end = draw(st.none() | st.integers(0, len(content)))
+    return bytes(content[:end]) + bytes(content) * draw(st.booleans())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # what Pillow says of a damaged TIFF before it gives up
+@pytest.mark.parametrize("reader", ["image", "lswmd", "npz", "request"])
+@quick
+@given(st.data())
+def test_a_damaged_file_or_request_is_read_or_refused_in_a_sentence(reader, data):
+    from fuzz import seeds
+    from targets import TARGETS
+
+    TARGETS[reader](data.draw(st.binary(max_size=300) | damaged(seeds(reader))))
+
+
 CORPUS = sorted(file for file in (ROOT / "tests/corpus").glob("*/*"))
 
 

@@ -13,12 +13,24 @@ MIDNIGHT = datetime.datetime(2026, 1, 1)
 
 
 def add_trial(
-    study, value=None, *, state=None, start=None, seconds=1.0, params=None, values=None, reported=(), **user_attrs
+    study,
+    value=None,
+    *,
+    state=None,
+    start=None,
+    seconds=1.0,
+    noted=None,
+    params=None,
+    values=None,
+    reported=(),
+    **user_attrs,
 ):
     """Adds a trial to a study as if it had run, and returns it; one without a value was pruned.
 
-    It began `start` seconds after midnight, or else when all before it had ended.
+    It began `start` seconds after midnight, or else when all before it had ended; `noted` are the seconds that it has a
+    note of, where its dates may say something else.
     """
+    user_attrs |= {} if noted is None else {"seconds": noted}
     if state is None:  # RUNNING is 0
         state = TrialState.PRUNED if value is None and values is None else TrialState.COMPLETE
     params, ended = params or {}, [t.datetime_complete for t in study.trials if t.datetime_complete]

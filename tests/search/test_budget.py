@@ -100,6 +100,12 @@ def test_a_search_is_over_when_less_than_half_a_typical_trial_is_left(values, mo
     assert a_budget(study, seconds=10 * (len(values) + more)).starts_another(study) is not over
 
 
+def test_a_clock_that_jumps_an_hour_ahead_does_not_end_a_search(clock):
+    study = a_study()
+    add_trial(study, 0.5, seconds=3610, noted=10)
+    assert a_budget(study, seconds=30).starts_another(study)
+
+
 def test_a_search_begins_however_short_its_time_and_not_without_any(clock):
     assert a_budget(a_study(), seconds=0.5).starts_another(a_study())
     assert not a_budget(a_study(), seconds=0.0).starts_another(a_study())

@@ -17,6 +17,7 @@ from waferlab.search.trials import (
     take_up,
     to_go_on_with,
     trial_line,
+    trial_record,
     unpack_answers,
     worth_keeping,
 )
@@ -53,6 +54,16 @@ def test_a_trial_that_goes_on_counts_the_seconds_of_the_one_that_was_cut_off():
     cut_off = add_trial(study, state=TrialState.FAIL, start=10, seconds=1000)  # the night is in these
     add_trial(study, 0.6, start=1010, seconds=5, again=cut_off.number, seconds_before=7.0)
     assert study_seconds(study) == 10 + 7 + 5
+
+
+@pytest.mark.parametrize("jump", [3600, -3600])
+def test_a_clock_that_jumps_in_a_trial_makes_it_neither_longer_nor_shorter(jump):
+    study = a_study()
+    add_trial(study, 0.5, start=0, seconds=10, noted=9.5)
+    add_trial(study, 0.6, start=10, seconds=10 + jump, noted=9.5)
+    add_trial(study, 0.7, start=20 + jump, seconds=10, noted=9.5)
+    assert study_seconds(study) == pytest.approx(3 * 9.5)
+    assert [trial_record(trial).seconds for trial in study.trials] == [9.5] * 3
 
 
 @pytest.mark.parametrize(

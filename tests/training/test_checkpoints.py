@@ -26,6 +26,7 @@ from waferlab.training.checkpoints import (
     TrainingFolder,
     checkpoint_digest,
     hold_folder,
+    hold_folders,
     load_trained,
     read_checkpoint,
 )
@@ -314,4 +315,11 @@ def test_a_link_that_somebody_has_put_there_has_no_other_file_emptied(tmp_path):
         pass
     (folder / f".summary.json.{os.getpid()}.tmp").symlink_to(other)
     write_summary(folder / "summary.json", {"a": 1})
+    (folder / ".lock").unlink()
+    (folder / ".writable").symlink_to(other)
+    with hold_folders(folder):
+        pass
+    (folder / "best.ckpt.unfinished").symlink_to(other)
+    CheckpointFiles().save_checkpoint({"a": torch.ones(1)}, folder / "best.ckpt")
     assert other.read_text() == "precious" and json.loads((folder / "summary.json").read_text())["a"] == 1
+    assert read_checkpoint(folder / "best.ckpt")["a"] == 1

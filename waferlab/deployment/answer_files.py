@@ -75,6 +75,7 @@ def answer_file(path: Path, class_names: Sequence[str]) -> Iterator[AnswerFile]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a link of that name would lead elsewhere
         file = FORMATS[path.suffix.lower()](temporary, class_names)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error}). Give another.") from error

@@ -157,6 +157,7 @@ def write_generated_weights(file: Path, network: nn.Module, *, header: dict[str,
     header = {**header, "network": network_digest(network), "sha256": _tensors_digest(tensors)}
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_name(f"{file.name}.{os.getpid()}.part")  # renamed when whole: nobody ever reads half a file
+    half.unlink(missing_ok=True)
     try:
         save_file(tensors, half, metadata={key: str(value) for key, value in header.items()})
         os.replace(half, file)

@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import TrialState
 
 from waferlab.records import SearchRecord
-from waferlab.search.trials import counted_trials, lost_and_not_queued, study_seconds
+from waferlab.search.trials import counted_trials, lost_and_not_queued, study_seconds, trial_seconds
 
 EPOCHS_FOR_A_SEARCH = 15  # in all; where fewer fit into the time, what a search costs is missed more than it finds
 
@@ -91,7 +91,7 @@ class SearchBudget:
 
     def wants_another(self, study: optuna.Study) -> bool:
         """Whether there are trials to be started, by anybody, and time for one."""
-        done = [t.duration.total_seconds() for t in counted_trials(study) if t.duration is not None]
+        done = [seconds for t in counted_trials(study) if (seconds := trial_seconds(t)) is not None]
         if self.left() < max(0.5 * sum(done) / max(1, len(done)), 1e-9):
             return False
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))  # of others who share the study, too

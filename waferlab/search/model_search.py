@@ -31,6 +31,7 @@ from waferlab.search.trials import (
     Validation,
     lost_and_not_queued,
     search_record,
+    seconds_noted,
     trial_line,
     was_lost,
     worth_keeping,
@@ -144,7 +145,8 @@ class ModelSearch:
             if self.budget.is_one_too_many(study, trial):
                 trial.set_user_attr("surplus", True)
                 raise SurplusTrialError
-            return objective(trial)
+            with seconds_noted(trial):
+                return objective(trial)
 
         def report(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             self._forget_beaten(study)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from waferlab.data.maps import CLASS_NAMES
-from waferlab.errors import SearchFailedError
+from waferlab.errors import SearchFailedError, TrialFailedError
 from waferlab.evaluation.metrics import compare_macro_f1
 from waferlab.evaluation.predictions import Predictions
 from waferlab.records import BestTrial, SearchRecord, TrainingRecord, TrialRecord
@@ -53,6 +55,28 @@ def trial_tag(trial: optuna.Trial) -> dict[str, str]:
     return {"trial": f"{trial.study.study_name}/{trial.number}"}
 
 
+@contextmanager
+def seconds_noted(trial: optuna.Trial) -> Iterator[None]:
+    """Notes how long a trial takes that comes to an end of its own.
+
+    By the clock that nobody sets: a machine's date may jump, and by its dates a trial would take an hour then.
+    """
+    started = time.monotonic()
+    try:
+        yield
+    except (optuna.TrialPruned, TrialFailedError):
+        trial.set_user_attr("seconds", time.monotonic() - started)
+        raise
+    trial.set_user_attr("seconds", time.monotonic() - started)
+
+
+def trial_seconds(trial: FrozenTrial) -> float | None:
+    """How long a finished trial took, by its dates where there is no note of it; None of a trial without an end."""
+    if "seconds" in trial.user_attrs or trial.duration is None:
+        return trial.user_attrs.get("seconds")
+    return trial.duration.total_seconds()
+
+
 def study_seconds(study: optuna.Study) -> float:
     """Seconds in which a trial was running that has come to its end: those of trials side by side count once.
 
@@ -60,7 +84,8 @@ def study_seconds(study: optuna.Study) -> float:
     """
     seconds, until = 0.0, None
     done = [t for t in counted_trials(study) if t.datetime_start is not None]
-    starts = {t.number: t.datetime_start - timedelta(seconds=t.user_attrs.get("seconds_before", 0.0)) for t in done}
+    lasted = {t.number: (trial_seconds(t) or 0.0) + t.user_attrs.get("seconds_before", 0.0) for t in done}
+    starts = {t.number: t.datetime_complete - timedelta(seconds=lasted[t.number]) for t in done}
     for trial in sorted(done, key=lambda trial: starts[trial.number]):
         start = starts[trial.number] if until is None else max(until, starts[trial.number])
         seconds += max(0.0, (trial.datetime_complete - start).total_seconds())
@@ -258,6 +283,6 @@ def trial_record(trial: FrozenTrial) -> TrialRecord:
         last_macro_f1=reported[max(reported)] if reported else None,
         epochs=len(reported),
         parameters=trial.params,
-        seconds=trial.duration.total_seconds() if trial.duration else None,
+        seconds=trial_seconds(trial),
         **{key: trial.user_attrs[key] for key in ("reason", "again", "proposed_by") if key in trial.user_attrs},
     )

@@ -27,7 +27,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
 from waferlab.models.classifier import WaferClassifier
-from waferlab.records import StartingWeights, TrainingRecord, command_line_used, write_summary
+from waferlab.records import StartingWeights, TrainingRecord, command_line_used, write_atomically, write_summary
 from waferlab.tracking.processes import still_runs, this_process
 from waferlab.training.callbacks import History
 
@@ -57,6 +57,7 @@ class CheckpointFiles(TorchCheckpointIO):
         with_sums = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)  # `torch.load` never looks at them, and they take a second
         try:
+            unfinished.unlink(missing_ok=True)  # a link of that name would lead elsewhere
             torch.save(checkpoint, unfinished)
             _seal(unfinished)
             os.replace(unfinished, path)
@@ -299,8 +300,7 @@ def hold_folders(*folders: Path) -> Iterator[None]:
         for folder in folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").write_bytes(bytes(4096))  # a full disk still takes an empty file
-                (folder / ".writable").unlink()
+                write_atomically(folder / ".writable", bytes(4096)).unlink()  # a full disk still takes an empty file
             except OSError as error:
                 raise ConfigError(f"{folder} cannot be written ({error}). Choose another output_dir.") from error
             held.enter_context(hold_folder(folder))
