@@ -24,6 +24,7 @@ from guide import table_of_chapters
 from idea import table_of_the_idea
 from label_audit import table_of_audit
 from measure import NOT_RECORDED, ROOT, interval_holds, rows, score_text
+from processors import table_of_processors
 from provenance import changed
 from recipes import table_of_recipes
 from search_tables import busy_machine, portfolio, search_pays
@@ -669,6 +670,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "portfolio": portfolio,
     "busy_machine": busy_machine,
     "devices": table_of_devices,
+    "processors": table_of_processors,
     "guide": table_of_chapters,
     "workers": table_of_workers,
     **{name: getattr(fault_tables, name) for name in ("kills", "writes", "stops", "scarce", "fuzz", "soak")},

@@ -14,6 +14,13 @@ sys.path.insert(0, str(ROOT))
 from waferlab.data.generator import generate_wafer_maps  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """What needs an executed chapter of the guide, as the site does, takes long."""
+    for item in items:
+        if {"site", "executed_chapter"} & {*item.fixturenames}:
+            item.add_marker("long")
+
+
 @pytest.fixture(scope="session")
 def tiny_maps():
     """40 generated maps a class."""

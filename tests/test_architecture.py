@@ -131,6 +131,7 @@ print(*[what for what in before if after[what] != before[what]])
 """
 
 
+@pytest.mark.long
 def test_importing_the_story_changes_no_warning_filter_logger_or_drawing_style():
     done = subprocess.run([sys.executable, "-c", STATE], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -25,6 +25,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import keep_experiment  # noqa: E402
 import label_audit  # noqa: E402
 import measure  # noqa: E402
+import processors  # noqa: E402
 import provenance  # noqa: E402
 import readme_tables  # noqa: E402
 import speed_of_light  # noqa: E402
@@ -48,6 +49,7 @@ def test_the_tables_of_the_readme_say_what_the_records_say():
     run("readme_tables.py", "--check")
 
 
+@pytest.mark.long
 def test_a_page_cannot_show_figures_of_other_code_without_saying_so(tmp_path):
     for file in (*ROOT.glob("*.py"), ROOT / "README.md"):
         shutil.copy(file, tmp_path)
@@ -337,6 +339,7 @@ def test_time_to_f1_measures_anew_what_older_code_measured(tmp_path, monkeypatch
 # ------------------------------------------------------------------------------------------------ each one runs
 
 
+@pytest.mark.long
 def test_time_to_f1_records_each_run_once(tiny_npz, tmp_path):
     output = tmp_path / "time_to_f1.json"
     flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--minutes", 0.03, "--image-size", 16)
@@ -364,6 +367,7 @@ def test_training_throughput_compares_with_a_loop_that_learns_the_same(tiny_npz,
     assert 0.05 < model["speed_over_bare_loop"]["median"] < 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["against_recipe.py", "against_ultralytics.py"])
 def test_the_alternatives_run_on_the_same_maps(script, tiny_npz, tmp_path):
     output = tmp_path / "record.json"
@@ -386,6 +390,7 @@ def test_the_alternatives_run_on_the_same_maps(script, tiny_npz, tmp_path):
         assert 0 <= score <= 1
 
 
+@pytest.mark.long
 def test_scale_measures_each_size_in_its_own_process(tmp_path):
     run("scale.py", "--maps", 450, 900, "--output", tmp_path / "scale.json", "--picture", tmp_path / "scale.png")
     small, large = json.loads((tmp_path / "scale.json").read_text())["sizes"]
@@ -394,6 +399,7 @@ def test_scale_measures_each_size_in_its_own_process(tmp_path):
     assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_tracking_cost_compares_tracked_with_untracked_and_times_the_storage(tiny_npz, tmp_path):
     output = tmp_path / "cost.json"
     flags = ("--data", tiny_npz, "--trials", 2, "--epochs", 1, "--image-size", 16, "--repeats", 1, "--output", output)
@@ -419,6 +425,7 @@ def test_serving_is_timed_and_fuzzed(tmp_path):
     assert {*record["statuses"]} <= {"200", "400", "413", "415", "422"} and len(record["memory_mib"]) == 11
 
 
+@pytest.mark.long
 def test_transfer_goes_on_where_it_was_interrupted(tiny_npz, tmp_path):
     output = tmp_path / "transfer.json"
     flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--starts", "random", "--per-class", 5, "--seconds", 1)
@@ -450,6 +457,7 @@ def test_transfer_refuses_what_it_would_otherwise_leave_out(monkeypatch, capsys)
         assert ended.value.code == 2 and why in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_transfer_has_all_starts_on_the_same_maps_for_the_same_draws(tiny_npz, tmp_path, monkeypatch):
     import transfer
     from safetensors.torch import load_file
@@ -528,6 +536,7 @@ def test_the_table_of_transfer_says_how_much_each_start_differs_from_random_weig
     assert "| 0.700 | - |" in text and "generated maps: 1,152 generated maps in 9 s" in text
 
 
+@pytest.mark.long
 def test_pruning_scores_what_was_found_on_the_test_lots_and_a_second_call_adds_to_the_record(tiny_npz, tmp_path):
     output = tmp_path / "pruning.json"
     flags = ("--data", tiny_npz, "--per-class", 5, "--validation-per-class", 2, "--trials", 2, "--epochs", 2)
@@ -645,3 +654,14 @@ def test_speed_of_light_sets_steps_against_matrix_products_and_names_the_dearest
     assert any("conv" in one["operator"] for one in dearest)
     page = "\n".join(speed_of_light.table_of_shares(record))
     assert "| lightning_cnn | 2 | 1 | 32-true |" in page and "convolution_backward" in page
+
+
+def test_ways_are_held_against_the_first_and_the_same_bits_are_called_so():
+    first = np.eye(9)[[0, 1, 2, 3]]
+    other = first.copy()
+    other[0] = np.eye(9)[5] * 0.75 + 0.25 / 9
+    rows = processors.compare("a", {"as it is": (0.5, first), "again": (0.5, first), "one thread": (0.25, other)})
+    assert [row["same_answer"] for row in rows] == [1, 1, 0.75]
+    assert [row["largest_difference"] for row in rows] == pytest.approx([0, 0, 1 - 0.25 / 9])
+    _, _, *cells = processors.table_of_processors({"rows": rows})
+    assert ["bit for bit" in cell for cell in cells] == [True, True, False]

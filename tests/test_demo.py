@@ -45,6 +45,7 @@ def test_a_users_mistake_is_one_message_and_status_2(arguments, message, tmp_pat
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.long
 def test_the_page_is_up_before_training_and_gone_after_ctrl_c(tiny_npz, tmp_path):
     command = [sys.executable, ROOT / "demo.py", "--start-mlflow", "--data", tiny_npz, "--output-dir", tmp_path]
     child = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)

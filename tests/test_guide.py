@@ -24,6 +24,7 @@ def test_a_chapter_runs_as_a_notebook_and_what_it_claims_holds(chapter, executed
     assert any(cell.get("outputs") for cell in cells)
 
 
+@pytest.mark.long
 def test_a_chapter_runs_as_a_script(tmp_path):
     done = subprocess.run(
         [sys.executable, CHAPTERS[0]], cwd=tmp_path, capture_output=True, text=True, check=False,

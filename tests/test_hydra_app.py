@@ -57,6 +57,7 @@ def test_a_multirun_is_a_run_for_each_combination_in_a_folder_of_its_own(app, ca
     assert capsys.readouterr().out.count("macro F1 {'any': 0.5}") == 4
 
 
+@pytest.mark.long
 def test_a_multirun_trains_and_scores_each_of_its_runs(tiny_npz, tmp_path):
     small = [f"{name}=false" for name in ("enable_optuna", "enable_mlflow", "use_pretrained")]
     small += ["image_size=16", "batch_size=16", "max_epochs=1", "threads=1", "quiet=true", "time_limit=null"]

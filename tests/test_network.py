@@ -54,12 +54,14 @@ def test_the_hook_sees_who_is_asked(asked):
     assert elsewhere(asked("-c", code)) == ["('192.0.2.1', 9)"]
 
 
+@pytest.mark.long
 def test_a_run_with_all_trimmings_and_its_answers_ask_nobody(asked, tiny_npz):
     flags = ("--data", str(tiny_npz), "--quiet", *TINY, "use_pretrained=false", "model_type=yolo_inspired")
     assert elsewhere(asked(str(ROOT / "demo.py"), *flags)) == []
     assert elsewhere(asked(str(ROOT / "predict.py"), str(tiny_npz), "--report", "--monitor", "--quiet")) == []
 
 
+@pytest.mark.long
 def test_pretrained_weights_are_asked_of_their_own_hosts_alone(asked, tiny_npz):
     flags = ("--data", str(tiny_npz), "--quiet", *TINY, "--no-mlflow", "model_type=torchvision_resnet", "workers=1")
     hosts = {*elsewhere(asked(str(ROOT / "quick_start.py"), *flags, "enable_optuna=false"))}

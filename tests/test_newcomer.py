@@ -106,6 +106,7 @@ def ask(question):
         return json.load(answer)
 
 
+@pytest.mark.long
 def test_an_architecture_of_ones_own_is_found_in_mlflow(tmp_path):
     text = (HOW_TO / "architecture.md").read_text()
     add, find = re.findall(r"```python\n(.*?)```", text, re.S)

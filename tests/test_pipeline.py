@@ -162,6 +162,7 @@ def wait_for(path, child, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_weights_as_an_unbroken_one(tiny_npz, tmp_path):
     more = {"max_epochs": 12}
     unbroken = ExperimentConfig(**settings(tiny_npz, tmp_path / "unbroken", **more))
@@ -184,6 +185,7 @@ def test_a_killed_run_resumes_to_the_same_weights_as_an_unbroken_one(tiny_npz, t
     assert all(torch.equal(end[0][name], end[1][name]) for name in end[0])
 
 
+@pytest.mark.long
 def test_resume_takes_finished_models_as_they_are(tiny_npz, tmp_path):
     config = settings(tiny_npz, tmp_path)
     first = IntegratedMLPipeline(ExperimentConfig(**config)).run_complete_pipeline()
@@ -247,6 +249,7 @@ def test_a_diverged_training_says_what_to_lower(tiny_npz, tmp_path, monkeypatch)
     assert not (tmp_path / "results/tiny/experiment_summary.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("resume", [False, True])
 def test_one_diverging_model_of_two_is_a_row_with_its_reason(resume, tiny_npz, tmp_path, monkeypatch):
     diverge(monkeypatch, only="others")
@@ -478,6 +481,7 @@ def throw(error):
     raise error
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz, tmp_path):
     given = ["--data", tiny_npz, "--output-dir", tmp_path, "--no-mlflow", "image_size=16"]
     command = [sys.executable, ROOT / "quick_start.py", *given]

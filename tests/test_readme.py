@@ -24,6 +24,7 @@ WAYS = ("data", "objective", "trainer")  # the architecture's are in test_newcom
 EXAMPLES = {way: re.search(r"```python\n(.*?)```", (HOW_TO / f"{way}.md").read_text(), re.S)[1] for way in WAYS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_the_examples_run_as_they_stand(title, tmp_path):
     (tmp_path / "example.py").write_text(EXAMPLES[title])
@@ -109,6 +110,7 @@ def assert_shows(output, expected):
         assert any(re.search(as_pattern(wanted), line) for line in lines), f"{wanted!r} is not in:\n{output[-3000:]}"
 
 
+@pytest.mark.long
 def test_quick_start_prints_what_the_readme_shows(tmp_path):
     shown = (ROOT / "README.md").read_text().partition("## What you see\n")[2].partition("![")[0]
     few = ["samples_per_class=40", "max_epochs=1", "image_size=16", "--no-mlflow"]
@@ -144,6 +146,7 @@ def in_the_folder(folder):
     return {"cwd": folder, "env": environment | {"PYTHONPATH": str(ROOT), "PATH": activated}, "text": True}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [c for c, _ in SHOWN if c.startswith("python predict.py synthetic")])
 def test_predicting_says_what_the_readme_shows(command, champions_folder):
     done = subprocess.run(in_words(command), capture_output=True, **in_the_folder(champions_folder))
@@ -154,6 +157,7 @@ def test_predicting_says_what_the_readme_shows(command, champions_folder):
         assert_shows("\n".join(rows.splitlines()[:2]), dict(SHOWN)["head -2 predictions.csv"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("served_by", ["python predict.py --serve", "mlflow models serve"])
 def test_both_servers_answer_as_the_readme_shows(served_by, champions_folder):
     command, said = next((c, expected) for c, expected in SHOWN if c.startswith(served_by))

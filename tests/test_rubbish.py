@@ -1,16 +1,30 @@
 """Promises about what makes no sense: it gets a sentence, never a traceback, and costs no more than it weighs."""
 
+import io
+import json
+import pickle
 import string
 import sys
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import integrated_pipeline  # noqa: F401  which registers the models
 from waferlab.config import ExperimentConfig, default_options, parse_options, read_options
+from waferlab.data.image_files import choose_levels, read_image
+from waferlab.data.lswmd import read_lswmd
+from waferlab.data.maps import CLASS_NAMES
+from waferlab.data.reading import load_wafer_maps
+from waferlab.data.streaming import stream_wafer_maps
+from waferlab.deployment.request_maps import JSON_TYPE, NPY_TYPES, maps_from_body
 from waferlab.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +106,9 @@ def damaged(draw, sound):
     return bytes(content[:end]) + bytes(content) * draw(st.booleans())
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # what Pillow says of a damaged TIFF before it gives up
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL.TiffImagePlugin"
+)  # what Pillow says of a damaged TIFF before it gives up
 @pytest.mark.parametrize("reader", ["image", "lswmd", "npz", "request"])
 @quick
 @given(st.data())
@@ -101,6 +117,72 @@ def test_a_damaged_file_or_request_is_read_or_refused_in_a_sentence(reader, data
     from targets import TARGETS
 
     TARGETS[reader](data.draw(st.binary(max_size=300) | damaged(seeds(reader))))
+
+
+# --- what files cost
+
+
+def dense(path, rng):
+    arrays = {"maps": rng.integers(0, 3, (3000, 50, 50), np.uint8), "labels": np.repeat(CLASS_NAMES, 334)[:3000]}
+    np.savez(path := path / "dense.npz", **arrays)
+    return arrays["maps"].nbytes, lambda: load_wafer_maps(path)
+
+
+def one_after_another(path, rng):
+    arrays = {
+        "maps_flat": rng.integers(0, 3, 3000 * 2500, np.uint8), "offsets": np.arange(3001) * 2500,
+        "shapes": np.full((3000, 2), 50), "labels": np.repeat(CLASS_NAMES, 334)[:3000],
+    }  # fmt: skip
+    np.savez(path := path / "flat.npz", **arrays)
+    return arrays["maps_flat"].nbytes, lambda: load_wafer_maps(path)
+
+
+def mixed(path, rng):
+    maps = rng.integers(0, 3, (800, 52, 52), np.int32)
+    np.savez(path := path / "mixed.npz", arr_0=maps, arr_1=np.eye(9, 8, dtype=np.int32)[np.arange(800) % 9])
+    return maps.nbytes, lambda: load_wafer_maps(path)
+
+
+def streamed(path, rng):
+    honest, _ = dense(path, rng)
+    return honest, lambda: [None for _ in stream_wafer_maps(path / "dense.npz")]
+
+
+def pickled(path, rng):
+    maps = list(rng.integers(0, 3, (3000, 50, 50), np.uint8))
+    frame = pandas.DataFrame({"waferMap": maps, "lotName": ["a", "b"] * 1500, "failureType": ["none"] * 3000})
+    (path := path / "LSWMD.pkl").write_bytes(pickle.dumps(frame))
+    return path.stat().st_size, lambda: read_lswmd(path)
+
+
+def an_image(levels, path, rng):
+    Image.fromarray(rng.integers(0, 256, (1024, 1024), np.uint8)).save(path := path / "image.bmp")
+    return 1024 * 1024, lambda: read_image(path, choose_levels([path], levels))
+
+
+def a_request(kind, path, rng):
+    maps = rng.integers(0, 3, (200, 100, 100), np.uint8)
+    written = io.BytesIO()
+    np.save(written, maps)
+    body = json.dumps({"maps": maps.tolist()}).encode() if kind == JSON_TYPE else written.getvalue()
+    return len(body), lambda: maps_from_body(body, kind)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(dense, one_after_another, mixed, streamed, pickled),
+        *(partial(an_image, levels) for levels in ("three", "binary", "auto")),
+        *(partial(a_request, kind) for kind in (JSON_TYPE, NPY_TYPES[0])),
+    ],
+)
+def test_reading_takes_at_most_four_times_the_memory_that_the_content_has(make, tmp_path):
+    honest, read = make(tmp_path, np.random.default_rng(0))
+    tracemalloc.start()
+    kept = read()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept is not None and most <= 4 * honest, f"{most / honest:.1f} times"
 
 
 CORPUS = sorted(file for file in (ROOT / "tests/corpus").glob("*/*"))

@@ -156,6 +156,7 @@ def test_pretrain_makes_weights_of_each_family_where_runs_look_for_them(tmp_path
     assert (name, how["maps"], how["image_size"]) == ("lightning_cnn", 200_000, ExperimentConfig().image_size)
 
 
+@pytest.mark.long
 def test_pretrain_prints_its_own_lines_and_nothing_else(tmp_path):
     command = [sys.executable, ROOT / "run_experiment.py", "--mode", "pretrain", "--maps", "1", "--image-size", "16"]
     done = warm.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -235,6 +236,7 @@ def test_the_file_that_a_run_leaves_repeats_it(configured, tmp_path):
     assert again == replace(first, output_dir=str(tmp_path), objectives=["macro_f1"])
 
 
+@pytest.mark.long
 def test_no_file_no_line_and_no_run_of_a_whole_run_holds_a_password(postgres, tiny_npz, tmp_path, capfd):
     storage = postgres.url.replace("optuna@", "optuna:s3cret@")  # the server lets everybody in
     small = ("image_size=16", "search_epochs=1", "threads=1", "workers=1", "use_pretrained=false")

@@ -154,6 +154,7 @@ print(json.dumps({"found": found, "classes": answers.classes, "probabilities": a
 """
 
 
+@pytest.mark.long
 def test_what_is_in_the_image_answers_a_map_without_torch_lightning_or_mlflow(image, exported):
     one = np.random.default_rng(0).integers(0, 3, (12, 9), dtype=np.uint8)
     command = ["python", "-c", ANSWER, exported("lightning_cnn"), json.dumps(one.tolist())]

@@ -204,6 +204,7 @@ def cluster(tmp_path, postgres):
     playing.stop()
 
 
+@pytest.mark.long
 def test_the_commands_of_the_containers_search_track_register_and_serve(cluster, tiny_arrays):
     options = yaml.safe_load((FOLDER / "search_options.yaml").read_text())
     small = {"num_optuna_trials": 2, "search_epochs": 1, "max_epochs": 2, "image_size": 16, "batch_size": 16,

@@ -61,6 +61,7 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", ExperimentConfig().model_types())
 def test_relevance_is_what_pytorchs_own_gradients_give(model_type, exported):
     model, one_map = model_of(model_type), some_map(30, 37)

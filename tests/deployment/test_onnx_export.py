@@ -45,6 +45,7 @@ def decision_for(model_type, model, maps):
     return Decision(views=8, sure_at=float(np.median(of_one_view.max(1))), temperature=0.7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model_type", [*ExperimentConfig().model_types(), "vision_transformer"])
 def test_the_file_answers_as_the_checkpoint_does_for_maps_of_all_sizes(model_type, tiny_npz, exported):
     model, maps = model_of(model_type), load_wafer_maps(tiny_npz)
@@ -63,6 +64,7 @@ def test_the_file_answers_as_the_checkpoint_does_for_maps_of_all_sizes(model_typ
     np.testing.assert_allclose(last(torch.from_numpy(features)).softmax(-1).detach(), of_one_view, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_decision_is_in_the_file(tiny_npz, tmp_path):
     model, maps = model_of("lightning_cnn"), load_wafer_maps(tiny_npz)
     offsets = tuple(np.linspace(-1, 1, 9).tolist())
@@ -103,6 +105,7 @@ def test_rubbish_is_named(tmp_path):
         Predictor(tmp_path / "no.onnx")
 
 
+@pytest.mark.long
 def test_the_same_model_gives_the_same_file_and_it_names_no_folder_of_this_machine(tmp_path):
     model = a_small_network()
     first, second = (export_onnx(model, tmp_path / name, image_size=32).read_bytes() for name in ("a.onnx", "b.onnx"))

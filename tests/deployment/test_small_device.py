@@ -61,6 +61,7 @@ def test_what_a_small_build_of_the_runtime_has_to_know_lies_beside_them(forms):
     assert str(forms["8-bit, ort"].parent.parent) not in said
 
 
+@pytest.mark.long
 def test_a_table_says_bytes_milliseconds_and_what_each_form_costs_on_labelled_maps(
     exported, tiny_npz, tmp_path, monkeypatch, capsys
 ):

@@ -235,6 +235,7 @@ def test_intervals_do_not_change_from_call_to_call_nor_with_the_numbering_of_lot
         assert other["intervals"][name] == pytest.approx(interval)
 
 
+@pytest.mark.long
 def test_intervals_hold_the_truth_as_often_as_promised_where_percentiles_do_not(tmp_path):
     output, script = tmp_path / "coverage.json", ROOT / "benchmarks/interval_coverage.py"
     flags = ("--lots", "18", "--repeats", "60", "--truth-lots", "2000", "--output", str(output))

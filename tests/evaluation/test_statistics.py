@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from waferlab.evaluation.statistics import holm_factors, mean_interval, paired_differences
+from waferlab.evaluation.statistics import holm_factors, mean_interval, mean_score, paired_differences
 
 
 def make_records(scores):
@@ -75,3 +75,10 @@ def test_intervals_are_wider_than_for_independent_scores():
     assert found["interval"][1] - found["mean"] == pytest.approx(corrected * (naive[1] - found["mean"]))
     assert mean_interval(values, test_over_train=0.0)["p"] == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
     assert mean_interval([0.5], test_over_train=0.2) == {"mean": 0.5, "std": None, "interval": None, "p": None}
+
+
+def test_the_interval_of_a_mean_score_does_not_leave_the_scores_that_there_are():
+    low, high = mean_score([0.85, 0.99, 0.95], test_over_train=0.2)["interval"]
+    assert high == 1 and low == mean_interval([0.85, 0.99, 0.95], test_over_train=0.2)["interval"][0]
+    assert mean_score([0.01, 0.2, 0.02], test_over_train=0.2)["interval"][0] == 0
+    assert mean_score([0.5], test_over_train=0.2) == {"mean": 0.5, "std": None, "interval": None}

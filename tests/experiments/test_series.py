@@ -66,6 +66,7 @@ def test_it_is_said_which_intervals_are_corrected(tiny_npz, tmp_path):
     assert "the intervals in the verdicts are corrected likewise, those of the means are not" in variants
 
 
+@pytest.mark.long
 def test_a_comparison_is_paired_by_seed_and_resumed_without_repeating(tiny_npz, tmp_path):
     def compared(**more):
         config = configured(tiny_npz, tmp_path, model_type=MODELS, **more)
@@ -215,6 +216,7 @@ def test_a_time_limit_that_is_too_short_is_named_before_anything_runs(tiny_npz, 
         ablate(config, seeds=(0,), train=pytest.fail, **MEANS)
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_finished_trainings_and_resume_goes_on(tiny_npz, tmp_path):
     command = [
         sys.executable, ROOT / "run_experiment.py", "--mode", "comparison", "--models", "lightning_cnn", "--data",

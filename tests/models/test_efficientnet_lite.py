@@ -90,6 +90,7 @@ def test_its_statistics_follow_a_short_training_whatever_it_starts_from():
         assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
 
 
+@pytest.mark.long
 def test_the_exported_file_answers_and_explains_as_the_network_does(tiny_npz, tmp_path):
     model, maps, one_map = model_of("efficientnet_lite0"), load_wafer_maps(tiny_npz), some_map(30, 37)
     file = export_onnx(model, tmp_path / "model.onnx", image_size=32)

@@ -141,6 +141,7 @@ def test_an_architecture_is_added_by_one_registration(linear, tiny_npz, tmp_path
         register_model("linear", ModelSpec(Linear))
 
 
+@pytest.mark.long
 def test_an_architecture_says_itself_what_is_searched_ranges_too(linear, tiny_npz, tmp_path):
     settings = {"enable_optuna": True, "num_optuna_trials": 3, "search_epochs": 1, "image_size": 16}
     made = pipeline(model_type="linear", data=tiny_npz, output_dir=tmp_path, **settings)

@@ -128,6 +128,7 @@ def fleet(tiny_npz, tmp_path, postgres):
         one.stop()
 
 
+@pytest.mark.long
 def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_count_none_twice(fleet, postgres):
     fleet = fleet(num_optuna_trials=10)
     early = fleet.join()  # before there is anything to join
@@ -174,6 +175,7 @@ def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_
     assert by_name[f"trial {killed.number}"].info.status == "KILLED"
 
 
+@pytest.mark.long
 def test_a_worker_that_is_told_to_end_hands_its_trial_back_at_once(fleet):
     fleet = fleet(num_optuna_trials=4)
     leader, worker = fleet.lead(), fleet.join()
@@ -201,6 +203,7 @@ def test_what_a_worker_cannot_do_is_one_message_and_status_2(flags, said, tmp_pa
     assert done.returncode == 2 and f"error: {said}" in done.stderr
 
 
+@pytest.mark.long
 def test_ray_starts_workers_on_a_cluster(fleet):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     fleet = fleet(num_optuna_trials=6, workers=1)

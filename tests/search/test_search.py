@@ -89,6 +89,7 @@ def suggest_only(self, trial, model_type):
 # --- what a trial is worth, and what the final training goes on from
 
 
+@pytest.mark.long
 def test_the_summary_tells_every_trial_and_the_weights_are_those_of_the_best_epoch_of_all(tiny_npz, tmp_path):
     summary = pipeline(tiny_npz, tmp_path).run_complete_pipeline()
     (model,) = summary["models"]
@@ -692,6 +693,7 @@ def test_seconds_of_pruned_and_failed_trials_are_counted_and_a_resumed_search_ke
     assert record.search.seconds == found.seconds
 
 
+@pytest.mark.long
 def test_a_time_limit_leaves_the_final_training_its_share(tiny_npz, tmp_path):
     made = pipeline(tiny_npz, tmp_path, time_limit=10, num_optuna_trials=1000, max_epochs=10_000, search_epochs=3)
     (model,) = made.run_complete_pipeline()["models"]
@@ -742,6 +744,7 @@ def journal(tmp_path):
     return optuna.storages.JournalStorage(backend)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path):
     config = settings(tiny_npz, tmp_path, search_epochs=5, max_epochs=10, pruner="none")
@@ -771,6 +774,7 @@ def test_a_trial_cut_off_runs_again_with_its_parameters(sent, tiny_npz, tmp_path
     assert again.parameters == running[0].params
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("whole", "objectives"), [(0, 1), (1, 1), (3, 1), (1, 2)])
 def test_a_trial_goes_on_after_the_last_whole_epoch_of_the_one_that_was_cut_off(
     whole, objectives, tiny_npz, tmp_path, monkeypatch
@@ -837,6 +841,7 @@ def test_a_search_from_anew_takes_nothing_from_what_an_earlier_one_was_cut_off_i
     assert began == [[]]
 
 
+@pytest.mark.long
 def test_resuming_a_finished_search_runs_no_trial_and_other_settings_are_refused(tiny_npz, tmp_path):
     first = pipeline(tiny_npz, tmp_path).search("lightning_cnn")
     again = pipeline(tiny_npz, tmp_path, resume=True).search("lightning_cnn")
@@ -997,6 +1002,7 @@ def test_a_trial_that_the_disk_had_no_room_for_is_not_to_blame_and_runs_again(ti
 # --- shared by several processes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_the_best_trial_left_reaches_whoever_goes_on_with_it(shared, tiny_npz, tmp_path, monkeypatch):
     """One process finds the best trial, another one ends the search and trains."""
@@ -1042,9 +1048,11 @@ def share_a_study(tiny_npz, tmp_path, storage):
     assert sum(t.user_attrs["proposed_by"] == "the defaults" for t in done) == 1
 
 
+@pytest.mark.long
 def test_two_processes_share_one_study(tiny_npz, tmp_path):
     share_a_study(tiny_npz, tmp_path, f"sqlite:///{tmp_path / 'shared.db'}")
 
 
+@pytest.mark.long
 def test_two_processes_share_one_study_on_a_database_server(tiny_npz, tmp_path, postgres):
     share_a_study(tiny_npz, tmp_path, postgres.url)

@@ -26,6 +26,7 @@ def run(script, *arguments):
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_search_is_compared_with_the_same_seconds_without_and_a_second_call_adds_to_the_record(tiny_npz, tmp_path):
     output = tmp_path / "record.json"
     few = ("image_size=16", "batch_size=64", "num_optuna_trials=2", "workers=1", "threads=1")
@@ -72,6 +73,7 @@ def test_a_portfolio_is_what_adds_most_to_the_best_score_on_each_kind_of_maps(sc
     assert portfolio.pick(scores, size) == picked
 
 
+@pytest.mark.long
 def test_settings_are_tried_and_picked(tiny_npz, tmp_path):
     output = tmp_path / "record.json"
     flags = ("--data", tiny_npz, "--models", "lightning_cnn", "--settings", 2, "--seconds", 1, "--per-class", 6)
@@ -108,6 +110,7 @@ def test_devices_are_compared_with_two_threads_turn_by_turn():
     assert "| m | 10.5 | 7.5 | 4.5 | 1.75 (1.50 to 2.00" in "\n".join(devices.table_of_devices({"outcome": [row]}))
 
 
+@pytest.mark.long
 def test_trials_of_one_length_are_timed():
     arguments = type("Flags", (), {"trials": 2, "epochs": 1, "samples_per_class": 20})
     assert 0 < busy_machine.searched(arguments, "lightning_cnn", workers=2, threads=1) < 120

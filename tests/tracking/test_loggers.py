@@ -111,6 +111,7 @@ def test_the_second_of_several_processes_logs_nothing(monkeypatch):
     assert logger.run_id is None
 
 
+@pytest.mark.long
 def test_a_logger_is_lightnings_mlflow_logger_and_is_made_without_importing_mlflow():
     code = """
 import sys

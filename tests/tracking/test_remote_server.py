@@ -127,6 +127,7 @@ def server(remote, monkeypatch):
     return remote
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("scripted")
 def test_a_server_with_a_login_that_restarts_behind_a_slow_link_loses_nothing(server, tiny_npz, tmp_path, monkeypatch):
     start, restarted = Scripted.on_train_epoch_start, []

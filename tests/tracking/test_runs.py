@@ -142,6 +142,7 @@ def test_the_pipelines_run_names_data_split_seed_environment_code_and_pictures(t
     assert (folder / "mlruns").is_dir()
 
 
+@pytest.mark.long
 def test_without_tracking_mlflow_is_not_imported_and_leaves_nothing(tiny_npz, tmp_path):
     code = """
 import json, sys
@@ -205,6 +206,7 @@ def test_a_server_that_answers_wrongly_costs_a_warning_and_not_the_training(
     assert said in printed and "Traceback" not in printed
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_a_warning_and_not_the_training(tiny_npz, tmp_path):
     code = """
 import json, sys
@@ -267,6 +269,7 @@ def test_of_two_programs_that_make_an_experiment_at_the_same_moment_both_write_t
     assert [run.info.run_name for run in server.client.search_runs([experiment])] == ["a run"]
 
 
+@pytest.mark.long
 def test_three_503_answers_halfway_cost_neither_the_runs_nor_the_registration(tiny_npz, tmp_path, capsys, server):
     settings = {"experiment_name": "blip", "tracking_uri": server.uri, "enable_optuna": False, "max_epochs": 1}
     pipeline = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, **settings)))
@@ -484,6 +487,7 @@ def names_of_runs(database):
         return set()
 
 
+@pytest.mark.long
 def test_after_a_kill_the_next_start_closes_the_runs_and_resuming_goes_on(tiny_npz, tmp_path):
     config = tiny_settings(tiny_npz, tmp_path, search_epochs=5, pruner="none", registry_name=None)
     child = start_and_wait_for_trial(config, tmp_path, 1)
@@ -525,6 +529,7 @@ def test_a_store_that_hangs_does_not_hold_the_program_up(tmp_path, monkeypatch):
     assert len(warnings) == 1 and "within 0.5 s" in warnings[0]
 
 
+@pytest.mark.long
 def test_a_program_without_a_main_guard_tracks(tiny_npz, tmp_path):
     config = tiny_settings(tiny_npz, tmp_path, enable_optuna=False, max_epochs=1, registry_name=None)
     script = tmp_path / "script.py"
@@ -740,6 +745,7 @@ def test_only_a_better_model_becomes_champion_and_the_reason_is_written(register
     assert "uint8 [N, rows, columns]" in client.get_registered_model(name).description
 
 
+@pytest.mark.long
 def test_a_run_that_is_resumed_after_it_registered_makes_no_second_version(registered):
     from mlflow import MlflowClient
 
@@ -784,6 +790,7 @@ def test_checkpoint_file_and_registered_model_agree(registered):
 # --- the server
 
 
+@pytest.mark.long
 def test_the_page_is_up_on_this_machine_only_and_stops_without_leftovers(tmp_path):
     from urllib.request import urlopen
 

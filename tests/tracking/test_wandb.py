@@ -148,6 +148,7 @@ def test_nothing_is_left_running_and_mlflow_leaves_no_trace(tracked):
     assert {file.name for file in folder.iterdir()} == {"tiny.npz", "results", "checkpoints", "wandb"}
 
 
+@pytest.mark.long
 def test_a_program_that_ends_without_closing_the_tree_leaves_no_run_and_no_process(tmp_path):
     pytest.importorskip("wandb")
     code = """

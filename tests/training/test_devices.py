@@ -75,6 +75,7 @@ def test_two_devices_learn_what_one_does(tiny_npz, tmp_path):
     assert found[2].history["train_loss"] == pytest.approx(found[1].history["train_loss"], rel=0.05)
 
 
+@pytest.mark.long
 def test_a_run_on_two_devices_is_one_run_with_one_champion(tiny_npz, tmp_path):
     """With a search before it, whose trials have a device each; and its best epoch scores again as it did."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -152,6 +152,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 def test_a_run_prints_its_own_lines_alone_and_leaves_loggers_and_warnings_as_they_were(tiny_npz, tmp_path):
     ran = run(A_RUN, tiny_npz.parent)
     assert ran.stderr == ""
@@ -167,6 +168,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.long
 def test_whoever_imports_pytorch_lightning_is_told_once_which_package_is_meant():
     told = run(BOTH_PACKAGES).stderr
     assert told.count("UserWarning") == 1

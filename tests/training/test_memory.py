@@ -35,6 +35,7 @@ def page_faults(how):
     return int(done.stdout)
 
 
+@pytest.mark.long
 def test_the_memory_that_a_step_frees_is_there_for_the_next():
     if not keep_freed_memory():
         pytest.skip("no glibc")
@@ -79,6 +80,7 @@ print("parts", model.parts)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process's memory hold on Linux")
 def test_a_step_that_the_memory_does_not_suffice_for_is_done_in_parts_and_it_is_said_once(tiny_npz, tmp_path):
     done = subprocess.run(

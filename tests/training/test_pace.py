@@ -183,6 +183,7 @@ def test_who_leaves_cores_to_others_by_openmps_variable_has_no_more_taken(monkey
     assert pace.cores() == taken
 
 
+@pytest.mark.long
 def test_what_ultralytics_does_to_that_variable_is_no_word_of_a_user():
     code = (
         "import os; {}; from waferlab.training.pace import TOLD; print(repr(TOLD), os.environ.get('OMP_NUM_THREADS'))"

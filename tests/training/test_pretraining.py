@@ -104,6 +104,7 @@ def test_the_chunk_drawn_ahead_is_the_chunk_drawn_when_asked_for():
 # --- the file
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_tensors_and_another_seed_others(made, tmp_path):
     again = load_file(pretrain("lightning_cnn", tmp_path))
     other = load_file(pretrain("lightning_cnn", tmp_path, seed=1))
@@ -125,6 +126,7 @@ def test_weights_are_made_once(made):
     assert made.stat().st_mtime_ns == before and "made before" in lines[0]
 
 
+@pytest.mark.long
 def test_a_killed_pretraining_leaves_no_half_file_and_resumes_to_the_same_weights(made, tmp_path):
     code = (
         "import sys; from functools import partial; from pathlib import Path; from test_pretraining import pretrain;"
@@ -269,6 +271,7 @@ def test_weights_for_another_image_size_are_not_taken(made):
     assert source.startswith("random (") and "another size" in source
 
 
+@pytest.mark.long
 def test_the_summary_names_the_weights_that_were_used_and_a_resumed_run_keeps_the_name(made, tiny_npz, tmp_path):
     settings = {"model_type": "lightning_cnn", "data": str(tiny_npz), "max_epochs": 1, "output_dir": tmp_path}
     first = pipeline(made.parent, **settings).run_complete_pipeline()

@@ -178,6 +178,7 @@ def test_there_are_as_many_workers_as_cores_or_as_are_wanted_and_one_where_a_gpu
 # --- a search
 
 
+@pytest.mark.long
 def test_two_processes_share_one_study_one_tracker_and_one_terminal(tiny_npz, tmp_path):
     """Exactly as many trials as are wanted; what can be seen of them is as with one worker."""
     made = searching(
@@ -245,6 +246,7 @@ class Tree:
     tags = metrics = params
 
 
+@pytest.mark.long
 def test_the_trial_of_a_worker_that_is_killed_fails_with_the_reason_and_the_search_goes_on(
     tiny_npz, tmp_path, monkeypatch
 ):

@@ -73,12 +73,13 @@ def _read_grey(path: Path) -> np.ndarray:
 
 
 def _three_levels(grey: np.ndarray) -> np.ndarray:
-    return np.digitize(grey, (64, 192)).astype(np.uint8)
+    return np.add(grey >= 64, grey >= 192, dtype=np.uint8)
 
 
 def _two_levels(grey: np.ndarray) -> np.ndarray:
     rows, columns = grey.shape
     y, x = np.ogrid[:rows, :columns]
-    outside = ((y + 0.5) / rows * 2 - 1) ** 2 + ((x + 0.5) / columns * 2 - 1) ** 2 > 1
-    fails = grey >= 128
-    return np.where(fails, 2, np.where(outside, 0, 1)).astype(np.uint8)
+    dies = np.ones_like(grey)
+    dies[((x + 0.5) / columns * 2 - 1) ** 2 > 1 - ((y + 0.5) / rows * 2 - 1) ** 2] = 0
+    dies[grey >= 128] = 2
+    return dies

@@ -47,6 +47,17 @@ def mean_interval(
     return {"mean": mean, "std": deviation, "interval": [mean - half, mean + half], "p": p}
 
 
+def mean_score(scores: Sequence[float], *, test_over_train: float) -> dict[str, Any]:
+    """Mean, standard deviation and interval of scores between 0 and 1, which the interval does not leave.
+
+    Returns:
+        mean, std, interval, as of `mean_interval`.
+    """
+    found = mean_interval(scores, test_over_train=test_over_train)
+    inside = found["interval"] and [max(0.0, found["interval"][0]), min(1.0, found["interval"][1])]
+    return {"mean": found["mean"], "std": found["std"], "interval": inside}
+
+
 def holm_factors(p_values: Sequence[float | None]) -> list[float | None]:
     """What each p value is multiplied by to correct for their number (Holm 1979, Scand. J. Statist. 6).
 

@@ -10,7 +10,7 @@ from waferlab.errors import ConfigError, RunError
 from waferlab.evaluation.statistics import (
     DIFFERENCE_METHOD,
     INTERVAL_METHOD,
-    mean_interval,
+    mean_score,
     paired_differences,
     scores_by_seed,
     test_over_train,
@@ -77,7 +77,7 @@ def _record(
                 "components": {component: component in on for component in COMPONENTS},
                 "scores": list(scores_by_seed(records, name).values()),
                 "weights": sorted({r["weights"] for r in records if r["variant"] == name}),
-                **_without_p(scores_by_seed(records, name), records),
+                **mean_score([*scores_by_seed(records, name).values()], test_over_train=test_over_train(records)),
             }
             for name, on in switched.items()
         ],
@@ -102,11 +102,6 @@ def ablation_variants() -> dict[str, tuple[str, ...]]:
 
 def _changes(on: Sequence[str]) -> dict[str, bool]:
     return {option: component in on for component, option in COMPONENTS.items()}
-
-
-def _without_p(scores: Mapping[int, float], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found = mean_interval(list(scores.values()), test_over_train=test_over_train(records))
-    return {key: found[key] for key in ("mean", "std", "interval")}
 
 
 def _effects(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

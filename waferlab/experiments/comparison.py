@@ -11,7 +11,7 @@ from waferlab.config import ExperimentConfig
 from waferlab.evaluation.statistics import (
     DIFFERENCE_METHOD,
     INTERVAL_METHOD,
-    mean_interval,
+    mean_score,
     paired_differences,
     scores_by_seed,
     test_over_train,
@@ -59,12 +59,11 @@ def _record(series: TrainingSeries, records: Sequence[Mapping[str, Any]]) -> dic
 
 def _model_row(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     some = [r for r in records if r["variant"] == name]
-    found = mean_interval([r["macro_f1"] for r in some], test_over_train=test_over_train(records))
     typical = {key: statistics.median(r[key] for r in some) for key in ("train_seconds", "latency_ms", "epochs")}
     return {
         "model_type": name,
         "n": len(some),
-        **{key: found[key] for key in ("mean", "std", "interval")},
+        **mean_score([r["macro_f1"] for r in some], test_over_train=test_over_train(records)),
         "accuracy_mean": statistics.mean(r["accuracy"] for r in some),
         "n_parameters": some[0]["n_parameters"],
         **typical,
