@@ -56,7 +56,7 @@ from waferlab.records import (
 )
 from waferlab.reports.run_report import draw_run, write_pages
 from waferlab.reports.tracked_run import start_pipeline_run, track_epochs, track_outcome
-from waferlab.search.budget import SearchPlan, plan_search, seconds_by_merit
+from waferlab.search.budget import SearchPlan, plan_search, planned_once, seconds_by_merit
 from waferlab.search.model_search import ModelSearch
 from waferlab.search.portfolio import PORTFOLIOS
 from waferlab.search.study import proposed_by, run_again, study_plots
@@ -282,26 +282,25 @@ class IntegratedMLPipeline:
 
     def _train_all(self, parent: Run) -> list[TrainedModel]:
         """Searches and trains all models; one that fails becomes a row with its reason, unless all of them do."""
-        config, names, trained, searched = self.config, self.config.model_types(), [], {}
+        config, names, trained, searched, plans = self.config, self.config.model_types(), [], {}, {}
         if config.favours_the_best():
             for name in names:
                 with self._or_a_row(name):
-                    plan = self.plan_search(name, config.equal_share())
+                    plans[name] = plan = self.plan_search(name, config.equal_share())
                     if not plan.none_because:
                         self.say(f"\n{name}, search", style="bold")
                         self._start_model_run(name, parent)
                         searched[name] = self.search(name, plan)
         left = [name for name in names if name not in self.failed]
-        alone = [name for name in left if name not in searched]  # without a search, in equal shares
+        by_merit = {"models": len(left), "limit": config.time_limit, "favourite_share": config.favourite_share}
         for name in left:
             with self._or_a_row(name):
                 self.say(f"\n{name}", style="bold")
-                if name in searched:
-                    limit = config.time_limit - len(alone) * config.equal_share()
-                    seconds = seconds_by_merit(name, searched, limit=limit, favourite_share=config.favourite_share)
-                    trained.append(self.go_on(name, searched[name], seconds=seconds))
-                else:
-                    trained.append(self.search_and_train(name, parent))
+                seconds, found = seconds_by_merit(name, searched, **by_merit) if searched else None, searched.get(name)
+                trained.append(
+                    self.go_on(name, found, seconds=seconds) if found
+                    else self.search_and_train(name, parent, plan=plans.get(name), seconds=seconds)
+                )  # fmt: skip
         if not trained:
             reasons = "; ".join(f"{name}: {error}" for name, error in self.failed.items())
             only = next(iter(self.failed.values()))
@@ -455,13 +454,9 @@ class IntegratedMLPipeline:
         return self._paces[model_type, precision]
 
     def train_final_model(
-        self,
-        model_type: str,
-        params: dict[str, Any] | None = None,
-        *,
-        seconds: float | None = None,
+        self, model_type: str, params: dict[str, Any] | None = None, *, seconds: float | None = None,
         trial: BestTrial | None = None,
-    ) -> TrainingRecord:
+    ) -> TrainingRecord:  # fmt: skip
         """Trains one model and keeps its best epoch by validation macro F1.
 
         Args:
@@ -540,11 +535,15 @@ class IntegratedMLPipeline:
             every_epoch(folder.resume),
         ]
 
-    def search_and_train(self, model_type: str, parent: Run | None = None) -> TrainedModel:
+    def search_and_train(
+        self, model_type: str, parent: Run | None = None, *, plan: SearchPlan | None = None,
+        seconds: float | None = None,
+    ) -> TrainedModel:  # fmt: skip
         """Searches, and goes on training the best trial to the end of the time; without a search, trains from anew."""
-        share = self.config.equal_share()
+        share = self.config.equal_share() if seconds is None else seconds
         self._start_model_run(model_type, parent)
-        plan = self.plan_search(model_type, share) if self.config.enable_optuna else None
+        if plan is None and self.config.enable_optuna:
+            plan = self.plan_search(model_type, share)
         if plan and not plan.none_because:
             found = self.search(model_type, plan)
             return self.go_on(model_type, found, seconds=None if share is None else max(1.0, share - found.seconds))
@@ -571,17 +570,21 @@ class IntegratedMLPipeline:
 
     def plan_search(self, model_type: str, seconds: float | None) -> SearchPlan:
         """How large a search is that leaves the winner the time to learn, of `seconds` for both."""
-        config = self.config
-        an_epoch, decay = 0.0, find_model(model_type).parameters()["decay"]
+        config, decay = self.config, find_model(model_type).parameters()["decay"]
         level = max(1, int(config.max_epochs * (1 - decay)))  # what is left is for the fall of the learning rate
-        if seconds is not None:
-            data, step = self.data_module(), self._seconds_a_step(model_type, self.precision(model_type))
-            validation = len(self.split.validation) / config.batch_size * FORWARD_SHARE
-            an_epoch = step * (min(len(data.train_dataloader()), self._batches_of_a_trial(data)) + validation)
-        return plan_search(
-            trials=config.num_optuna_trials, epochs=min(config.search_epochs, level),
-            workers=workers_for(config), seconds=seconds, share=config.search_share, seconds_an_epoch=an_epoch,
-        )  # fmt: skip
+        asked = {"trials": config.num_optuna_trials, "epochs": min(config.search_epochs, level), "seconds": seconds}
+
+        def make() -> SearchPlan:
+            an_epoch = 0.0
+            if seconds is not None:
+                data, step = self.data_module(), self._seconds_a_step(model_type, self.precision(model_type))
+                validation = len(self.split.validation) / config.batch_size * FORWARD_SHARE
+                an_epoch = step * (min(len(data.train_dataloader()), self._batches_of_a_trial(data)) + validation)
+            share, workers = config.search_share, workers_for(config)
+            return plan_search(**asked, workers=workers, share=share, seconds_an_epoch=an_epoch)
+
+        file, of = config.checkpoints_dir / model_type / "plan.json", self._fingerprint()
+        return make() if seconds is None else planned_once(file, make, asked={**asked, "of": of}, look=config.resume)
 
     def _batches_of_a_trial(self, data: WaferMapDataModule) -> int:
         return max(1, MAPS_OF_A_TRIALS_EPOCH // data.batch_size)
@@ -684,15 +687,16 @@ class IntegratedMLPipeline:
         seconds = search and search.budget.for_a_trial()
         callbacks = [*([TimeBudget(seconds)] if seconds else []), history, answers]
         callbacks += [best_weights(file), every_epoch(files.state(trial.number))]
+        epochs = search.plan.epochs if search else self.config.search_epochs
         if state := files.begin(trial):
-            take_up(trial, state, track=partial(track_epochs, self.runs, run))
+            epochs = max(epochs, take_up(trial, state, track=partial(track_epochs, self.runs, run)))
         if len(self.config.objectives) == 1:  # several values cannot be pruned on
             callbacks.append(PyTorchLightningPruningCallback(trial, monitor="val_macro_f1"))
         if bar := self.terminal.progress(f"trial {trial.number}"):
             callbacks.append(bar)
         self.fit(
             model_type, model, data, callbacks, run=run, batches=self._batches_of_a_trial(data), resume_from=state,
-            max_epochs=search.plan.epochs if search else self.config.search_epochs,
+            max_epochs=epochs,
         )  # fmt: skip
         record = record_training(
             model_type, model, data, history, precision=self.precision(model_type), checkpoint=file
@@ -716,8 +720,7 @@ class IntegratedMLPipeline:
         return self._suggest(optuna.trial.FixedTrial(defaults), model_type)
 
     def _trial_files(self, model_type: str) -> TrialFiles:
-        folder = self.config.checkpoints_dir / model_type / "trials"
-        return TrialFiles(folder, shared=self.config.shared_weights_dir)
+        return TrialFiles(self.config.checkpoints_dir / model_type / "trials", shared=self.config.shared_weights_dir)
 
     # --- MLflow
 
@@ -732,9 +735,8 @@ class IntegratedMLPipeline:
         return self.runs
 
     def _start_model_run(self, model_type: str, parent: Run | None) -> None:
-        self.model_runs[model_type] = self.runs.start(
-            f"{model_type}_optimized", parent=parent, key=f"{self._fingerprint()}/{model_type}"
-        )
+        key = f"{self._fingerprint()}/{model_type}"
+        self.model_runs[model_type] = self.runs.start(f"{model_type}_optimized", parent=parent, key=key)
 
     # --- after training
 

@@ -106,6 +106,7 @@ def test_pages_fit_a_phone_and_a_screen_and_nothing_goes_wrong(site, browser, sc
         page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("requestfailed", lambda request: wrong.append(request.url))
+        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url))
         for file in pages_of(site) if scheme == "light" else [site / "index.html"]:
             page.goto(file.as_uri())
             wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")

@@ -363,7 +363,7 @@ def test_the_comparison_in_markdown_has_a_row_a_model_and_the_best_first():
     low, high = best["interval"]
     assert lines[2].startswith(f"| **{best['model_type']}** | **{best['mean']:.3f} [{low:.3f}, {high:.3f}]**")
     assert sum(line.count("|") == 10 for line in lines) == 6
-    assert "no difference shown" in lines[-3] or "is better" in lines[-3]
+    assert ("is better" if record["differences"][-1]["significant"] else "no difference shown") in lines[-3]
 
 
 def test_the_ablation_in_markdown_tells_gain_and_verdict():

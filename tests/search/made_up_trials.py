@@ -30,11 +30,12 @@ def add_trial(
     It began `start` seconds after midnight, or else when all before it had ended; `noted` are the seconds that it has a
     note of, where its dates may say something else.
     """
-    user_attrs |= {} if noted is None else {"seconds": noted}
     if state is None:  # RUNNING is 0
         state = TrialState.PRUNED if value is None and values is None else TrialState.COMPLETE
     params, ended = params or {}, [t.datetime_complete for t in study.trials if t.datetime_complete]
     start = max(ended, default=MIDNIGHT) if start is None else MIDNIGHT + datetime.timedelta(seconds=start)
+    if noted is not None:
+        user_attrs["clock"] = {"seconds": noted, "end": (start + datetime.timedelta(seconds=noted)).timestamp()}
     study.add_trial(
         FrozenTrial(
             number=-1, trial_id=-1, state=state, value=value, values=values,

@@ -8,7 +8,15 @@ from made_up_trials import Clock, a_search, a_study, add_trial, trained
 from optuna.trial import TrialState
 
 from integrated_pipeline import IntegratedMLPipeline
-from waferlab.search.budget import EPOCHS_FOR_A_SEARCH, SearchBudget, SearchPlan, plan_search, seconds_by_merit
+from waferlab.errors import DamagedFileError
+from waferlab.search.budget import (
+    EPOCHS_FOR_A_SEARCH,
+    SearchBudget,
+    SearchPlan,
+    plan_search,
+    planned_once,
+    seconds_by_merit,
+)
 from waferlab.search.study import run_again
 
 
@@ -62,6 +70,17 @@ def test_the_epochs_of_a_plan_fit_into_its_seconds():
         ended = max(trials / 3, 1)
         assert ended * plan.epochs <= plan.seconds
         assert (ended + 1) * 2.2 * plan.epochs > plan.seconds  # most of them is used
+
+
+def test_a_plan_is_found_again_unless_something_else_is_asked_or_nobody_looks(tmp_path):
+    file, before, now = tmp_path / "model/plan.json", planned(), planned(seconds=10, seconds_an_epoch=1.0)
+    assert planned_once(file, lambda: before, asked={"seconds": 1000}, look=True) == before
+    assert planned_once(file, lambda: now, asked={"seconds": 1000}, look=True) == before
+    assert planned_once(file, lambda: now, asked={"seconds": 10}, look=True) == now
+    assert planned_once(file, lambda: before, asked={"seconds": 10}, look=False) == before
+    file.write_text("{")
+    with pytest.raises(DamagedFileError, match=r"plan\.json is damaged"):
+        planned_once(file, lambda: now, asked={"seconds": 10}, look=True)
 
 
 # --- when a search is over
@@ -120,6 +139,14 @@ def test_without_a_limit_a_search_is_over_with_its_last_trial(clock):
     assert not budget.starts_another(study)
 
 
+def test_the_place_of_a_trial_that_was_taken_away_is_free_again(clock):
+    study = a_study()
+    budget = a_budget(study, trials=1)
+    assert budget.starts_another(study) and not budget.starts_another(study)
+    budget.give_back()
+    assert budget.starts_another(study)
+
+
 def test_trials_that_others_who_share_the_study_are_running_count(clock):
     study = a_study(0.5)
     budget = a_budget(study, trials=3)
@@ -174,12 +201,14 @@ def test_processes_that_share_a_budget_start_exactly_as_many_trials_as_are_wante
     [
         (100, {"a": 10, "b": 40, "c": 10}),  # of the 60 that the searches leave
         (20, {"a": 0.5, "b": 2, "c": 0.5}),  # nothing is left: a second for each
+        (100, {"a": 20 / 3, "b": 40, "c": 20 / 3, "without a search": 20 / 3}),
     ],
 )
 def test_what_did_best_in_its_search_gets_the_longest_final_training(limit, given):
     searches = {"a": a_search(0.4, seconds=10), "b": a_search(0.6, seconds=25), "c": a_search(0.5, seconds=5)}
     for name, seconds in given.items():
-        assert seconds_by_merit(name, searches, limit=limit, favourite_share=2 / 3) == pytest.approx(seconds)
+        found = seconds_by_merit(name, searches, models=len(given), limit=limit, favourite_share=2 / 3)
+        assert found == pytest.approx(seconds)
 
 
 def searching(data, folder, **more):
@@ -275,6 +304,15 @@ def test_the_pace_is_measured_in_steps_of_training_and_of_validation(tiny_npz, t
     assert not made.plan_search("lightning_cnn", 14.9 * batches * 0.01).trials  # it is measured once
     slower = searching(tiny_npz, tmp_path, num_optuna_trials=3)
     assert "8 epochs fit" in slower.plan_search("lightning_cnn", 15.1 * batches * 0.01).none_because
+
+
+def test_a_resumed_run_plans_as_before_however_quick_the_machine_is_now(tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.setattr("integrated_pipeline.seconds_a_step", lambda *_, **__: 0.01)
+    plan = searching(tiny_npz, tmp_path).plan_search("lightning_cnn", 60.0)
+    assert plan.trials
+    monkeypatch.setattr("integrated_pipeline.seconds_a_step", lambda *_, **__: 10.0)
+    assert searching(tiny_npz, tmp_path, resume=True).plan_search("lightning_cnn", 60.0) == plan
+    assert searching(tiny_npz, tmp_path).plan_search("lightning_cnn", 60.0).none_because
 
 
 def test_of_many_maps_a_trials_epoch_has_a_part(tiny_npz, tmp_path, monkeypatch):

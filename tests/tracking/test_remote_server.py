@@ -170,6 +170,6 @@ def test_a_wrong_password_costs_a_warning_and_not_the_training(server, tiny_npz,
     warned = []
     made.terminal.warn = warned.append
     summary = made.run_complete_pipeline()
-    assert summary["models"][0]["test"]["macro_f1"] >= 0 and summary.get("registered") is None
+    assert summary["models"][0]["epochs"] > 0 and summary.get("registered") is None
     assert any(server.uri in line for line in warned), warned
     assert "another-long-password" not in " ".join(warned)

@@ -163,7 +163,7 @@ def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tm
         port = unused.getsockname()[1]
     config = tiny_settings(tiny_npz, tmp_path, tracking_uri=f"http://127.0.0.1:{port}", enable_optuna=False)
     summary = IntegratedMLPipeline(ExperimentConfig(**config)).run_complete_pipeline()
-    assert summary["models"][0]["test"]["macro_f1"] >= 0
+    assert summary["models"][0]["epochs"] == 2
     printed = capsys.readouterr().err
     assert printed.count("goes on without MLflow") == 1
 
@@ -563,28 +563,28 @@ def test_a_fresh_database_is_moved_into_place_whole_unless_another_program_was_f
     assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
     assert names_of_runs(database) == set()
     assert MlflowClient(f"sqlite:///{database}").get_experiment("0").artifact_location == f"{files}/0"
-    assert database.stat().st_mode == (tmp_path / "mlflow.db").stat().st_mode
+    (tmp_path / "plain").touch()
+    assert database.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_program_that_is_killed_while_it_makes_a_database_leaves_nothing_behind(tmp_path):
+def test_a_program_that_is_killed_while_it_makes_a_database_leaves_none(tmp_path):
     code = """
-import sys, time
-from importlib.metadata import version
+import os, sys, time
 from pathlib import Path
-from mlflow.store.tracking import sqlalchemy_store
-class Slow:
-    def __init__(self, *_):
-        print("at work", flush=True)
-        time.sleep(60)
-sqlalchemy_store.SqlAlchemyStore = Slow
 from waferlab.tracking.runs import make_database
+def slow(*_):
+    print("at work", flush=True)
+    time.sleep(60)
+os.link = slow  # all of it is written by then
 make_database(Path(sys.argv[1]) / "mlflow.db", files="file:///files")
 """
     child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"at work\n"
     child.kill()
     child.communicate()
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "mlflow.db").exists()
+    make_database(tmp_path / "mlflow.db", files="file:///files")
+    assert names_of_runs(tmp_path / "mlflow.db") == set()
 
 
 def test_ctrl_c_closes_the_runs_as_killed(tiny_npz, tmp_path, fresh_store):
@@ -697,11 +697,14 @@ def test_runs_of_a_process_that_still_lives_are_left_alone(tmp_path, fresh_store
     assert runs_of(tmp_path)[0]["living"].info.status == "FINISHED"
 
 
-def test_a_process_is_known_by_more_than_its_number():
+def test_a_process_is_known_by_more_than_its_number(monkeypatch):
     mine = this_process()
     host, number, started = mine.rsplit(" ", 2)
     assert still_runs(mine)
-    assert not still_runs(f"{host} {number} {int(started) - 1000}")
+    assert not still_runs(f"{host} {number} 1{started}") and not still_runs(f"{host} {2**22 + 1} {started}")
+    with monkeypatch.context() as patch:  # where there is no /proc
+        patch.setattr("waferlab.tracking.processes.PROC", Path("/none"))
+        assert still_runs(this_process()) and not still_runs(mine)
     assert still_runs(f"another-host {number} {started}")  # cannot know: leaves it alone
 
 

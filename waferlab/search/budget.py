@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from waferlab.records import SearchRecord
+from waferlab.records import SearchRecord, write_summary
 from waferlab.search.trials import counted_trials, lost_and_not_queued, study_seconds, trial_seconds
+from waferlab.training.checkpoints import read_json
 
 EPOCHS_FOR_A_SEARCH = 15  # in all; where fewer fit into the time, what a search costs is missed more than it finds
 
@@ -60,6 +64,28 @@ def plan_search(
     full_trials = trials / 3 + go_on * 2 / 3
     longest = min(epochs, max(3, int(fit * share * workers / full_trials)))
     return SearchPlan(trials, longest, seconds * share)
+
+
+def planned_once(
+    file: Path, make: Callable[[], SearchPlan], *, asked: Mapping[str, Any], look: bool
+) -> SearchPlan:  # fmt: skip
+    """A plan that a resumed run finds as it was, though the machine may be quicker or slower by now.
+
+    Args:
+        file: where it is kept.
+        make: a plan for what is asked.
+        asked: what it depends on besides the machine, in JSON's kinds; a plan for something else is made anew.
+        look: whether there may be one.
+
+    Raises:
+        DamagedFileError: the file is damaged.
+    """
+    asked = json.loads(json.dumps(asked))
+    if look and file.exists() and (kept := read_json(file)).get("asked") == asked:
+        return SearchPlan(**kept["plan"])
+    plan = make()
+    write_summary(file, {"asked": asked, "plan": asdict(plan)})
+    return plan
 
 
 class SearchBudget:
@@ -119,20 +145,25 @@ class SearchBudget:
 
         if sum(has_a_place(other) for other in trials if other.state != TrialState.WAITING) < self.plan.trials:
             return False
+        self.give_back()
+        return True
+
+    def give_back(self) -> None:
+        """Somebody else has, or will have, the place of a trial that was started here."""
         with self._starts_left.get_lock():
             self._starts_left.value += 1
-        return True
 
 
 def seconds_by_merit(
-    model_type: str, searches: Mapping[str, SearchRecord], *, limit: float, favourite_share: float
+    model_type: str, searches: Mapping[str, SearchRecord], *, models: int, limit: float, favourite_share: float
 ) -> float:
     """What is left after all searches: `favourite_share` of it for the model that did best, the rest in equal parts.
 
-    A model that is the only one has all of it.
+    A model that is the only one has all of it. One that had no search has a part, too: it is so slow that too few of
+    its epochs would have fitted.
     """
-    left = max(float(len(searches)), limit - sum(search.seconds for search in searches.values()))
-    if len(searches) == 1:
+    left = max(float(models), limit - sum(search.seconds for search in searches.values()))
+    if models == 1:
         return left
     favourite = max(searches, key=lambda name: searches[name].best.macro_f1)
-    return left * favourite_share if model_type == favourite else left * (1 - favourite_share) / (len(searches) - 1)
+    return left * favourite_share if model_type == favourite else left * (1 - favourite_share) / (models - 1)

@@ -95,6 +95,7 @@ class ModelSearch:
             first=[self.defaults, *self.portfolio][: self.plan.trials],
             fingerprint=self.fingerprint,
             go_on=config.resume or config.storage is not None or worker > 0,
+            alone=config.storage is None and worker == 0,  # this run holds the folder
         )
 
     def optimize(
@@ -154,7 +155,7 @@ class ModelSearch:
                 say(trial_line(study, trial, wanted=self.plan.trials, seconds_left=self.budget.left()))
 
         while self.budget.starts_another(study):
-            with left_if_taken_away(say):
+            with left_if_taken_away(say, self.budget.give_back):
                 study.optimize(
                     run, n_trials=1, callbacks=[report], catch=(TrialFailedError, SurplusTrialError),
                     gc_after_trial=True,

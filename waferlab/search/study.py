@@ -31,6 +31,7 @@ def open_study(
     first: Sequence[Mapping[str, Any]],
     fingerprint: str,
     go_on: bool,
+    alone: bool = False,
 ) -> optuna.Study:
     """Creates a study, or takes it up again; trials of processes that are gone are put back into the queue.
 
@@ -43,6 +44,7 @@ def open_study(
         first: parameters of the first trials: the defaults, and what has proved itself elsewhere.
         fingerprint: of settings and data; a study that was made with another one is refused.
         go_on: take up a study of that name; else it is deleted first.
+        alone: nobody else can be at work on it now, so whatever is said to run was cut off.
 
     Raises:
         ConfigError: the study was made with other settings or data.
@@ -52,13 +54,16 @@ def open_study(
         optuna.delete_study(study_name=name, storage=storage)
     parts = {"study_name": name, "storage": storage, "pruner": pruner}
     try:  # of several processes on one study, exactly one makes it
-        study = optuna.create_study(directions=directions, **parts)
+        study, ours = optuna.create_study(directions=directions, **parts), True
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(**parts)
+        ours = alone and "begun" not in study.user_attrs  # whoever made it was killed before it was whole
+    if ours:
         study.set_user_attr("fingerprint", fingerprint)
         for number, parameters in enumerate(first):
             by = "the portfolio" if number else "the defaults"
             study.enqueue_trial(dict(parameters), user_attrs={"proposed_by": by}, skip_if_exists=True)
-    except optuna.exceptions.DuplicatedStudyError:
-        study = optuna.load_study(**parts)
+        study.set_user_attr("begun", True)
     if study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
         raise ConfigError(
             f"The study {name} was made with other settings or data. Repeat the settings of that run, leave out "
@@ -66,7 +71,7 @@ def open_study(
         )
     study.sampler = sampler(len(study.get_trials(deepcopy=False)))
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        if not still_runs(trial.user_attrs.get("process", "? 0 0")):
+        if alone or not still_runs(trial.user_attrs.get("process", "? 0 0")):
             study.tell(trial.number, state=TrialState.FAIL)
             run_again(study, trial)
     if seconds_between_signs(study) is None:  # else those who share the study do it, see `bring_back_lost_trials`
@@ -93,15 +98,11 @@ def forget_lost_trials(study: optuna.Study, reason: str) -> None:
 def causes_kept() -> Iterator[None]:
     """Lets through what really happened, where another error stands before it.
 
-    Ctrl-C while the journal's lock is given back: its file is then deleted twice, an OSError. And an OSError of the
-    journal, such as a full disk, while Optuna writes down how a trial ended: it then asserts that this cannot be.
+    An OSError of the journal, such as a full disk, while Optuna writes down how a trial ended: it then asserts that
+    this cannot be.
     """
     try:
         yield
-    except OSError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
     except AssertionError as error:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
@@ -109,13 +110,19 @@ def causes_kept() -> Iterator[None]:
 
 
 @contextmanager
-def left_if_taken_away(say: Callable[[str], None]) -> Iterator[None]:
-    """Leaves a trial that somebody else has ended meanwhile: whoever runs it was taken for dead."""
+def left_if_taken_away(say: Callable[[str], None], give_back: Callable[[], None]) -> Iterator[None]:
+    """Leaves a trial that somebody else has ended meanwhile: whoever runs it was taken for dead.
+
+    Args:
+        say: prints a line.
+        give_back: called for the place of that trial, which it does not need.
+    """
     try:
         yield
     except (UpdateFinishedTrialError, ValueError) as error:
         if isinstance(error, ValueError) and not str(error).startswith("Cannot tell a "):
             raise
+        give_back()
         say("  a trial of this worker was taken for lost, as it gave no sign of life for too long; it runs again")
 
 

@@ -84,8 +84,11 @@ class TrialFiles:
             shared = trial.user_attrs.get("files", {}).get(file.name)
             if not file.exists() and self._store is not None and shared is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                half = file.with_name(f"{file.name}.unfinished")
+                half.unlink(missing_ok=True)
                 with suppress(ArtifactNotFound):
-                    download_artifact(artifact_store=self._store, artifact_id=shared, file_path=str(file))
+                    download_artifact(artifact_store=self._store, artifact_id=shared, file_path=str(half))
+                    os.replace(half, file)
         return all(file.exists() for file in files)
 
     def forget_all_but(self, keep: Collection[int], study: optuna.Study) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,27 @@ def trial_tag(trial: optuna.Trial) -> dict[str, str]:
 def seconds_noted(trial: optuna.Trial) -> Iterator[None]:
     """Notes how long a trial takes that comes to an end of its own.
 
-    By the clock that nobody sets: a machine's date may jump, and by its dates a trial would take an hour then.
+    By the clock that nobody sets: a machine's date may jump, and by its dates a trial would take an hour then. The end
+    is in seconds since 1970, which mean the same in winter and in summer, and on machines elsewhere.
     """
     started = time.monotonic()
+
+    def note() -> None:
+        trial.set_user_attr("clock", {"seconds": time.monotonic() - started, "end": time.time()})
+
     try:
         yield
     except (optuna.TrialPruned, TrialFailedError):
-        trial.set_user_attr("seconds", time.monotonic() - started)
+        note()
         raise
-    trial.set_user_attr("seconds", time.monotonic() - started)
+    note()
 
 
 def trial_seconds(trial: FrozenTrial) -> float | None:
     """How long a finished trial took, by its dates where there is no note of it; None of a trial without an end."""
-    if "seconds" in trial.user_attrs or trial.duration is None:
-        return trial.user_attrs.get("seconds")
-    return trial.duration.total_seconds()
+    if clock := trial.user_attrs.get("clock"):
+        return clock["seconds"]
+    return None if trial.duration is None else trial.duration.total_seconds()
 
 
 def study_seconds(study: optuna.Study) -> float:
@@ -82,14 +87,15 @@ def study_seconds(study: optuna.Study) -> float:
 
     One that went on where another was cut off has the seconds of that one, too.
     """
-    seconds, until = 0.0, None
-    done = [t for t in counted_trials(study) if t.datetime_start is not None]
-    lasted = {t.number: (trial_seconds(t) or 0.0) + t.user_attrs.get("seconds_before", 0.0) for t in done}
-    starts = {t.number: t.datetime_complete - timedelta(seconds=lasted[t.number]) for t in done}
-    for trial in sorted(done, key=lambda trial: starts[trial.number]):
-        start = starts[trial.number] if until is None else max(until, starts[trial.number])
-        seconds += max(0.0, (trial.datetime_complete - start).total_seconds())
-        until = trial.datetime_complete if until is None else max(until, trial.datetime_complete)
+    seconds, until, spans = 0.0, -math.inf, []
+    for trial in counted_trials(study):
+        if (lasted := trial_seconds(trial)) is not None:
+            clock = trial.user_attrs.get("clock")
+            end = clock["end"] if clock else trial.datetime_complete.timestamp()
+            spans.append((end - lasted - trial.user_attrs.get("seconds_before", 0.0), end))
+    for start, end in sorted(spans):
+        seconds += max(0.0, end - max(until, start))
+        until = max(until, end)
     return seconds
 
 
@@ -182,15 +188,19 @@ def worth_keeping(study: optuna.Study, defaults: Mapping[str, Any]) -> set[int]:
     trials = study.get_trials(deepcopy=False)
     lost = lost_and_not_queued(study)
     to_finish = [trial for trial in trials if not trial.state.is_finished()] + lost
-    cut_off = {trial.number for trial in lost} | {n for trial in to_finish for n in repeated_by(trial, trials)}
+    cut_off = {n for trial in to_finish for n in repeated_by(trial, trials)}
+    cut_off |= {trial.number for trial in to_finish if trial.state != TrialState.WAITING}  # which may end just now
     if not completed(study):
         return cut_off
     ours = max((t for t in completed(study) if t.params == defaults), key=lambda t: t.values[0], default=None)
     return cut_off | {trial.number for trial in study.best_trials} | ({ours.number} if ours else set())
 
 
-def take_up(trial: optuna.Trial, state: Path, *, track: Callable[[dict[str, list[float]]], None]) -> None:
+def take_up(trial: optuna.Trial, state: Path, *, track: Callable[[dict[str, list[float]]], None]) -> int:
     """Tells tracker and pruner of the epochs that a trial brings along from the one that was cut off in its place.
+
+    Returns:
+        How many there are.
 
     Args:
         trial: that goes on.
@@ -204,12 +214,11 @@ def take_up(trial: optuna.Trial, state: Path, *, track: Callable[[dict[str, list
     history.load_state_dict(read_checkpoint(state)["callbacks"][history.state_key])
     track(history.series())
     trial.set_user_attr("seconds_before", history.seconds_before)
-    if len(trial.study.directions) > 1:  # several values cannot be pruned on
-        return
-    for epoch in history.epochs:
+    for epoch in history.epochs if len(trial.study.directions) == 1 else ():  # several values cannot be pruned on
         trial.report(epoch["val_macro_f1"], step=int(epoch["epoch"]) - 1)
         if trial.should_prune():
             raise optuna.TrialPruned(f"Trial was pruned at epoch {int(epoch['epoch']) - 1}.")
+    return len(history.epochs)
 
 
 # ------------------------------------------------------------------------------------------------ what came of it

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
+
+PROC = Path("/proc")  # of Linux
 
 
 def this_process() -> str:
-    """Host, process number and start time: a number alone may belong to another process tomorrow."""
-    import psutil
-
-    return f"{platform.node()} {os.getpid()} {psutil.Process().create_time():.0f}"
+    """Host, process number and start: a number alone may belong to another process tomorrow."""
+    return f"{platform.node()} {os.getpid()} {_start(os.getpid())}"
 
 
 def still_runs(process: str) -> bool:
     """Whether a process that `this_process` named may still run; of other hosts one cannot know, so it may."""
+    host, number, started = process.rsplit(" ", 2)
+    return host != platform.node() or _start(int(number)) == started
+
+
+def _start(number: int) -> str | None:
+    """When a process was started, in a word without spaces; None if there is none.
+
+    On Linux counted from the start of the machine: a time of day would be another one once the clock is set.
+    """
+    if (PROC / "self/stat").exists():
+        try:
+            ticks = (PROC / f"{number}/stat").read_text().rpartition(")")[2].split()[19]
+            return f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()}+{ticks}"
+        except OSError:
+            return None
     import psutil
 
-    host, number, started = process.rsplit(" ", 2)
-    if host != platform.node():
-        return True
     try:
-        return f"{psutil.Process(int(number)).create_time():.0f}" == started
+        return f"{psutil.Process(number).create_time():.0f}"
     except psutil.NoSuchProcess:
-        return False
+        return None

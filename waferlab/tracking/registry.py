@@ -153,8 +153,8 @@ class ModelRegistry(Line):
                 about_it = {"run_id": run.id, "tags": dict(tags), "model_id": model.model_id}
                 version = str(self._client.create_model_version(name, model.model_uri, **about_it).version)
         self._client.update_registered_model(name, description=about)
-        self._client.update_model_version(name, version, description=description)
         self._client.set_registered_model_alias(name, alias, version)
+        self._client.update_model_version(name, version, description=description)  # last: who has one is whole
         return version
 
 

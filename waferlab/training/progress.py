@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -111,4 +112,5 @@ class ProgressBar(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Takes the bar away before an error is printed."""
-        self._progress.stop()
+        with suppress(OSError):  # the terminal is gone, which may be the reason why it ends
+            self._progress.stop()
