@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def classify(arguments: argparse.Namespace) -> None:
     from waferlab.deployment.predictor import Predictor
 
     options = BatchOptions(
-        output=Path(arguments.output_dir).expanduser() / Path(arguments.output).expanduser(),
+        output=Path(os.path.expanduser(arguments.output_dir), os.path.expanduser(arguments.output)),
         coverage=arguments.coverage,
         image_levels=arguments.image_levels,
         report=arguments.report,

@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import pickle
 import string
 import sys
 import tracemalloc
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +26,12 @@ from waferlab.data.lswmd import read_lswmd
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.streaming import stream_wafer_maps
-from waferlab.deployment.request_maps import JSON_TYPE, NPY_TYPES, maps_from_body
-from waferlab.errors import ConfigError
+from waferlab.deployment.answer_files import answer_file
+from waferlab.deployment.predictor import Answers
+from waferlab.deployment.request_maps import JSON_TYPE, NPY_TYPES, RefusedRequest, maps_from_body
+from waferlab.errors import ConfigError, DataError, printable
+from waferlab.reports.pages import to_html
+from waferlab.reports.run_figures import plot_least_certain
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks/faults"))
@@ -183,6 +189,143 @@ def test_reading_takes_at_most_four_times_the_memory_that_the_content_has(make, 
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept is not None and most <= 4 * honest, f"{most / honest:.1f} times"
+
+
+# --- what is made to cost more, or to break
+
+
+def npz_member(path, content, compression):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("maps.npy", content)
+        archive.writestr("labels.npy", array_as_npy(np.array(["none"])))
+    return path
+
+
+def array_as_npy(array):
+    written = io.BytesIO()
+    np.save(written, array)
+    return written.getvalue()
+
+
+def test_an_npz_that_is_compressed_as_numpy_never_does_is_refused_before_it_is_inflated(tmp_path):
+    path = npz_member(tmp_path / "x.npz", array_as_npy(np.zeros((1, 2**13, 2**13), np.uint8)), zipfile.ZIP_BZIP2)
+    tracemalloc.start()
+    for read in (load_wafer_maps, stream_wafer_maps):
+        with pytest.raises(DataError, match=r"x\.npz: cannot be read as an \.npz"):
+            read(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def a_frame(**cells):
+    columns = {"waferMap": [np.ones((2, 2), np.uint8)], "lotName": ["a"], "failureType": ["none"], **cells}
+    return pandas.DataFrame({name: pandas.Series(column, dtype=object) for name, column in columns.items()})
+
+
+def nested(depth, width=10):
+    """A list of the same list so many times, and so on: short to write down, and longer than any memory to print."""
+    inner = ["x"]
+    for _ in range(depth):
+        inner = [inner] * width
+    return inner
+
+
+@pytest.mark.parametrize("column", ["waferMap", "lotName", "failureType"])
+def test_of_a_cell_that_holds_more_than_it_weighs_only_the_beginning_is_said(column, tmp_path):
+    path = tmp_path / "LSWMD.pkl"
+    path.write_bytes(pickle.dumps(a_frame(**{column: [nested(30)]})))
+    with pytest.raises(ValueError, match="Row 0: ") as said:
+        read_lswmd(path)
+    assert len(str(said.value)) < SENTENCE
+
+
+def test_letters_that_unicode_does_not_know_are_refused_in_a_sentence(tmp_path):
+    labels = np.zeros(1, "<U4")
+    labels.view(np.uint32)[:] = 0x110000
+    np.savez(tmp_path / "x.npz", maps=np.ones((1, 3, 3), np.uint8), labels=labels)
+    for read in (load_wafer_maps, lambda path: list(stream_wafer_maps(path))):
+        with pytest.raises(DataError, match="Unicode"):
+            read(tmp_path / "x.npz")
+
+
+def an_icon(path):
+    inside = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(inside, "png")
+    head = b"\0\0\1\0\1\0\0\0\0\0\1\0\1\0" + len(inside.getvalue()).to_bytes(4, "little") + (22).to_bytes(4, "little")
+    path.write_bytes(head + inside.getvalue())
+
+
+def a_broken_png(path):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"IEND", b"ID\xffT"))
+
+
+@pytest.mark.parametrize("make", [an_icon, a_broken_png, lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")])
+def test_an_image_of_another_kind_or_broken_is_refused_before_it_is_inflated(make, tmp_path):
+    make(tmp_path / "x.png")
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"x\.png: not a readable image"):
+        read_image(tmp_path / "x.png", "three")
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["x.npz", "LSWMD.pkl", "x.png"])
+def test_what_may_never_end_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    for read in (load_wafer_maps, stream_wafer_maps):
+        with pytest.raises(DataError, match="no plain file"):
+            read(tmp_path / name)
+    with pytest.raises(DataError, match="no images in it"):
+        stream_wafer_maps(tmp_path)
+
+
+def test_the_home_of_somebody_who_is_not_there_is_a_name_like_any_other():
+    for read in (load_wafer_maps, stream_wafer_maps):
+        with pytest.raises(DataError, match=r"~nobody-of-that-name/x\.npz: no such file"):
+            read("~nobody-of-that-name/x.npz")
+
+
+def test_a_number_of_any_length_is_read_in_no_time(tmp_path):
+    (tmp_path / "options.yaml").write_text(f"seed: {'1' * 200_000}x")
+    assert_config_or_sentence(lambda: ExperimentConfig(**read_options(tmp_path / "options.yaml")))
+
+
+@pytest.mark.parametrize("inside", [b"[]", b"{}", b'""'])
+def test_a_request_of_countless_little_things_is_refused_before_they_are_made(inside):
+    tracemalloc.start()
+    with pytest.raises(RefusedRequest) as said:
+        maps_from_body(b'{"maps": [' + b",".join([inside] * 1_000_000) + b"]}", JSON_TYPE)
+    assert said.value.status == 413 and tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+
+
+def test_names_that_are_not_unicode_reach_the_answers_and_the_terminal_in_other_letters(tmp_path):
+    name = os.fsdecode(b"L\xf6\x1b[2J.png")
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(tmp_path / name)
+    (chunk,) = stream_wafer_maps(tmp_path)
+    chunk.ids[0].encode()
+    assert printable(chunk.ids[0]) == r"L\udcf6\x1b[2J.png"
+    answers = Answers(("a", "b"), np.array([[0.25, 0.75]], np.float32), None, 0.9)
+    for suffix in (".csv", ".parquet"):
+        with answer_file(tmp_path / f"answers{suffix}", ("a", "b")) as file:
+            file.write(chunk, answers)
+    assert r"L\udcf6" in (tmp_path / "answers.csv").read_text()
+    assert pandas.read_parquet(tmp_path / "answers.parquet").id[0] == chunk.ids[0]
+
+
+def test_dollars_in_a_name_are_drawn_and_no_formula(tmp_path):
+    plot_least_certain([np.ones((4, 4), np.uint8)], [(r"$\q$", "$x$ $y$", 0.5, "$")], path=tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "%2Fetc%2Fpasswd", "gone.png", "."])
+def test_a_picture_that_somebodys_text_asks_for_is_not_fetched(name, tmp_path):
+    (tmp_path / "secret").write_text("s3cret")
+    (tmp_path / "pages").mkdir()
+    page = to_html(f"# T\n\n## S\n\n![a picture]({name})\n", folder=tmp_path / "pages")
+    assert "a picture" in page and "<img" not in page
 
 
 CORPUS = sorted(file for file in (ROOT / "tests/corpus").glob("*/*"))

@@ -15,11 +15,16 @@ REMEDIES = {
     errno.EMFILE: "Raise the limit of open files (ulimit -n)",
     errno.ENFILE: "Close other programs, which have too many files open",
     errno.ELOOP: "A link stands where this program wants a file of its own: remove it",
+    errno.EISDIR: "A folder stands where this program wants a file of its own: move it away",
+    errno.EEXIST: "Something stands where this program wants a file of its own: move it away",
+    errno.ENOTDIR: "A file stands where this program wants a folder of its own: move it away",
+    errno.ENAMETOOLONG: "Give shorter names",
     errno.EIO: "Look after the disk, or choose another --output-dir",
 }
 
 # What a terminal would carry out, such as to rename its window, if a lot or a file had it in its name.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+CONTROLS |= {code: f"\\u{code:04x}" for code in range(0xD800, 0xE000)}  # of names that are not Unicode
 
 
 def printable(text: str) -> str:

@@ -269,6 +269,24 @@ def _to_json(value: Any, *, place: str) -> Any:
     raise TypeError(f"{place} is a {type(value).__name__}, which has no form in JSON: convert it before writing")
 
 
+def sweep_up(folder: Path, names: str = "**/.*.tmp") -> None:
+    """Takes away what programs that are gone had begun to write in a folder and below; see `write_atomically`."""
+    for file in folder.glob(names):
+        number = file.name.split(".")[-2]
+        if number.isdecimal() and _is_gone(int(number)):
+            file.unlink(missing_ok=True)
+
+
+def _is_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # a signal that is none
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's
+        return False
+    return False
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Replaces the file in one step, so that a crash leaves the old content, never half of the new one."""
     path = Path(path)

@@ -111,12 +111,6 @@ def test_images_and_class_weights_need_no_trainer(resized):
     assert resized == [16, 16]
 
 
-def test_loaders_taken_by_hand_work_in_a_trainer_without_the_module(tmp_path):
-    data, model, bare = tutorial(), LightningCNN(base_channels=4), trainer(tmp_path)
-    bare.fit(model, data.train_dataloader(), data.val_dataloader())
-    assert 0 <= bare.callback_metrics["val_macro_f1"] <= 1
-
-
 def test_a_pipeline_that_is_given_another_split_serves_that_one():
     maps = get_tutorial_dataset(20)
     pipeline = IntegratedMLPipeline(ExperimentConfig(enable_mlflow=False, image_size=16, quiet=True))

@@ -197,3 +197,17 @@ def test_explaining_needs_no_torch():
     code = "import sys, waferlab.deployment.explain, waferlab.reports.explain_figures;"
     code += "sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{"image_size": "abc"}, {"answered": "[0, 1]"}, {"answered": "[99, 1, 2, 3, 4, 5, 6, 7, 8]"}, {"answered": "7"}],
+)
+def test_a_network_whose_file_says_nonsense_of_it_is_not_explained(about, exported, tmp_path):
+    model = onnx.load(exported("lightning_cnn"))
+    before = {one.key: one.value for one in model.metadata_props}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, before | about)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match="cannot be explained"):
+        Explainer(Predictor(tmp_path / "model.onnx"))

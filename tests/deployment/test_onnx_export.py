@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from made_up_model import write_model
 from onnx import TensorProto, helper, numpy_helper
 
 from integrated_pipeline import IntegratedMLPipeline
@@ -16,6 +17,7 @@ from waferlab.data.reading import load_wafer_maps
 from waferlab.deployment.onnx_export import RawMapClassifier, export_onnx
 from waferlab.deployment.predictor import Predictor
 from waferlab.errors import ModelError
+from waferlab.evaluation.conformal import COVERAGES, PredictionSets
 from waferlab.evaluation.decision import Decision
 from waferlab.evaluation.inference import predict_probabilities
 
@@ -140,6 +142,47 @@ def test_a_file_from_a_stranger_reads_no_other_file(tmp_path, where):
     write_stranger(folder / "model.onnx", [helper.make_node("Mul", ["maps", "w"], ["probabilities"])], location)
     with pytest.raises(ValueError, match=r"no exported classifier.*xternal data"):
         Predictor(folder / "model.onnx")
+
+
+OTHERS = PredictionSets(("x", "y", "z"), (20, 20, 20), tuple((0.2, 0.2, 0.2) for _ in COVERAGES)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"class_names": "[1, 2, 3]"}, "no names of their own"),
+        ({"class_names": '["none", "none", "Random"]'}, "no names of their own"),
+        ({"class_names": '"abc"'}, "no names of their own"),
+        ({"class_names": "[" * 100_000}, "recursion"),
+        ({"prediction_sets": OTHERS}, "of other classes"),
+        ({"prediction_sets": '{"class_names": ["a"], "lots": [Infinity], "floors": []}'}, "infinity"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_looked_at(about, said, tmp_path):
+    model = onnx.load(write_model(tmp_path / "model.onnx"))
+    before = {one.key: one.value for one in model.metadata_props}
+    del model.metadata_props[:]
+    helper.set_model_props(model, before | about)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match=f"no exported classifier.*{said}"):
+        Predictor.load(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_a_file_that_answers_other_than_it_says_is_no_model_to_answer_with(axis, tmp_path):
+    model = onnx.load(write_model(tmp_path / "model.onnx"))
+    model.graph.node[-1].output[0] = "soft"
+    if axis is None:
+        model.graph.node.append(helper.make_node("Log", ["below"], ["probabilities"]))
+        model.graph.node.insert(-1, helper.make_node("Sub", ["soft", "soft"], ["below"]))
+        said = "no numbers"
+    else:
+        model.graph.initializer.append(numpy_helper.from_array(np.array([0]), "axis"))
+        model.graph.node.append(helper.make_node("ReduceMean", ["soft", "axis"], ["probabilities"]))
+        said = r"\(1, 3\)"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match=f"answers {said} to 2 maps, where"):
+        Predictor.load(tmp_path / "model.onnx").predict([np.ones((5, 5), np.uint8)] * 2)
 
 
 def test_a_file_from_a_stranger_brings_no_operators_of_its_own(tmp_path):

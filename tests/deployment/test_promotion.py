@@ -165,7 +165,10 @@ class Registry:
         self.kept = []  # (file, maps seen, alias, tags, description)
 
     def versions(self, name):
-        return [ModelVersion(str(i), (a,) if a else (), tags) for i, (_, _, a, tags, _) in enumerate(self.kept, 1)]
+        return [
+            ModelVersion(str(i), (a,) if a else (), tags, bool(a or said))
+            for i, (_, _, a, tags, said) in enumerate(self.kept, 1)
+        ]
 
     def champion(self, name, *, into):
         number = next((i for i, one in enumerate(self.kept, 1) if one[2] == "champion"), None)
@@ -193,6 +196,16 @@ def test_the_first_version_is_champion_and_the_next_must_beat_it(tmp_path):
     worse = offer(registry, write_file(tmp_path / "worse.onnx", shift=0.06))
     assert (worse.version, worse.alias) == ("3", "challenger") and worse.comparison["difference"] < 0
     assert "To make it champion" not in worse.verdict  # it was compared, and lost
+
+
+def test_a_version_whose_registration_was_cut_off_is_registered_to_its_end(tmp_path):
+    registry, file = Registry(), write_file(tmp_path / "model.onnx")
+    offer(registry, file)
+    ((content, seen, _, tags, _),) = registry.kept
+    registry.kept = [(content, seen, None, tags, "")]  # killed before it had an alias
+    again = offer(registry, file)
+    assert again.alias == "champion" and again.comparison is None and "There was no champion" in again.verdict
+    assert "registered before" in offer(registry, file).verdict
 
 
 def test_the_champion_is_met_on_maps_that_it_has_not_trained_on(tmp_path):

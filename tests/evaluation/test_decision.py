@@ -138,28 +138,32 @@ def test_a_class_that_validation_lacks_does_not_weigh_in():
     assert (answered == labels[some]).mean() > (probabilities[some].argmax(1) == labels[some]).mean() + 0.1
 
 
-@pytest.mark.parametrize("tune_decision", [True, False])
-def test_eight_of_nine_classes_are_trained_scored_and_exported(tiny_arrays, tmp_path, tune_decision):
+def test_eight_of_nine_classes_are_trained_scored_and_exported(tiny_arrays, tmp_path):
     maps = load_wafer_maps(save_without("Donut", tiny_arrays, tmp_path))
     config = ExperimentConfig(
         model_type="lightning_cnn", data=tmp_path / "eight.npz", image_size=16, max_epochs=1, enable_optuna=False,
-        enable_mlflow=False, output_dir=tmp_path, tune_decision=tune_decision,
+        enable_mlflow=False, output_dir=tmp_path,
     )  # fmt: skip
     said = io.StringIO()
     pipeline = IntegratedMLPipeline(config, console=Console(file=said, width=200))
     record = pipeline.train_final_model("lightning_cnn")
-    (result,), (predictions,) = pipeline.evaluate([record])
     assert f"Dataset ready: {len(maps)} samples, 8 classes" in said.getvalue()
     assert "Donut: no map in these data" in said.getvalue()
-    eight = [name for name in CLASS_NAMES if name != "Donut"]
+    assert np.isfinite(record.history["train_loss"]).all()
+    for tuned in (True, False):
+        pipeline.config = dataclasses.replace(config, tune_decision=tuned)
+        assert_scored_and_exported(pipeline, record, tmp_path / "m.onnx")
+
+
+def assert_scored_and_exported(pipeline, record, file):
+    (result,), (predictions,) = pipeline.evaluate([record])
+    maps, eight = pipeline.maps, [name for name in CLASS_NAMES if name != "Donut"]
     assert list(predictions.class_names) == list(result.test["per_class"]) == eight
     truth = np.array(CLASS_NAMES)[maps.labels[pipeline.split.test]]
     assert np.array_equal(np.array(eight)[predictions.labels], truth)
-    assert np.isfinite(record.history["train_loss"]).all()
-
     decision = decision_of(result)
     assert decision.left_out == (CLASS_NAMES.index("Donut"),)
-    file = export_onnx(pipeline.load_model(result), tmp_path / "m.onnx", image_size=16, decision=decision)
+    export_onnx(pipeline.load_model(result), file, image_size=16, decision=decision)
     classifier = Predictor(file)
     assert list(classifier.class_names) == eight
     answered = classifier.probabilities([maps[i] for i in pipeline.split.test])

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,18 @@ def test_a_model_without_a_reference_or_with_anothers_is_named(model, tmp_path):
     Reference(other.sample, other.labels, names, other.training_counts).save(tmp_path / "reference.npz")
     with pytest.raises(ModelError, match="is about the classes Donut"):
         monitor_batch(predictor, "synthetic", output_dir=tmp_path, tracking_uri=None, say=print)
+    narrower = replace(other.sample, features=other.sample.features[:, 1:])
+    Reference(narrower, other.labels, other.class_names, other.training_counts).save(tmp_path / "reference.npz")
+    with pytest.raises(ModelError, match="is not of this model"):
+        monitor_batch(predictor, "synthetic", output_dir=tmp_path, tracking_uri=None, say=print)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["model.onnx", "reference.npz"]
+
+
+def test_a_page_shows_the_command_as_text_whatever_is_in_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("waferlab.monitoring.batch.command_line_used", lambda: "predict.py '![x](%2Fetc%2Fpasswd).npz'")
+    predictor = Predictor(model / "model.onnx", threads=1)
+    page = monitor_batch(predictor, str(model / "alike.npz"), output_dir=tmp_path, tracking_uri=None, say=print)
+    assert "![x](%2Fetc%2Fpasswd).npz" in page.read_text()
 
 
 def test_a_large_batch_is_thinned_by_lot_and_counted_whole(model, monkeypatch):

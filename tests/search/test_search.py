@@ -435,14 +435,12 @@ GOOD, BAD = [0.5, 0.6, 0.7, 0.8], [0.1, 0.1, 0.1, 0.1]
 @pytest.mark.parametrize(
     ("pruner", "epochs"),
     [
-        ("none", [4, 4, 4, 4]),
         ("median", [4, 4, 4, 2]),  # not among the first three, nor after the first epoch
         ("auto", [4, 2, 2, 2]),  # after a third of the epochs
-        ("halving", [4, 2, 2, 2]),  # of each three the best goes on after the second epoch
     ],
-)
+)  # all of them, told by made-up trials, are in test_study.py
 def test_the_chosen_pruner_stops_unpromising_trials(pruner, epochs, tiny_npz, tmp_path):
-    first = [0.9, 0.9, 0.9, 0.9] if pruner in ("halving", "auto") else GOOD
+    first = [0.9, 0.9, 0.9, 0.9] if pruner == "auto" else GOOD
     Scripted.scripts = [first, GOOD, GOOD, BAD]
     made = searching(tiny_npz, tmp_path, pruner=pruner, num_optuna_trials=4, search_epochs=4)
     found = made.search("scripted")
@@ -451,21 +449,13 @@ def test_the_chosen_pruner_stops_unpromising_trials(pruner, epochs, tiny_npz, tm
     assert [t.number for t in found.trials if t.values is None] == [i for i, n in enumerate(epochs) if n < 4]
 
 
-@pytest.mark.parametrize(
-    ("asked", "kind"),
-    [
-        ("random", optuna.samplers.RandomSampler),
-        ("tpe", optuna.samplers.TPESampler),
-        ("auto", optuna.samplers.TPESampler),
-    ],
-)
-def test_the_sampler_that_was_asked_for_proposes_and_is_named(asked, kind, tiny_npz, tmp_path):
-    made = searching(tiny_npz, tmp_path, sampler=asked, num_optuna_trials=1, search_epochs=1)
+def test_the_sampler_that_was_asked_for_proposes_and_is_named(tiny_npz, tmp_path):
+    made = searching(tiny_npz, tmp_path, sampler="random", num_optuna_trials=1, search_epochs=1)
     Scripted.scripts = [[0.5]]
     found = made.search("scripted")
-    assert type(made.studies["scripted"].sampler) is kind and found.sampler == kind.__name__
-    resumed = searching(tiny_npz, tmp_path, sampler=asked, num_optuna_trials=1, search_epochs=1, resume=True)
-    assert resumed.search("scripted").sampler == kind.__name__
+    assert type(made.studies["scripted"].sampler) is optuna.samplers.RandomSampler and found.sampler == "RandomSampler"
+    resumed = searching(tiny_npz, tmp_path, sampler="random", num_optuna_trials=1, search_epochs=1, resume=True)
+    assert resumed.search("scripted").sampler == "RandomSampler"
 
 
 def test_a_trial_without_memory_or_with_nan_fails_with_its_reason_and_the_study_goes_on(

@@ -529,6 +529,18 @@ def test_a_store_that_hangs_does_not_hold_the_program_up(tmp_path, monkeypatch):
     assert len(warnings) == 1 and "within 0.5 s" in warnings[0]
 
 
+def test_a_large_file_on_its_way_to_the_registry_is_waited_for(tmp_path, monkeypatch, fresh_store):
+    monkeypatch.setattr("waferlab.tracking.line.STORE_WAIT", 0.2)
+    writes = RunTree("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
+    run = writes.start("a run")
+    assert writes.run_id(run)
+    monkeypatch.setattr(writes, "_versions", lambda name: time.sleep(1) or ["arrived"])
+    assert writes.versions("a model") == ["arrived"]
+    writes.end(run)
+    writes.close()
+    assert runs_of(tmp_path)[0]["a run"].info.status == "FINISHED"
+
+
 @pytest.mark.long
 def test_a_program_without_a_main_guard_tracks(tiny_npz, tmp_path):
     config = tiny_settings(tiny_npz, tmp_path, enable_optuna=False, max_epochs=1, registry_name=None)

@@ -307,6 +307,17 @@ def test_two_runs_of_one_program_do_not_share_a_folder_either(tmp_path):
         pass
 
 
+def test_what_a_program_that_was_killed_had_begun_to_write_is_swept_up_and_what_others_write_is_not(tmp_path):
+    (tmp_path / "model").mkdir()
+    for number in (2**22 + 1, os.getppid()):
+        (tmp_path / f"model/.started.json.{number}.tmp").write_text("{")
+    (tmp_path / ".of-a-user.tmp").write_text("precious")
+    with hold_folders(tmp_path):
+        pass
+    left = {file.name for file in tmp_path.rglob(".*")}
+    assert left == {".lock", ".of-a-user.tmp", f".started.json.{os.getppid()}.tmp"}
+
+
 def test_a_link_that_somebody_has_put_there_has_no_other_file_emptied(tmp_path):
     folder, other = tmp_path / "folder", tmp_path / "other"
     folder.mkdir()

@@ -11,13 +11,14 @@ from waferlab.data.maps import CLASS_NAMES, MAX_MAP_SIDE
 from waferlab.errors import DataError
 
 IMAGE_SUFFIXES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"}
+IMAGE_FORMATS = ("PNG", "BMP", "JPEG", "TIFF")  # of Pillow, which would try all that it knows, whatever the suffix
 IMAGE_LEVELS = ("auto", "three", "binary")
 IMAGES_LOOKED_AT = 256  # to find out how a folder is to be read
 
 
 def images_in(folder: Path) -> list[Path]:
     """The images that lie in a folder itself, by name."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 def class_of_folder(name: str) -> str | None:
@@ -58,17 +59,18 @@ def read_image(path: Path, levels: str) -> np.ndarray:
 
 
 def _read_grey(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > MAX_MAP_SIDE:
                 raise DataError(
                     f"{path}: {image.size[0]}x{image.size[1]} pixels. At most {MAX_MAP_SIDE}: a pixel a die."
                 )
             return np.asarray(image.convert("L"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ImportError) as error:
-        # ultralytics, once loaded, asks for a plugin, which is an ImportError.
+    except DataError:
+        raise
+    except Exception as error:  # each of Pillow's readers has kinds of its own for a damaged file
         raise DataError(f"{path}: not a readable image ({error}). Remove it or save it as .png.") from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from waferlab.data.lswmd_pickle import REWRITE, Array, Missing, load_columns, malformed
+from waferlab.data.lswmd_pickle import REWRITE, Array, Missing, load_columns, malformed, short
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.data.npz import read_npz
 
@@ -51,7 +51,7 @@ def _text(cell: Any, *, column: str, row: int) -> str | None:
     if isinstance(content, bytes):
         content = content.decode("latin1")
     if not isinstance(content, str):
-        raise ValueError(f"Row {row}: {column} is {content!r:.80}, not a text or an array with one text. {REWRITE}")
+        raise ValueError(f"Row {row}: {column} is {short(content)}, not a text or an array with one text. {REWRITE}")
     return content
 
 
@@ -70,8 +70,8 @@ def _labels(cells: list[Any]) -> tuple[list[int], list[str]]:
             continue
         if label not in CLASS_NAMES:
             raise ValueError(
-                f"Row {row}: failureType is {label!r}, which is not a class of WM-811K. Rename it in the file to one "
-                f"of {', '.join(CLASS_NAMES)}, or empty the cell to leave the row out."
+                f"Row {row}: failureType is {short(label)}, which is not a class of WM-811K. Rename it in the file to "
+                f"one of {', '.join(CLASS_NAMES)}, or empty the cell to leave the row out."
             )
         rows.append(row)
         labels.append(label)
@@ -98,7 +98,7 @@ def _lots(cells: list[Any], rows: list[int]) -> np.ndarray:
 def _wafer_map(cell: Any, *, row: int) -> tuple[np.ndarray, tuple[int, int]]:
     """A cell of waferMap as its dies, uint8 in C order, and its shape (rows, columns)."""
     if not isinstance(cell, Array):
-        raise ValueError(f"Row {row}: waferMap is {cell!r:.80}, not an array. {REWRITE}")
+        raise ValueError(f"Row {row}: waferMap is {short(cell)}, not an array. {REWRITE}")
     if cell.dtype().kind not in "bui":
         raise ValueError(
             f"Row {row}: waferMap has dtype {cell.dtype()}, but dies are whole numbers from 0 to {LARGEST_DIE_VALUE}. "

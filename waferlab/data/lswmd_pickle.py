@@ -19,6 +19,7 @@ import math
 import mmap
 import pickle
 import re
+import reprlib
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,13 @@ import numpy as np
 
 COLUMNS = ("waferMap", "lotName", "failureType")
 REWRITE = "Get the original LSWMD.pkl, or write the frame again with plain object columns (frame.to_pickle)."
+
+
+def short(value: Any) -> str:
+    """As `repr`, of a line at most: a list of lists of lists may stand for more than any memory holds."""
+    shortened = reprlib.Repr()
+    shortened.maxlevel, shortened.maxstring, shortened.maxother = 2, 60, 60
+    return f"{shortened.repr(value):.80}"
 
 
 class UnsafePickleError(ValueError):
@@ -123,14 +131,14 @@ class _Encode(_Record):
     __slots__ = ()
 
     def __new__(cls, text: str, encoding: str) -> bytes:  # type: ignore[misc]
-        return text.encode("latin1") if encoding == "latin1" else malformed(f"bytes in the encoding {encoding!r}")
+        return text.encode("latin1") if encoding == "latin1" else malformed(f"bytes in the encoding {short(encoding)}")
 
 
 class _Dtype(_Record):
     """`numpy.dtype`: called with a code such as "u1", its state has the byte order and, if structured, the fields."""
 
     __slots__ = ()
-    _CODE: ClassVar[re.Pattern[str]] = re.compile(r"[biufSUO]\d{1,6}")
+    _CODE: ClassVar[re.Pattern[str]] = re.compile(r"[iu][1248]|f[248]|b1|[SUO]\d{1,6}")
 
     def dtype(self) -> np.dtype:
         code = self.arguments[0] if self.arguments else None
@@ -138,7 +146,7 @@ class _Dtype(_Record):
         order, structure = state[1], state[2:5]
         plain = isinstance(code, str) and self._CODE.fullmatch(code) and structure == (None, None, None)
         if not plain or order not in ("|", "<", ">", "="):
-            malformed(f"an array of dtype {code!r}")
+            malformed(f"an array of dtype {short(code)}")
         return np.dtype("O" if code[0] == "O" else order + code)
 
 
@@ -174,7 +182,7 @@ class Array(_Record):
         """How many elements its shape says that it has."""
         sides = self.shape
         if not isinstance(sides, tuple) or not all(type(side) is int and side >= 0 for side in sides):
-            malformed(f"an array of shape {sides!r:.80}")
+            malformed(f"an array of shape {short(sides)}")
         return math.prod(sides)
 
     def numpy(self) -> np.ndarray:
@@ -188,7 +196,7 @@ class Array(_Record):
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data  # str: written by Python 2
         fits = isinstance(data, bytes | bytearray) and dtype.kind != "O" and len(data) == self.size() * dtype.itemsize
         if not fits or self.order not in ("C", "F"):
-            malformed(f"an array of shape {self.shape!r:.80} and dtype {dtype} with data of another size or kind")
+            malformed(f"an array of shape {short(self.shape)} and dtype {dtype} with data of another size or kind")
         if not data:
             return np.empty(self.shape, dtype)
         return np.frombuffer(data, dtype).reshape(self.shape, order=self.order)
@@ -197,7 +205,7 @@ class Array(_Record):
         """The elements in C order. An array of objects was written as a list of them, in that order already."""
         if isinstance(self.data, list):
             if self.dtype().kind != "O" or len(self.data) != self.size():
-                malformed(f"an array of shape {self.shape!r:.80} with {len(self.data)} objects")
+                malformed(f"an array of shape {short(self.shape)} with {len(self.data)} objects")
             return self.data
         return self.numpy().ravel().tolist()
 
@@ -245,7 +253,7 @@ class _ArrowArray(_Record):
             case _:
                 malformed("a pyarrow array that is not one of strings")
         if kind not in self._OFFSETS or min(length, first) < 0:
-            malformed(f"a pyarrow array of type {kind!r}, length {length}, offset {first}")
+            malformed(f"a pyarrow array of type {short(kind)}, length {short(length)}, offset {short(first)}")
         edges = np.frombuffer(ends.arguments[0], self._OFFSETS[kind])[first : first + length + 1].tolist()
         if len(edges) != length + 1:
             malformed(f"a pyarrow array of {length} texts with offsets for {len(edges) - 1}")
@@ -333,7 +341,7 @@ class _ListedUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise UnsafePickleError(
-            f"The pickle asks for the outside object {pid!r:.80}, which LSWMD.pkl has no use for. {REWRITE}"
+            f"The pickle asks for the outside object {short(pid)}, which LSWMD.pkl has no use for. {REWRITE}"
         )
 
 
@@ -449,7 +457,7 @@ def _columns(frame: _DataFrame) -> dict[str, list[Any]]:
         columns |= {name: cells[i * rows : (i + 1) * rows] for i, name in enumerate(held) if name in COLUMNS}
     missing = [name for name in COLUMNS if name not in columns]
     if missing:
-        raise ValueError(f"The frame has no column {', '.join(missing)}; its columns are {names}. {REWRITE}")
+        raise ValueError(f"The frame has no column {', '.join(missing)}; its columns are {short(names)}. {REWRITE}")
     if len({len(cells) for cells in columns.values()}) != 1:
         malformed(f"columns of different lengths, {[len(cells) for cells in columns.values()]}")
     return columns

@@ -21,6 +21,7 @@ import numpy as np
 # A million maps of 26x26 dies, nine in ten of them without a failing die, inflate to 63 times their file; real maps of
 # WM-811K to 10 times. What deflate can do at most is about 1,030 times.
 LARGEST_RATIO = 200
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of the others `zipfile` inflates a block as a whole
 ALWAYS_ALLOWED = 256 * 2**20  # bytes; a few large maps may well be nearly empty
 
 
@@ -101,8 +102,12 @@ def _opened(path: Path, names: Sequence[str]) -> Iterator[tuple[zipfile.ZipFile,
     """The file, and the headers of those arrays that it has, whose sizes have been checked."""
     with contextlib.ExitStack() as stack:
         with _damage_named(path):
+            if not path.is_file():  # a pipe or a device never ends
+                raise ValueError("no plain file")
             archive = stack.enter_context(zipfile.ZipFile(path))
             held = [name for name in names if f"{name}.npy" in archive.namelist()]
+            if any(archive.getinfo(f"{name}.npy").compress_type not in BOUNDED for name in held):
+                raise ValueError("compressed as numpy never does")
             headers = _check_sizes(archive, held, file_size=path.stat().st_size)
         yield archive, headers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def load_wafer_maps(
         drawn, labels, lots = generate_wafer_maps(samples_per_class, seed=seed)
         maps = pack_maps(drawn, labels, groups=lots, source=f"synthetic (seed {seed})")
     else:
-        maps = _read_path(Path(data).expanduser(), image_levels=image_levels, say=say)
+        maps = _read_path(Path(os.path.expanduser(data)), image_levels=image_levels, say=say)
     if max_samples_per_class is not None:
         maps = _at_most(maps, max_samples_per_class, seed=seed)
     return maps
@@ -77,6 +78,7 @@ def _read_path(path: Path, *, image_levels: str, say: Callable[[str], None]) -> 
         raise DataError(f"--data {path}: no such file or folder. Give {SYNTHETIC!r}, a .npz, LSWMD.pkl or a folder.")
     if path.is_dir():
         return _read_image_folder(path, levels=image_levels)
+    check_is_a_file(path)
     if path.suffix == ".pkl":
         from waferlab.data.lswmd import convert_lswmd
 
@@ -91,6 +93,12 @@ def _read_path(path: Path, *, image_levels: str, say: Callable[[str], None]) -> 
     raise DataError(
         f"--data {path}: unknown kind of file {path.suffix!r}. Give a .npz, LSWMD.pkl or a folder of images."
     )
+
+
+def check_is_a_file(path: Path) -> None:
+    """Raises DataError if it is something that may never end, such as a pipe."""
+    if not path.is_file():
+        raise DataError(f"{path}: is no plain file. Write what comes out of it to a file first.")
 
 
 def _read_npz(path: Path) -> WaferMaps:
@@ -208,9 +216,12 @@ def _label_indices(labels: np.ndarray, *, source: str) -> np.ndarray:
     if labels.ndim != 1 or labels.dtype.kind not in "US":
         raise DataError(f"{source}: labels are {labels.dtype} {labels.shape}. Expected class names, str [N].")
     names = np.array(CLASS_NAMES).astype(labels.dtype.kind)
-    unknown = sorted(set(labels.tolist()) - set(names.tolist()))
+    try:
+        unknown = sorted(set(labels.tolist()) - set(names.tolist()))
+    except ValueError as error:  # numpy keeps any number for a letter
+        raise DataError(f"{source}: a label has letters that Unicode does not know. Write the names anew.") from error
     if unknown:
-        raise DataError(f"{source}: unknown label {unknown[0]!r}. Allowed: {', '.join(CLASS_NAMES)}.")
+        raise DataError(f"{source}: unknown label {unknown[0]!r:.80}. Allowed: {', '.join(CLASS_NAMES)}.")
     order = np.argsort(names)
     return order[np.searchsorted(names[order], labels)].astype(np.int64)
 

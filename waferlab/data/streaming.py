@@ -6,6 +6,7 @@ before. Of images the names are. All that is known before the dies is checked be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from waferlab.data.image_files import (
 )
 from waferlab.data.maps import CLASS_NAMES, check_places, check_sides
 from waferlab.data.npz import names_in_npz, read_headers, read_npz, stream_array
-from waferlab.data.reading import MIXEDWM38_COLUMNS, SYNTHETIC, whole_numbers
+from waferlab.data.reading import MIXEDWM38_COLUMNS, SYNTHETIC, check_is_a_file, whole_numbers
 from waferlab.errors import DataError
 
 MAPS_AT_ONCE = 2000
@@ -91,13 +92,14 @@ def stream_wafer_maps(
     """
     if str(source) == SYNTHETIC:
         return _stream_synthetic()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise DataError(
             f"{path}: no such file or folder. Give {SYNTHETIC!r}, a .npz, LSWMD.pkl, an image or a folder of images."
         )
     if path.is_dir():
         return _stream_images(_images_below(path), source=path.name, levels=image_levels)
+    check_is_a_file(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return _stream_images([(path.name, path, "")], source=path.name, levels=image_levels)
     try:
@@ -173,11 +175,13 @@ def _stream_images(images: Sequence[tuple[str, Path, str]], *, source: str, leve
                 if dies >= DIES_AT_ONCE:
                     break
             ids, _, labels = zip(*some[: len(maps)], strict=True)
-            yield MapChunk(list(ids), maps, [""] * len(maps), list(labels))
+            yield MapChunk([*map(_as_unicode, ids)], maps, [""] * len(maps), [*map(_as_unicode, labels)])
             start, most = start + len(maps), MAPS_AT_ONCE
 
-    names = tuple(sorted({label for _, _, label in images} - {""}))
-    return MapStream(source, len(images), lambda: names, read, (f"Images read as {levels_in_words(levels)}.",))
+    names = tuple(sorted({_as_unicode(label) for _, _, label in images} - {""}))
+    return MapStream(
+        _as_unicode(source), len(images), lambda: names, read, (f"Images read as {levels_in_words(levels)}.",)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- .npz
@@ -193,6 +197,8 @@ def _stream_npz(path: Path) -> MapStream:
         )
     arrays = read_npz(path, [other for other in BESIDE_DIES if other in headers])
     dies, dtype = headers[name].shape, headers[name].dtype
+    if max(dies, default=0) >= 2**62:
+        raise DataError(f"{path.name}: {name} is {dies}, which no array can be.")
     if dtype != np.uint8 and not (name == "arr_0" and dtype.kind in "biu"):
         raise DataError(f"{path.name}: {name} are {dtype}, not uint8. Save them with .astype('uint8').")
     shapes = _shapes_of_flat(arrays, dies, source=path.name) if name == "maps_flat" else None
@@ -205,7 +211,9 @@ def _stream_npz(path: Path) -> MapStream:
     if not len(shapes):
         raise DataError(f"{path.name}: holds no maps.")
     known = _Known.of(arrays, len(shapes), mixed=name == "arr_0", source=path.name)
-    return MapStream(path.name, len(shapes), known.label_names, partial(_read_npz, path, name, shapes, known))
+    return MapStream(
+        _as_unicode(path.name), len(shapes), known.label_names, partial(_read_npz, path, name, shapes, known)
+    )
 
 
 def _shapes_of_flat(arrays: dict[str, np.ndarray], dies: tuple[int, ...], *, source: str) -> np.ndarray:
@@ -256,14 +264,22 @@ class _Known:
         return ids, lots, unknown if self.labels is None else _texts(self.labels[start:stop])
 
 
+def _as_unicode(text: str) -> str:
+    """A name in letters that can be written, whatever bytes or numbers were kept for it."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _texts(values: np.ndarray) -> list[str]:
     """Numbers and texts as text; NaN as "", a whole number without its decimals."""
-    kind, plain = values.dtype.kind, values.tolist()
+    try:
+        kind, plain = values.dtype.kind, values.tolist()
+    except ValueError as error:  # numpy keeps any number for a letter
+        raise DataError("a name has letters that Unicode does not know. Write the names anew.") from error
     if kind == "S":
         return [text.decode("utf-8", "replace").strip() for text in plain]
     if kind == "f":
         return ["" if x != x else str(int(x)) if x.is_integer() else str(x) for x in plain]
-    return [str(x).strip() for x in plain]
+    return [_as_unicode(str(x).strip()) for x in plain]
 
 
 def _single_patterns(columns: np.ndarray | None, n: int, *, source: str) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from waferlab.data.streaming import MapChunk
 from waferlab.deployment.predictor import Answers
 from waferlab.errors import RunError, UserError
+from waferlab.records import sweep_up
 
 ROWS_OF_A_GROUP = 20_000  # of a Parquet file; smaller ones take longer to read
 Columns = dict[str, Sequence[Any]]
@@ -76,6 +78,7 @@ def answer_file(path: Path, class_names: Sequence[str]) -> Iterator[AnswerFile]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # a link of that name would lead elsewhere
+        sweep_up(path.parent, f".{glob.escape(path.name)}.*.tmp")
         file = FORMATS[path.suffix.lower()](temporary, class_names)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error}). Give another.") from error
@@ -135,7 +138,7 @@ class _TextFile:
         self._file, self._whole = path.open("wb", buffering=0), 0
 
     def append(self, text: str) -> None:
-        left = whole = memoryview(text.encode())
+        left = whole = memoryview(text.encode(errors="backslashreplace"))
         while left:
             left = left[self._file.write(left) :]
         self._whole += len(whole)

@@ -37,14 +37,16 @@ class Explainer:
         self.predictor = predictor
         try:
             model = with_relevance(predictor.graph(), int(predictor.about.get("image_size", 0)))
-        except NoGradientError as error:
+            answered = json.loads(predictor.about.get("answered", "null"))
+            self._outputs = answered or list(range(len(predictor.class_names)))
+            self._wanted = np.eye(model.graph.input[-1].type.tensor_type.shape.dim[1].dim_value, dtype=np.float32)
+            if len(self._outputs) != len(predictor.class_names) or max(self._outputs) >= len(self._wanted):
+                raise ValueError("it says that other outputs are its answer than it has")
+        except (NoGradientError, ValueError, TypeError, IndexError) as error:
             raise ModelError(
                 f"{predictor.name} cannot be explained: {error}. Leave out --explain, or use a convolutional network "
                 "that was exported by this version."
             ) from error
-        answered = json.loads(predictor.about.get("answered", "null"))
-        self._outputs = answered or list(range(len(predictor.class_names)))
-        self._wanted = np.eye(model.graph.input[-1].type.tensor_type.shape.dim[1].dim_value, dtype=np.float32)
         self._session = predictor.open(model.SerializeToString())
 
     def relevance(self, one_map: np.ndarray, class_index: int) -> np.ndarray:

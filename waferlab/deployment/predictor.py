@@ -108,10 +108,12 @@ class Predictor:
         self._session = self.open(self.path)
         about = self._session.get_modelmeta().custom_metadata_map
         try:
-            self.class_names = tuple(json.loads(about["class_names"]))
+            self.class_names = _distinct_names(json.loads(about["class_names"]))
             text = about.get("prediction_sets")
             self.sets = None if text is None else PredictionSets.from_text(text)
-        except (KeyError, ValueError, TypeError) as error:
+            if self.sets is not None and self.sets.class_names != self.class_names:
+                raise ValueError("its prediction sets are of other classes")
+        except (KeyError, ValueError, TypeError, RecursionError, OverflowError) as error:
             raise self._unusable(error) from error
         self.about: Mapping[str, str] = {k: v for k, v in about.items() if k not in ("class_names", "prediction_sets")}
         shape = self._session.get_outputs()[0].shape
@@ -188,7 +190,7 @@ class Predictor:
         """Class probabilities float32 [N, C] alone; see `predict`."""
         out = np.empty((len(maps), len(self.class_names)), dtype=np.float32)
         for some, batch in batches_of_one_size(maps):
-            out[some] = self._run(self._session, ["probabilities"], batch)[0]
+            out[some] = self._checked(self._run(self._session, ["probabilities"], batch)[0], batch)
         return out
 
     def outputs(self, maps: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +201,8 @@ class Predictor:
         """
         probabilities, features = np.empty((len(maps), len(self.class_names)), dtype=np.float32), None
         for some, batch in batches_of_one_size(maps):
-            probabilities[some], found = self._run(self._with_features, None, batch)
+            answer, found = self._run(self._with_features, None, batch)
+            probabilities[some] = self._checked(answer, batch)
             features = np.empty((len(maps), found.shape[1]), dtype=np.float32) if features is None else features
             features[some] = found
         return probabilities, np.empty((0, 0), np.float32) if features is None else features
@@ -269,8 +272,25 @@ class Predictor:
                 f"({_reason(error)}). Export the model anew, or make room in the memory."
             ) from error
 
+    def _checked(self, answer: np.ndarray, batch: np.ndarray) -> np.ndarray:
+        """Raises ModelError unless each map of a batch has a probability for each class."""
+        wanted = (len(batch), len(self.class_names))
+        if answer.shape != wanted or not np.isfinite(answer).all():
+            what = f"{answer.shape}" if answer.shape != wanted else "no numbers"
+            raise ModelError(
+                f"{self.path} answers {what} to {len(batch)} maps, where {wanted} probabilities are wanted. Export the "
+                "model anew."
+            )
+        return answer
+
     def _unusable(self, error: Exception) -> ValueError:
         return ValueError(f"{self.path} is no exported classifier ({_reason(error)}). Export the model anew.")
+
+
+def _distinct_names(names: Any) -> tuple[str, ...]:
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == len(names)):
+        raise ValueError("its classes have no names of their own")
+    return tuple(names)
 
 
 def _reason(error: Exception) -> str:

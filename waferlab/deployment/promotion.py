@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from waferlab.data.maps import WaferMaps, pack_maps
+from waferlab.data.npz import read_npz
 from waferlab.data.splitting import Split
 from waferlab.deployment.predictor import Predictor
 from waferlab.evaluation.metrics import compare_macro_f1, compute_metrics
@@ -125,9 +126,9 @@ class MapsSeen:
             with zipfile.ZipFile(path) as members:
                 if sum(member.file_size for member in members.infolist()) > 8 * MAX_DIGESTS:
                     raise ValueError(f"it has more than {MAX_DIGESTS:,} digests")
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ("fitted", "tested", "probe")}
-        except Exception as error:  # zipfile, zlib and numpy each raise their own kinds on a damaged file
+            found = read_npz(path, ("fitted", "tested", "probe"))
+            arrays = {name: found[name] for name in ("fitted", "tested", "probe")}
+        except Exception as error:  # zipfile has kinds of its own for a damaged file
             raise ValueError(f"{path.name} cannot be read ({_in_a_line(error)})") from error
         if any(array.dtype != np.uint64 or array.ndim != 1 for array in arrays.values()):
             raise ValueError(f"{path.name} holds no digests, uint64 [N]")
@@ -275,7 +276,7 @@ def promote(
         with _or_refuse("asking the registry"):
             versions = tracking.versions(name)
         for one in reversed(versions):
-            if one.tags.get("file_sha256") == candidate.sha256:
+            if one.tags.get("file_sha256") == candidate.sha256 and one.is_whole:
                 return _registered_before(one, name, candidate)
         with _or_refuse("the comparison with the champion"), tempfile.TemporaryDirectory() as folder:
             seen = MapsSeen.of(maps, split)

@@ -20,6 +20,7 @@ from waferlab.errors import UserError
 MAX_BODY = 8 * 2**20  # bytes; two million dies as JSON, each with a comma and a space, are 6 MB
 BODY_SECONDS = 30  # for it to arrive
 MAX_MAPS = 1024
+MAX_ROWS = 2**18  # of all maps together, in JSON: a row without a die is three bytes long, and takes a hundred
 MAX_DIES = 2**21  # of all maps together: 48 of the largest of WM-811K, or a thousand of 45x45
 JSON_TYPE, NPY_TYPES = "application/json", ("application/x-npy", "application/octet-stream")
 WANTED = (
@@ -113,6 +114,9 @@ def maps_from_body(body: bytes | bytearray, kind: str) -> list[np.ndarray]:
 
 
 def _maps_from_json(body: bytes | bytearray) -> list[np.ndarray]:
+    if body.count(b"[") > MAX_ROWS or body.count(b'"') + body.count(b"{") > MAX_MAPS:
+        sentence = f"The body has more than {MAX_ROWS:,} rows, or more names than maps have. {JSON_WANTED}"
+        raise RefusedRequest(sentence, status=413, reason="too large")
     try:
         asked = json.loads(body.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # also text that is not UTF-8, and numbers of thousands of digits

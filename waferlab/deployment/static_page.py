@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -71,8 +72,12 @@ def build(arguments: argparse.Namespace) -> None:
         shutil.copyfile(HERE / "static_page.js", made / "answers.js")
         (made / "about.json").write_text(json.dumps(about(predictor, arguments.coverage), indent=1) + "\n")
         (made / "index.html").write_text(page())
-        shutil.rmtree(arguments.output, ignore_errors=True)
-        shutil.copytree(made, arguments.output)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{there.name}-", dir=there.parent) as beside:
+            shutil.copytree(made, new := Path(beside) / "new")
+            if there.exists():
+                os.rename(there, Path(beside) / "old")
+            os.rename(new, there)
     size = sum(file.stat().st_size for file in arguments.output.rglob("*") if file.is_file())
     print(f"{predictor.name}, {size / 1e6:.1f} MB, in {arguments.output}")
     print(f"To look at it: python -m http.server --directory {arguments.output} --bind 127.0.0.1")

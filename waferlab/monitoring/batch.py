@@ -66,7 +66,12 @@ def monitor_batch(
     """
     reference = Reference.beside(predictor)
     batch = read_batch(predictor, source)
-    drift = compare(reference, batch.sample)
+    try:
+        drift = compare(reference, batch.sample)
+    except ValueError as error:
+        raise ModelError(
+            f"The reference beside {predictor.name} is not of this model ({error}). Export the model anew."
+        ) from error
     record = batch_record(predictor, reference, batch, drift)
     for line in in_lines(record):
         say(line)

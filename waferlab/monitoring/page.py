@@ -30,7 +30,7 @@ def write_batch_page(record: Mapping[str, Any], reference: Reference, batch: Sam
     with tempfile.TemporaryDirectory(prefix="wafer-page-") as folder:
         pictures = _draw(record, reference, batch, folder=Path(folder))
         html = to_html(fill_in("monitor", record=record, pictures=pictures), folder=folder)
-    return write_atomically(path, html.encode())
+    return write_atomically(path, html.encode(errors="backslashreplace"))
 
 
 def _draw(record: Mapping[str, Any], reference: Reference, batch: Sample, *, folder: Path) -> dict[str, Path]:

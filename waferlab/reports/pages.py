@@ -61,7 +61,7 @@ def write_report(
     searches = [file for file in files if template == "run" and file.stem.startswith("optuna_")]
     others = [file for file in files if file not in searches]
     page = fill_in(template, record=record, pictures=others, searches=searches)
-    return write_atomically(path, to_html(page, folder=folder).encode())
+    return write_atomically(path, to_html(page, folder=folder).encode(errors="backslashreplace"))
 
 
 def to_html(markdown: str, *, folder: str | os.PathLike[str]) -> str:
@@ -108,5 +108,8 @@ class _Renderer(RendererHTML):
 
     def image(self, tokens: Any, index: int, options: Any, env: Any) -> str:
         caption = escapeHtml(self.renderInlineAsText(tokens[index].children, options, env))
-        content = base64.b64encode((env["folder"] / unquote(tokens[index].attrs["src"])).read_bytes()).decode()
+        name = unquote(tokens[index].attrs["src"])
+        if name != Path(name).name or not (env["folder"] / name).is_file():  # somebody's text, and not our picture
+            return caption
+        content = base64.b64encode((env["folder"] / name).read_bytes()).decode()
         return f'<img src="data:image/png;base64,{content}" alt="{caption}"><figcaption>{caption}</figcaption>'

@@ -45,13 +45,13 @@ def model_colours(number: int) -> list[str]:
 
 
 def shorten(name: str, length: int) -> str:
-    """The name, cut with an ellipsis where it is longer."""
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """The name, cut with an ellipsis where it is longer; its dollars as such: between two, matplotlib sees maths."""
+    return (name if len(name) <= length else name[: length - 1] + "…").replace("$", r"\$")
 
 
 def wrap(text: str, width: int) -> str:
-    """The text in lines of at most so many characters."""
-    return "\n".join(textwrap.wrap(text, width))
+    """The text in lines of at most so many characters, its dollars as such."""
+    return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
 
 
 def wrap_name(name: str, width: int) -> str:

@@ -44,7 +44,7 @@ class SystemsLock:
     def acquire(self) -> None:
         """Waits until nobody else holds it."""
         self.release()  # in case that Ctrl-C came before it was given back
-        opened = self._path.open("rb")
+        opened = self._path.open("ab")  # some network drives lock only what may be written
         fcntl.flock(opened, fcntl.LOCK_EX)
         self._held = opened
 

@@ -95,7 +95,7 @@ class TrialFiles:
         """Deletes the files of trials that no training will go on from; of those that still run none is deleted."""
         trials = study.get_trials(deepcopy=False)
         keep = {*keep, *(trial.number for trial in trials if trial.state == TrialState.RUNNING)}
-        for file in self.folder.glob("*.ckpt"):
+        for file in self.folder.glob("*.ckpt*"):  # of those that were killed also what they had begun to write
             number = file.name.partition(".")[0]
             if not number.isdigit() or int(number) not in keep:
                 file.unlink(missing_ok=True)

@@ -57,6 +57,7 @@ class Line(ABC):
         self.broken = self._given_up = self._somebody_waits = False
         self._warned_of: Exception | None = None
         self._failing_since: float | None = None
+        self._carried_out: Future | None = None  # the answer of the call that is
         self._given = 0  # when the call that is carried out was made, in milliseconds since 1970
         self._try_now = threading.Event()
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -96,12 +97,18 @@ class Line(ABC):
             if error is not self._warned_of:
                 self._say(f"warning: no answer from {self._store} ({in_a_line(error)})")
 
-    def _result(self, answer: Future) -> Any:
-        """An answer, or None if the line is given up; raises what the call raised."""
+    def _result(self, answer: Future, *, patient: bool = False) -> Any:
+        """An answer, or None if the line is given up; raises what the call raised.
+
+        Who is patient waits longer for a call that is being carried out without an error: a large file takes its time,
+        and nobody could say afterwards whether it has arrived.
+        """
         self._somebody_waits = True
         self._try_now.set()
         try:
             wait([answer], timeout=STORE_WAIT)
+            while patient and self._carried_out is answer and not (answer.done() or self._failing_since):
+                wait([answer], timeout=1.0)
         finally:
             self._somebody_waits = False
         if answer.done():
@@ -120,6 +127,7 @@ class Line(ABC):
 
     def _carry_out_all(self) -> None:
         while (call := self._calls.get()) is not None:
+            self._carried_out = call.answer
             try:
                 call.answer.set_result(self._carry_out(call))
             except Exception as error:  # for whoever waits for the answer

@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version of a registered model: its number, the aliases that name it, its tags."""
+    """A version of a registered model.
+
+    Attributes:
+        version: its number.
+        aliases: that name it.
+        tags: that it has had from the start.
+        is_whole: whoever registered it came to the end of that.
+    """
 
     version: str
     aliases: tuple[str, ...]
     tags: Mapping[str, str]
+    is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class ModelRegistry(Line):
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:
-            found = None if self.broken else self._result(self._later(question, ""))
+            found = None if self.broken else self._result(self._later(question, ""), patient=True)
         except Exception as error:  # this one cannot be had; the rest goes on
             raise RegistryError(in_a_line(error)) from error
         if self.broken:
@@ -81,7 +89,13 @@ class ModelRegistry(Line):
         found, page = [], None
         while page is None or page.token:  # MLflow gives so many at a time
             page = self._client.search_model_versions(f"name='{name}'", page_token=page and page.token)
-            found += [ModelVersion(str(v.version), tuple(named.get(str(v.version), ())), dict(v.tags)) for v in page]
+            found += [
+                ModelVersion(
+                    str(v.version), aliases := tuple(named.get(str(v.version), ())), dict(v.tags),
+                    bool(v.description or aliases),
+                )
+                for v in page
+            ]  # fmt: skip
         return sorted(found, key=lambda one: int(one.version))
 
     @answered

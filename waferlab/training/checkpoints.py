@@ -27,7 +27,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
 from waferlab.models.classifier import WaferClassifier
-from waferlab.records import StartingWeights, TrainingRecord, command_line_used, write_atomically, write_summary
+from waferlab.records import (
+    StartingWeights,
+    TrainingRecord,
+    command_line_used,
+    sweep_up,
+    write_atomically,
+    write_summary,
+)
 from waferlab.tracking.processes import still_runs, this_process
 from waferlab.training.callbacks import History
 
@@ -304,6 +311,7 @@ def hold_folders(*folders: Path) -> Iterator[None]:
             except OSError as error:
                 raise ConfigError(f"{folder} cannot be written ({error}). Choose another output_dir.") from error
             held.enter_context(hold_folder(folder))
+            sweep_up(folder)
         yield
 
 
