@@ -8,6 +8,7 @@ import string
 import sys
 import tracemalloc
 import zipfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -128,6 +129,16 @@ def test_a_damaged_file_or_request_is_read_or_refused_in_a_sentence(reader, data
 # --- what files cost
 
 
+@contextmanager
+def memory():
+    """A function that tells how many bytes were taken at most since the block began."""
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def dense(path, rng):
     arrays = {"maps": rng.integers(0, 3, (3000, 50, 50), np.uint8), "labels": np.repeat(CLASS_NAMES, 334)[:3000]}
     np.savez(path := path / "dense.npz", **arrays)
@@ -170,7 +181,8 @@ def a_request(kind, path, rng):
     maps = rng.integers(0, 3, (200, 100, 100), np.uint8)
     written = io.BytesIO()
     np.save(written, maps)
-    body = json.dumps({"maps": maps.tolist()}).encode() if kind == JSON_TYPE else written.getvalue()
+    text = json.dumps({"maps": maps.tolist()}, separators=(",", ":"))
+    body = text.encode() if kind == JSON_TYPE else written.getvalue()
     return len(body), lambda: maps_from_body(body, kind)
 
 
@@ -184,11 +196,10 @@ def a_request(kind, path, rng):
 )
 def test_reading_takes_at_most_four_times_the_memory_that_the_content_has(make, tmp_path):
     honest, read = make(tmp_path, np.random.default_rng(0))
-    tracemalloc.start()
-    kept = read()
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert kept is not None and most <= 4 * honest, f"{most / honest:.1f} times"
+    with memory() as at_most:
+        kept, most = read(), at_most()
+    allowed = 6 if "json" in str(make) else 4  # a die is two letters of JSON and eight bytes of a list; 8 MiB at most
+    assert kept is not None and most <= allowed * honest, f"{most / honest:.1f} times"
 
 
 # --- what is made to cost more, or to break
@@ -209,12 +220,11 @@ def array_as_npy(array):
 
 def test_an_npz_that_is_compressed_as_numpy_never_does_is_refused_before_it_is_inflated(tmp_path):
     path = npz_member(tmp_path / "x.npz", array_as_npy(np.zeros((1, 2**13, 2**13), np.uint8)), zipfile.ZIP_BZIP2)
-    tracemalloc.start()
-    for read in (load_wafer_maps, stream_wafer_maps):
-        with pytest.raises(DataError, match=r"x\.npz: cannot be read as an \.npz"):
-            read(path)
-    assert tracemalloc.get_traced_memory()[1] < 2**20
-    tracemalloc.stop()
+    with memory() as at_most:
+        for read in (load_wafer_maps, stream_wafer_maps):
+            with pytest.raises(DataError, match=r"x\.npz: cannot be read as an \.npz"):
+                read(path)
+        assert at_most() < 2**20
 
 
 def a_frame(**cells):
@@ -244,7 +254,7 @@ def test_letters_that_unicode_does_not_know_are_refused_in_a_sentence(tmp_path):
     labels.view(np.uint32)[:] = 0x110000
     np.savez(tmp_path / "x.npz", maps=np.ones((1, 3, 3), np.uint8), labels=labels)
     for read in (load_wafer_maps, lambda path: list(stream_wafer_maps(path))):
-        with pytest.raises(DataError, match="Unicode"):
+        with pytest.raises(DataError, match=r"x\.npz: cannot be read"):
             read(tmp_path / "x.npz")
 
 
@@ -256,19 +266,19 @@ def an_icon(path):
 
 
 def a_broken_png(path):
-    Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"IEND", b"ID\xffT"))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 500), np.uint8)).save(path)
+    first, _, rest = path.read_bytes().partition(b"IDAT")
+    assert b"IDAT" in rest
+    path.write_bytes(first + b"IDAT" + rest.replace(b"IDAT", b"ID\xffT", 1))
 
 
 @pytest.mark.parametrize("make", [an_icon, a_broken_png, lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")])
 def test_an_image_of_another_kind_or_broken_is_refused_before_it_is_inflated(make, tmp_path):
     make(tmp_path / "x.png")
-    tracemalloc.start()
-    with pytest.raises(DataError, match=r"x\.png: not a readable image"):
-        read_image(tmp_path / "x.png", "three")
-    assert tracemalloc.get_traced_memory()[1] < 2**22
-    tracemalloc.stop()
+    with memory() as at_most:
+        with pytest.raises(DataError, match=r"x\.png: not a readable image"):
+            read_image(tmp_path / "x.png", "three")
+        assert at_most() < 2**22
 
 
 @pytest.mark.parametrize("name", ["x.npz", "LSWMD.pkl", "x.png"])
@@ -294,11 +304,11 @@ def test_a_number_of_any_length_is_read_in_no_time(tmp_path):
 
 @pytest.mark.parametrize("inside", [b"[]", b"{}", b'""'])
 def test_a_request_of_countless_little_things_is_refused_before_they_are_made(inside):
-    tracemalloc.start()
-    with pytest.raises(RefusedRequest) as said:
-        maps_from_body(b'{"maps": [' + b",".join([inside] * 1_000_000) + b"]}", JSON_TYPE)
-    assert said.value.status == 413 and tracemalloc.get_traced_memory()[1] < 2**23
-    tracemalloc.stop()
+    body = b'{"maps": [' + b",".join([inside] * 1_000_000) + b"]}"
+    with memory() as at_most:
+        with pytest.raises(RefusedRequest) as said:
+            maps_from_body(body, JSON_TYPE)
+        assert said.value.status == 413 and at_most() < 2**20
 
 
 def test_names_that_are_not_unicode_reach_the_answers_and_the_terminal_in_other_letters(tmp_path):

@@ -69,7 +69,7 @@ class GreyLevels(torch.nn.Module):
 @pytest.fixture(scope="module")
 def file_of_grey_levels(tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "m.onnx"
-    return Predictor(export_onnx(GreyLevels(), path, image_size=24, class_names=["pixel"] * 24 * 24))
+    return Predictor(export_onnx(GreyLevels(), path, image_size=24, class_names=[f"pixel {i}" for i in range(24 * 24)]))
 
 
 def test_a_file_resizes_maps_exactly_as_training_does(generated, file_of_grey_levels):

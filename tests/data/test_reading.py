@@ -78,6 +78,8 @@ def test_images_are_read_in_two_or_three_levels_and_the_note_says_which(tmp_path
         ({"labels": lambda a: np.where(a == "none", "nothing", a)}, "unknown label 'nothing'"),
         ({"maps_flat": lambda a: np.where(a == 2, 7, a).astype(np.uint8)}, "die value 7"),
         ({"maps_flat": lambda a: a.astype(np.float32)}, "float32, not uint8"),
+        ({"maps_flat": lambda a: a[:, None]}, "maps_flat is"),
+        ({"maps_flat": lambda a: a[0]}, "maps_flat is"),
         ({"shapes": lambda a: a[:-1]}, "shapes"),
         ({"shapes": lambda a: a + 1}, "offsets do not fit"),
         ({"labels": lambda a: np.arange(len(a))}, "Expected class names"),

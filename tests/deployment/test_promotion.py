@@ -13,7 +13,7 @@ from waferlab.data.splitting import Split
 from waferlab.deployment import promotion
 from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.promotion import CannotCompareError, MapsSeen, NotRegistered, Promotion, judge, promote
-from waferlab.errors import RegistryError
+from waferlab.errors import ModelError, RegistryError
 from waferlab.evaluation.predictions import Predictions
 from waferlab.tracking.registry import Champion, ModelVersion, as_the_programs_own
 from waferlab.tracking.runs import RunTree
@@ -273,7 +273,8 @@ def test_a_file_that_answers_otherwise_than_its_checkpoint_is_not_registered(tmp
 def test_a_file_that_answers_with_nothing_is_not_registered(tmp_path):
     registry, right = Registry(), write_file(tmp_path / "right.onnx")
     broken = write_file(tmp_path / "broken.onnx", scale=np.inf)
-    assert np.isnan(Predictor(broken).probabilities([MAPS[0]])).any()
+    with pytest.raises(ModelError, match="answers no numbers"):
+        Predictor(broken).probabilities([MAPS[0]])
     said = offer(registry, broken, checkpoint=answers(right, FIRST))
     assert isinstance(said, NotRegistered) and registry.kept == []
 

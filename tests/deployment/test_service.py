@@ -184,7 +184,7 @@ def header(shape, descr="'|u1'", order="False"):
         ('{"maps": [[[1]]]}'.encode("utf-16"), 400, "not JSON"),
         (b'{"maps": [[[%s]]]}' % (b"9" * 5000), 400, "not JSON"),
         (b"[" * 200_000, 400, "nested too deeply"),
-        (b'{"maps":' * 100_000, 400, "nested too deeply"),
+        (b'{"maps":' * 100_000, 413, "more names than maps have"),
         (b"[[[1]]]", 422, "not an object"),
         (b'{"map": [[1]]}', 422, "not an object"),
         (b'{"maps": [[[1]]], "more": 1}', 422, "not an object"),

@@ -75,7 +75,9 @@ def _read_grey(path: Path) -> np.ndarray:
 
 
 def _three_levels(grey: np.ndarray) -> np.ndarray:
-    return np.add(grey >= 64, grey >= 192, dtype=np.uint8)
+    dies = (grey >= 64).view(np.uint8)
+    dies += grey >= 192
+    return dies
 
 
 def _two_levels(grey: np.ndarray) -> np.ndarray:

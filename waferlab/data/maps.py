@@ -103,11 +103,10 @@ def _check_layout(maps: WaferMaps) -> None:
             f"{maps.source}: {n} labels, but shapes {maps.shapes.shape}, offsets {maps.offsets.shape}, group "
             f"{maps.groups.shape}. Expected shapes [N, 2], offsets [N+1] and group [N] with N = {n}."
         )
-    if maps.maps_flat.dtype != np.uint8 or maps.maps_flat.ndim != 1:
-        raise DataError(
-            f"{maps.source}: maps are {maps.maps_flat.dtype} {maps.maps_flat.shape}, not uint8 in a row. Save them "
-            "with .astype('uint8')."
-        )
+    if maps.maps_flat.dtype != np.uint8:
+        raise DataError(f"{maps.source}: maps are {maps.maps_flat.dtype}, not uint8. Save them with .astype('uint8').")
+    if maps.maps_flat.ndim != 1:
+        raise DataError(f"{maps.source}: maps_flat is {maps.maps_flat.shape}. Expected one row of dies, [P].")
     check_places(maps.shapes, maps.offsets, dies=len(maps.maps_flat), source=maps.source)
     top = int(maps.maps_flat.max())
     if top > 2:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -170,4 +171,7 @@ def _header(member: zipfile.ZipExtFile) -> Header:
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
+        array = np.lib.format.read_array(member, allow_pickle=False)
+    if array.dtype.kind == "U" and np.atleast_1d(array).view(f"{array.dtype.str[0]}u4").max(initial=0) > sys.maxunicode:
+        raise ValueError("letters that Unicode does not know")
+    return array

@@ -216,10 +216,7 @@ def _label_indices(labels: np.ndarray, *, source: str) -> np.ndarray:
     if labels.ndim != 1 or labels.dtype.kind not in "US":
         raise DataError(f"{source}: labels are {labels.dtype} {labels.shape}. Expected class names, str [N].")
     names = np.array(CLASS_NAMES).astype(labels.dtype.kind)
-    try:
-        unknown = sorted(set(labels.tolist()) - set(names.tolist()))
-    except ValueError as error:  # numpy keeps any number for a letter
-        raise DataError(f"{source}: a label has letters that Unicode does not know. Write the names anew.") from error
+    unknown = sorted(set(labels.tolist()) - set(names.tolist()))
     if unknown:
         raise DataError(f"{source}: unknown label {unknown[0]!r:.80}. Allowed: {', '.join(CLASS_NAMES)}.")
     order = np.argsort(names)

@@ -271,10 +271,7 @@ def _as_unicode(text: str) -> str:
 
 def _texts(values: np.ndarray) -> list[str]:
     """Numbers and texts as text; NaN as "", a whole number without its decimals."""
-    try:
-        kind, plain = values.dtype.kind, values.tolist()
-    except ValueError as error:  # numpy keeps any number for a letter
-        raise DataError("a name has letters that Unicode does not know. Write the names anew.") from error
+    kind, plain = values.dtype.kind, values.tolist()
     if kind == "S":
         return [text.decode("utf-8", "replace").strip() for text in plain]
     if kind == "f":
