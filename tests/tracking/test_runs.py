@@ -530,12 +530,13 @@ def test_a_store_that_hangs_does_not_hold_the_program_up(tmp_path, monkeypatch):
 
 
 def test_a_large_file_on_its_way_to_the_registry_is_waited_for(tmp_path, monkeypatch, fresh_store):
-    monkeypatch.setattr("waferlab.tracking.line.STORE_WAIT", 0.2)
     writes = RunTree("tiny", uri=None, folder=tmp_path, warn=pytest.fail)
     run = writes.start("a run")
     assert writes.run_id(run)
+    monkeypatch.setattr("waferlab.tracking.line.STORE_WAIT", 0.2)
     monkeypatch.setattr(writes, "_versions", lambda name: time.sleep(1) or ["arrived"])
     assert writes.versions("a model") == ["arrived"]
+    monkeypatch.setattr("waferlab.tracking.line.STORE_WAIT", 60.0)
     writes.end(run)
     writes.close()
     assert runs_of(tmp_path)[0]["a run"].info.status == "FINISHED"
