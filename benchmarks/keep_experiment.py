@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from measure import odd_groups_macro_f1
 from provenance import EXPERIMENTS, digests
 
+FOLDERS = re.compile(r"(?<![\w.:/#])/(?:[\w.+-]+/)+")  # of a machine, in commands and reasons
 PLACES = ("output_dir", "resume", "quiet", "pretrained_dir", "tracking_uri", "storage")  # of no use to a reader
 
 
@@ -38,7 +40,8 @@ def main() -> None:
         score_odd_groups(summary, arguments.data)
     config = {key: value for key, value in summary["config"].items() if key not in PLACES}
     config["data"] = Path(str(config["data"])).name
-    arguments.record.write_text(json.dumps(summary | {"config": config, "code": code}, indent=1) + "\n")
+    record = json.dumps(summary | {"config": config, "code": code}, indent=1) + "\n"
+    arguments.record.write_text(FOLDERS.sub("", record))
     print(f"written to {arguments.record}")
 
 

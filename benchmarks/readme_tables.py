@@ -281,14 +281,21 @@ def production(record: dict) -> list[str]:
             [m["model_type"], weights_of(m), f"{m['validation']['macro_f1']:.3f}",
              tested(m["test"]), odd_text(m.get("test_macro_f1_odd_groups")),
              f"{m['decision']['test_macro_f1_before']:.3f}", f"{m['test']['accuracy']:.3f}",
-             str(len(m["search"]["trials"])), f"{m['search']['seconds']:,.0f}", f"{m['train_seconds']:,.0f}",
-             str(m["epochs"]), f"{m['latency_ms']:.1f}"]
+             *searched(m), f"{m['train_seconds']:,.0f}", str(m["epochs"]), f"{m['latency_ms']:.1f}"]
             for m in models
         ],
     )  # fmt: skip
-    unlike = not_ranked([(weights_of(m), m["train_seconds"], len(m["search"]["trials"])) for m in models])
+    trials = [len(m["search"]["trials"]) if "search" in m else 0 for m in models]
+    unlike = not_ranked([(weights_of(m), m["train_seconds"], n) for m, n in zip(models, trials, strict=True)])
     notes = [unlike] if unlike else []
     return [*table, "", " ".join([*notes, brackets(m["test"]["interval_method"] for m in models)])]
+
+
+def searched(model: dict) -> tuple[str, str]:
+    """Trials and seconds of its search; dashes where too few epochs fitted for one."""
+    if "search" not in model:
+        return "-", "-"
+    return str(len(model["search"]["trials"])), f"{model['search']['seconds']:,.0f}"
 
 
 def tested(test: dict) -> str:
@@ -687,7 +694,7 @@ RECORDS_OF = {
     "inference_champion": ("inference",),
     "set_coverage_real": ("set_coverage",),
     "quick_start": ("start_up",),
-    "search_pays": ("search_pays", "search_pays_wrong"),
+    "search_pays": ("search_pays", "search_pays_wrong", "search_pays_600"),
     "runs": ("time_to_f1",),
     "levels": ("time_to_f1",),
     "headline": ("time_to_f1", "label_audit"),

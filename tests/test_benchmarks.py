@@ -197,6 +197,11 @@ def test_every_record_names_its_commit_and_the_code_that_it_measures(file):
         assert "training" in one or "config" in one or "weights" in one
 
 
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: file.name)
+def test_no_record_names_a_folder_of_the_machine_that_made_it(file):
+    assert not keep_experiment.FOLDERS.findall(file.read_text())
+
+
 def test_the_environment_names_the_commit_and_says_where_it_is_not_known(monkeypatch, tmp_path):
     from waferlab.records import _commit_of_this_code, environment
 
