@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from made_up_model import write_model
+from deployment.made_up_model import write_model
 from onnx import TensorProto, helper, numpy_helper
 
 from integrated_pipeline import IntegratedMLPipeline
