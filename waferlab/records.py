@@ -23,6 +23,7 @@ import numpy as np
 from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps
 from waferlab.data.splitting import SPLITS, Split
 from waferlab.tracking.addresses import without_password
+from waferlab.tracking.processes import is_gone
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_SCHEMA_VERSION = 1
@@ -273,18 +274,8 @@ def sweep_up(folder: Path, names: str = "**/.*.tmp") -> None:
     """Takes away what programs that are gone had begun to write in a folder and below; see `write_atomically`."""
     for file in folder.glob(names):
         number = file.name.split(".")[-2]
-        if number.isdecimal() and _is_gone(int(number)):
+        if number.isdecimal() and is_gone(int(number)):
             file.unlink(missing_ok=True)
-
-
-def _is_gone(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # a signal that is none
-    except (ProcessLookupError, OverflowError):
-        return True
-    except OSError:  # another user's
-        return False
-    return False
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:

@@ -20,6 +20,11 @@ def still_runs(process: str) -> bool:
     return host != platform.node() or _start(int(number)) == started
 
 
+def is_gone(number: int) -> bool:
+    """Whether there is no process of that number on this machine."""
+    return _start(number) is None
+
+
 def _start(number: int) -> str | None:
     """When a process was started, in a word without spaces; None if there is none.
 
