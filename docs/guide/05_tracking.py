@@ -90,7 +90,7 @@ for run in runs:
 # ## The trap: a run that runs for ever
 #
 # If a program is killed, nobody closes its runs: they say RUNNING for ever. So each run here carries the number and
-# the start time of its process as a tag, and the next start closes those whose process is gone. You can see the tag:
+# the start of its process as a tag, and the next start closes those whose process is gone. You can see the tag:
 
 # %%
 pipeline_run = next(run for run in runs if depth(run) == 0)
@@ -106,8 +106,8 @@ from pathlib import Path
 
 from waferlab.tracking.runs import RunTree
 
-host, number, began = pipeline_run.data.tags["process"].rsplit(" ", 2)
-gone = f"{host} {number} {int(began) - 1000}"
+host, number, start = pipeline_run.data.tags["process"].rsplit(" ", 2)
+gone = f"{host} {number} before-{start}"
 abandoned = client.create_run(experiment.experiment_id, run_name="abandoned", tags={"process": gone})
 RunTree(experiment.name, uri=None, folder=Path(), warn=print).close()
 now = client.get_run(abandoned.info.run_id)
