@@ -278,8 +278,12 @@ def sweep_up(folder: Path, names: str = "**/.*.tmp") -> None:
             file.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Replaces the file in one step, so that a crash leaves the old content, never half of the new one."""
+def write_atomically(path: str | os.PathLike[str], data: bytes, *, replace: bool = True) -> Path:
+    """Writes the file in one step, so that a crash leaves the old content, never half of the new one.
+
+    Raises:
+        FileExistsError: the file is there, and is not to be replaced.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace cannot cross disks
@@ -287,7 +291,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     try:
         with temporary.open("xb") as file:  # made here: a link that somebody has put there is not followed
             file.write(data)
-        os.replace(temporary, path)
+        (os.replace if replace else os.link)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -350,6 +350,25 @@ def test_a_study_whose_maker_was_killed_before_it_was_whole_gets_its_first_trial
             assert study.user_attrs["fingerprint"] == fingerprint
 
 
+def test_whoever_joins_a_study_waits_for_its_first_trials_and_gives_it_them_once_its_maker_must_be_dead(
+    journal, monkeypatch
+):
+    first = [t.system_attrs for t in opened(journal, portfolio=PORTFOLIO).trials]
+    lines = journal.read_bytes().splitlines(keepends=True)
+
+    def its_maker_goes_on(seconds):
+        with journal.open("ab") as file:
+            file.writelines(lines[3:])
+
+    journal.write_bytes(b"".join(lines[:3]))
+    with monkeypatch.context() as patch:
+        patch.setattr("waferlab.search.study.time.sleep", its_maker_goes_on)
+        assert [t.system_attrs for t in opened(journal, go_on=True, portfolio=PORTFOLIO).trials] == first
+    journal.write_bytes(b"".join(lines[:3]))
+    monkeypatch.setattr("waferlab.search.study.PATIENCE", 0.2)
+    assert [t.system_attrs for t in opened(journal, go_on=True, portfolio=PORTFOLIO).trials] == first
+
+
 def test_whoever_is_alone_with_a_study_has_all_run_again_that_is_said_to_run(journal):
     study = opened(journal)
     study.ask()  # and was killed before it said who it is

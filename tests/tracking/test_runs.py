@@ -598,6 +598,7 @@ make_database(Path(sys.argv[1]) / "mlflow.db", files="file:///files")
     assert not (tmp_path / "mlflow.db").exists()
     make_database(tmp_path / "mlflow.db", files="file:///files")
     assert names_of_runs(tmp_path / "mlflow.db") == set()
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_ctrl_c_closes_the_runs_as_killed(tiny_npz, tmp_path, fresh_store):

@@ -6,7 +6,6 @@ Both are read without running code.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from waferlab.errors import WeightsUnavailableError
 from waferlab.models.classifier import WaferClassifier
-from waferlab.records import StartingWeights
+from waferlab.records import StartingWeights, write_atomically
 
 
 def start_from(
@@ -151,18 +150,11 @@ def write_generated_weights(file: Path, network: nn.Module, *, header: dict[str,
         header: what the weights are and come from; kept as text in the file's header. `load_generated_weights` looks
             for image_size and validation_macro_f1.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     header = {**header, "network": network_digest(network), "sha256": _tensors_digest(tensors)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(f"{file.name}.{os.getpid()}.part")  # renamed when whole: nobody ever reads half a file
-    half.unlink(missing_ok=True)
-    try:
-        save_file(tensors, half, metadata={key: str(value) for key, value in header.items()})
-        os.replace(half, file)
-    finally:
-        half.unlink(missing_ok=True)
+    write_atomically(file, save(tensors, metadata={key: str(value) for key, value in header.items()}))
 
 
 def load_generated_weights(folder: Path, network: nn.Module, *, model_type: str, image_size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +19,7 @@ from waferlab.search.trials import lost_and_not_queued
 from waferlab.tracking.processes import still_runs
 
 TPE_STARTS_AFTER = 3  # finished trials; Optuna's own default, 10, is more than most searches here have
+PATIENCE = 10.0  # seconds that another process has to give a new study its first trials
 REDUCTION = 3  # of the trials that reach a rung, one in so many goes on to the next, which is so many times as far
 
 
@@ -57,7 +59,7 @@ def open_study(
         study, ours = optuna.create_study(directions=directions, **parts), True
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(**parts)
-        ours = alone and "begun" not in study.user_attrs  # whoever made it was killed before it was whole
+        ours = _left_half_made(study, patience=0 if alone else PATIENCE)
     if ours:
         study.set_user_attr("fingerprint", fingerprint)
         for number, parameters in enumerate(first):
@@ -78,6 +80,16 @@ def open_study(
         for trial in lost_and_not_queued(study):
             run_again(study, trial)
     return study
+
+
+def _left_half_made(study: optuna.Study, *, patience: float) -> bool:
+    """Whether whoever made the study seems to have been killed before it had its first trials."""
+    given_up = time.monotonic() + patience
+    while "begun" not in study.user_attrs:
+        if time.monotonic() >= given_up:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def seconds_between_signs(study: optuna.Study) -> int | None:

@@ -9,9 +9,9 @@ killed, the next start closes its runs.
 from __future__ import annotations
 
 import atexit
+import glob
 import os
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from waferlab.errors import RegistryError
+from waferlab.records import sweep_up, write_atomically
 from waferlab.tracking.addresses import without_password
 from waferlab.tracking.line import Trouble, in_line
 from waferlab.tracking.processes import still_runs, this_process
@@ -326,21 +327,15 @@ def make_database(database: Path, *, files: str) -> None:
         database: the file.
         files: URI of the folder for the artifacts of experiments that name none.
     """
+    sweep_up(database.parent, f".{glob.escape(database.name)}.*.tmp")
     if database.exists():
         return
     empty = empty_database()
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        closing(sqlite3.connect(":memory:")) as made,
-        tempfile.TemporaryDirectory(prefix=".mlflow_", dir=database.parent) as beside,
-    ):
+    with closing(sqlite3.connect(":memory:")) as made, suppress(FileExistsError):
         made.deserialize(empty)
         made.execute("UPDATE experiments SET artifact_location = replace(artifact_location, ?, ?)", (NOWHERE, files))
         made.commit()
-        whole = Path(beside) / database.name
-        whole.write_bytes(made.serialize())
-        with suppress(FileExistsError):
-            os.link(whole, database)
+        write_atomically(database, made.serialize(), replace=False)
 
 
 @cache
