@@ -107,6 +107,7 @@ def measure(case: dict[str, Any], fields: list[str]) -> dict[str, Any]:
         "macro_f1": round(result.test["macro_f1"], 4),
         "validation_macro_f1": round(result.validation["macro_f1"], 4),
         "took": round(seconds, 1),
+        "training_maps": len(pipeline.split.train),
         "epochs": record.epochs,
         "precision": record.precision,
         "no_search_because": record.no_search_because if case["way"] == "with" else None,
@@ -148,6 +149,7 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "data": data, "model": model, "start": start, "seconds": seconds, "seeds": seeds,
+                "training_maps": max(ways["with"][seed].get("training_maps", 0) for seed in seeds) or None,
                 "without": round(sum(scores["without"]) / len(seeds), 4),
                 "with": round(sum(scores["with"]) / len(seeds), 4),
                 "difference": paired_difference(scores["with"], scores["without"]),

@@ -13,9 +13,11 @@ def search_pays(*records: dict) -> list[str]:
     for row in (row for record in records for row in record["rows"]):
         searched = [n for n in row["trials"] if n]
         trials = f"{min(searched)} to {max(searched)}" if searched else "no search"
+        maps = "generated" if row["data"] == "synthetic" else "real"
+        maps += f", {row['training_maps']:,} to train on" if row.get("training_maps") else ""
         cells.append(
             [
-                row["model"], "generated" if row["data"] == "synthetic" else "real", row["start"].replace("-", " "),
+                row["model"], maps, row["start"].replace("-", " "),
                 f"{row['seconds']:g}", str(len(row["seeds"])), f"{row['without']:.3f}", f"{row['with']:.3f}",
                 _difference(row["difference"]), trials,
                 f"{sum(n or 0 for n in row['pruned'])} of {sum(searched)}" if searched else "-",
