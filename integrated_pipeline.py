@@ -768,8 +768,7 @@ class IntegratedMLPipeline:
             predictions: of its checkpoint on the test part.
         """
         model_type = result.model_type
-        if reason := self.config.no_registry_because() or (self.runs.broken and "MLflow failed; a warning said why"):
-            return NotRegistered(reason)
+        broken = "MLflow failed; a warning said why" if self.runs.broken else None
 
         def export() -> list[Path]:
             file = export_onnx(
@@ -782,8 +781,8 @@ class IntegratedMLPipeline:
 
         outcome = promote(
             export, checkpoint=predictions, maps=self.maps, split=self.split, model_type=model_type,
-            name=self.config.registry_name, tracking=self.runs, run=self.model_runs[model_type],
-            run_key=self._fingerprint(),
+            name=self.config.registry_name, tracking=self.runs, run=self.model_runs.get(model_type),
+            run_key=self._fingerprint(), only_exported_because=self.config.no_registry_because() or broken,
         )  # fmt: skip
         self.say(str(outcome))
         return outcome

@@ -13,7 +13,7 @@ EXAMPLES = """\
   python predict.py tomorrow.npz
   python predict.py lot_417/ --output lot_417.parquet --coverage 0.95
   python predict.py labelled.npz --report --explain --output-dir checked
-  python predict.py one_wafer.png --model checkpoints/demo/lightning_cnn/model.onnx
+  python predict.py one_wafer.png --model checkpoints/demo_ultra/lightning_cnn/model.onnx
   python predict.py tomorrow.npz --monitor
   python predict.py --serve --port 8000 --shadow models:/wafer_defect_classifier@challenger"""
 CHAMPION = "models:/wafer_defect_classifier@champion"
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "layout; labels are not needed",
     )  # fmt: skip
     add("--model", default=CHAMPION, metavar="MODEL", help=f"a .onnx file, or models:/name@alias (default {CHAMPION})")
-    add("--tracking-uri", metavar="URI", help="of the registry (default: ./mlflow.db)")
+    add("--tracking-uri", metavar="URI", help="of the registry (default: $MLFLOW_TRACKING_URI, else ./mlflow.db)")
     add("--output", default="predictions.csv", metavar="FILE", help=".csv, .parquet or .jsonl (default %(default)s)")
     add("--output-dir", default=".", metavar="DIR", help="folder for the output and all beside it (default: here)")
     add("--coverage", type=float, default=0.9, help="that prediction sets promise, 0.50 to 0.99 (default 0.9)")

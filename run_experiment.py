@@ -4,8 +4,9 @@ comparison  every architecture with several seeds and the same budget; paired di
 ablation    what pre-training, augmentation, balancing and search bring, alone and left out
 production  search, final training and calibration of every architecture; the best is registered, with a model card
 demo        the chain of production on a small budget
-pretrain    weights from a stream of generated maps, to checkpoints/pretrained/ in the output folder. Every run that
-            starts there finds them: where ImageNet weights cannot be had, and always with pretrained_source="wafer"
+pretrain    weights from a stream of generated maps, to checkpoints/pretrained/ in the output folder. A run of the same
+            network and image_size that starts there finds them: where ImageNet weights cannot be had, and always with
+            pretrained_source="wafer"
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ def main() -> int:
         if arguments.mode not in modes and getattr(arguments, name) != parser.get_default(name):
             flag, others = f"--{name.replace('_', '-')}", " or ".join(sorted(modes))
             parser.error(f"--mode {arguments.mode} has no use for {flag}: leave it out, or choose --mode {others}.")
+    if arguments.mode in SERIES and arguments.epochs is not None and arguments.time_limit is not None:
+        parser.error(f"--mode {arguments.mode} compares at equal epochs or at equal time: leave out one of "
+                     "--epochs and --time-limit.")  # fmt: skip
     if arguments.mode == "pretrain":  # which tracks nothing
         return command_line.run(lambda: pretrain_all(arguments))
     return command_line.run(lambda: run_and_report(arguments))
@@ -118,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--trials", type=int, metavar="N", help="of each search")
     add("--workers", type=int, metavar="N", help="trials side by side here (default: one a core)")
-    add("--epochs", type=int, metavar="N", help="of each final training; without --time-limit, nothing else ends it")
+    add("--epochs", type=int, metavar="N", help="of each final training at most, in the place of seconds")
     add(
         "--seeds",
         action=command_line.Several,
@@ -128,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of comparison and ablation (default 0 1 2 3 4)",
     )
     add("--split", choices=("lots", "ordered"), help="lots at random (default), or ordered: the last 20%% are the test")
-    add("--time-limit", type=float, metavar="S", help="seconds for the whole experiment")
+    add("--time-limit", type=float, metavar="S", help="seconds of all training (comparison, ablation: of everything)")
     add(
         "--max-samples-per-class",
         type=int,

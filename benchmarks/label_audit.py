@@ -44,7 +44,7 @@ def answers_of_fold(config: ExperimentConfig, maps: WaferMaps, split: Split, fil
     """Probabilities of a fold's maps, and about their network; from the file where it has those of this training."""
     from waferlab.data.maps import CLASS_NAMES
     from waferlab.errors import DataError
-    from waferlab.records import write_atomically
+    from waferlab.tracking.whole_files import write_atomically
 
     # The fold's maps are in its fingerprint, whatever file they came from.
     settings = {"split": split.fingerprint, "epochs": config.max_epochs, "batch": config.batch_size}

@@ -20,8 +20,8 @@ from waferlab.data.reading import SYNTHETIC
 from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError
 from waferlab.models.registry import MODEL_REGISTRY, find_model
-from waferlab.records import write_atomically
 from waferlab.tracking.addresses import without_password
+from waferlab.tracking.whole_files import write_atomically
 
 SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")

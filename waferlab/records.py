@@ -23,7 +23,7 @@ import numpy as np
 from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps
 from waferlab.data.splitting import SPLITS, Split
 from waferlab.tracking.addresses import without_password
-from waferlab.tracking.processes import is_gone
+from waferlab.tracking.whole_files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_SCHEMA_VERSION = 1
@@ -268,33 +268,6 @@ def _to_json(value: Any, *, place: str) -> Any:
     if isinstance(value, list | tuple):
         return [_to_json(item, place=f"{place}[{index}]") for index, item in enumerate(value)]
     raise TypeError(f"{place} is a {type(value).__name__}, which has no form in JSON: convert it before writing")
-
-
-def sweep_up(folder: Path, names: str = "**/.*.tmp") -> None:
-    """Takes away what programs that are gone had begun to write in a folder and below; see `write_atomically`."""
-    for file in folder.glob(names):
-        number = file.name.split(".")[-2]
-        if number.isdecimal() and is_gone(int(number)):
-            file.unlink(missing_ok=True)
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes, *, replace: bool = True) -> Path:
-    """Writes the file in one step, so that a crash leaves the old content, never half of the new one.
-
-    Raises:
-        FileExistsError: the file is there, and is not to be replaced.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace cannot cross disks
-    temporary.unlink(missing_ok=True)
-    try:
-        with temporary.open("xb") as file:  # made here: a link that somebody has put there is not followed
-            file.write(data)
-        (os.replace if replace else os.link)(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 # ------------------------------------------------------------------------------------------------- the summary

@@ -140,4 +140,5 @@ assert blocks(100, 25)[25] == 1 and blocks(100, 25)[24] == 0
 assert np.bincount(blocks(100, 25)).tolist() == [25, 25, 25, 25]
 
 # %% [markdown]
-# The project does the same with maps that carry no lot, and says so.
+# The project does not guess. Where maps carry no lot, it takes each as a lot of its own, and says so: give it such
+# numbers as `group` if you know that neighbours belong together.

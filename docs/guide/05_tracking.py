@@ -90,7 +90,8 @@ for run in runs:
 # ## The trap: a run that runs for ever
 #
 # If a program is killed, nobody closes its runs: they say RUNNING for ever. So each run here carries the number and
-# the start of its process as a tag, and the next start closes those whose process is gone. You can see the tag:
+# the start of its process as a tag, and the next start of the same experiment on this machine closes those whose
+# process is gone. You can see the tag:
 
 # %%
 pipeline_run = next(run for run in runs if depth(run) == 0)
@@ -99,7 +100,7 @@ print("commit:", pipeline_run.data.tags.get("commit", "not in a repository"))
 assert pipeline_run.data.tags["process"]
 
 # %% [markdown]
-# An abandoned run, such as one of a process of this number that began earlier, and the next start of the project:
+# An abandoned run, such as one of a process of this number that began earlier, and the next start:
 
 # %%
 from pathlib import Path

@@ -150,11 +150,12 @@ def answers(file, split):
     return Predictions(probabilities, MAPS.labels[split.test], MAPS.groups[split.test], CLASS_NAMES)
 
 
-def offer(tracking, file, split=FIRST, *, checkpoint=None, name="model", run=None, export=None):
+def offer(tracking, file, split=FIRST, *, checkpoint=None, name="model", run=None, export=None, **more):
     return promote(
         export or (lambda: [file]),
         checkpoint=checkpoint or answers(file, split),
         maps=MAPS, split=split, model_type="made_up", name=name, tracking=tracking, run=run, run_key="key",
+        **more,
     )  # fmt: skip
 
 
@@ -267,7 +268,19 @@ def test_a_file_that_answers_otherwise_than_its_checkpoint_is_not_registered(tmp
         apart = np.abs(answers(wrong, FIRST).probabilities - answers(right, FIRST).probabilities).max(1)
         assert isinstance(said, NotRegistered) and registry.kept == []
         assert f"by up to {apart.max():.2g}, on test map {apart.argmax()} (6x6 dies)" in said.reason
-    assert said.in_summary() == {"registered": None, "not_registered_because": said.reason}
+    assert said.in_summary() == {"registered": None, "not_registered_because": said.reason, "model_file": None}
+
+
+def test_a_model_that_is_not_to_be_registered_is_exported_and_checked_all_the_same(tmp_path):
+    right, wrong = write_file(tmp_path / "right.onnx"), write_file(tmp_path / "wrong.onnx", roll=1)
+    for file, there in ((right, right), (wrong, None)):
+        registry = Registry()
+        said = offer(registry, file, checkpoint=answers(right, FIRST), only_exported_because="nothing is tracked")
+        assert (said.file, registry.kept) == (there, [])
+        assert said.in_summary()["model_file"] == (there and there.name)
+    assert str(offer(Registry(), right, only_exported_because="nothing is tracked")) == (
+        f"Not registered: nothing is tracked. The exported file: {right}"
+    )
 
 
 def test_a_file_that_answers_with_nothing_is_not_registered(tmp_path):
@@ -323,7 +336,7 @@ def test_a_registry_that_gives_no_answer_has_no_champion_to_be_replaced(tmp_path
     setattr(registry, what, fail)
     said = offer(registry, file)
     assert isinstance(said, NotRegistered) and "MlflowException: 503" in said.reason
-    assert registry.kept == []
+    assert registry.kept == [] and said.file == file
 
 
 def test_only_a_registry_that_says_so_has_no_champion():

@@ -655,12 +655,14 @@ def test_the_model_card_of_the_ultralytics_network_names_its_licence(folder):
 
 
 def test_the_code_on_the_model_card_can_be_compiled(folder):
-    for registered in (make_summary()["registered"], None):
-        markdown, _ = write_model_card(make_summary(registered=registered), folder=folder)
+    for registered, file in ((make_summary()["registered"], None), (None, "model.onnx"), (None, None)):
+        summary = make_summary(registered=registered, not_registered_because="nothing is tracked", model_file=file)
+        markdown, _ = write_model_card(summary, folder=folder)
         usage = markdown.read_text().split("## How to use it")[1].split("## Data")[0]
         code = "\n".join(line[4:] for line in usage.splitlines() if line.startswith("    "))
         compile(code, "MODEL_CARD.md", "exec")
-        assert ("Predictor.load(" in code) is (registered is not None)
+        assert ("Predictor.load(" in code) is (registered is not None or file is not None)
+        assert (f'/{file}")' in code) is (file is not None)
     assert "not registered" in markdown.read_text()
 
 

@@ -154,6 +154,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "mlflow"]
     subprocess.run([sys.executable, "-c", code, json.dumps(config)], cwd=ROOT, check=True)
     assert not (tmp_path / "mlflow.db").exists()
     assert not (tmp_path / "mlruns").exists()
+    assert (tmp_path / "checkpoints/tiny/lightning_cnn/model.onnx").is_file()
 
 
 def test_a_server_that_is_down_costs_a_warning_and_not_the_training(tiny_npz, tmp_path, capsys, monkeypatch):

@@ -139,7 +139,7 @@ def test_runs_hold_what_the_summary_says(tracked):
     assert "| lightning_cnn |" in runs["tiny"]["notes"]
     assert "confusion_matrix.png" in {file.name for file in runs["tiny"]["files"]}
     assert summary["registered"] is None
-    assert "no registry" in summary["not_registered_because"]
+    assert "no registry" in summary["not_registered_because"] and summary["model_file"] == "model.onnx"
 
 
 def test_nothing_is_left_running_and_mlflow_leaves_no_trace(tracked):

@@ -114,7 +114,7 @@ def _read_npz(path: Path) -> WaferMaps:
             "labels."
         )
     labels = _label_indices(arrays["labels"], source=path.name)
-    groups, notes = np.arange(len(labels)), ()
+    groups, notes = np.arange(len(labels)), ("No group in the file: each map is a lot of its own.",)
     if "group" in arrays:
         groups, notes = _lot_numbers(arrays["group"], n=len(labels), source=path.name)
     if "maps" in arrays:

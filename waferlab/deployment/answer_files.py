@@ -17,7 +17,7 @@ import numpy as np
 from waferlab.data.streaming import MapChunk
 from waferlab.deployment.predictor import Answers
 from waferlab.errors import RunError, UserError
-from waferlab.records import sweep_up
+from waferlab.tracking.whole_files import sweep_up
 
 ROWS_OF_A_GROUP = 20_000  # of a Parquet file; smaller ones take longer to read
 Columns = dict[str, Sequence[Any]]

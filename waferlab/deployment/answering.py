@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.request_maps import RefusedRequest, maps_from_body, read_body
 from waferlab.deployment.shadow import Metrics, Shadow
+from waferlab.tracking.processes import usable_cores
 
 THREADS = 1  # of a predictor that is served: two threads that wait for one another are slower than two calls
 PIECE = 16  # maps in one call at the most
@@ -53,7 +53,7 @@ class Answering:
     def __init__(self, predictor: Predictor, *, coverage: float, shadow: Predictor | None) -> None:
         self.predictor, self.coverage, self.metrics = predictor, coverage, Metrics()
         self.shadow = None if shadow is None else Shadow(shadow, self.metrics)
-        self.workers = len(os.sched_getaffinity(0))
+        self.workers = usable_cores()
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="predict")
         self.in_work, self.ready, sets = 0, False, predictor.sets
         self.metrics.in_work.set_function(lambda: self.in_work)

@@ -16,6 +16,7 @@ import numpy as np
 
 from waferlab.errors import ModelError
 from waferlab.evaluation.conformal import DEFAULT_COVERAGE, PredictionSets, answered_alone
+from waferlab.tracking.processes import usable_cores
 
 if TYPE_CHECKING:
     import onnx
@@ -241,7 +242,7 @@ class Predictor:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = self._threads or usable_cores()
         options.log_severity_level = 3  # its warnings are for those who write graphs
         wanted, there = PROVIDERS[self._provider], onnxruntime.get_available_providers()
         if wanted[0] not in there:

@@ -75,16 +75,23 @@ class Promotion:
 
 @dataclass(frozen=True)
 class NotRegistered:
-    """Nothing was registered, and why."""
+    """Nothing was registered.
+
+    Attributes:
+        reason: why.
+        file: of the exported model, if it answers as the checkpoint does.
+    """
 
     reason: str
+    file: Path | None = None
 
     def in_summary(self) -> dict[str, Any]:
-        """What a run's summary says of it."""
-        return {"registered": None, "not_registered_because": self.reason}
+        """What a run's summary says of it; the file is named as it is called beside the checkpoint."""
+        name = None if self.file is None else self.file.name
+        return {"registered": None, "not_registered_because": self.reason, "model_file": name}
 
     def __str__(self) -> str:
-        return f"Not registered: {self.reason}"
+        return f"Not registered: {self.reason}" + (f". The exported file: {self.file}" if self.file else "")
 
 
 @dataclass(frozen=True)
@@ -248,8 +255,9 @@ def promote(
     model_type: str,
     name: str,
     tracking: RunTree,
-    run: Run,
+    run: Run | None,
     run_key: str,
+    only_exported_because: str | None = None,
 ) -> Promotion | NotRegistered:
     """Exports a model, checks the file against the checkpoint and registers it as champion or challenger.
 
@@ -266,13 +274,16 @@ def promote(
         tracking: with the registry.
         run: that the model was trained in; still open.
         run_key: by which a resumed run is known.
+        only_exported_because: why it shall not be registered, if so.
 
     Returns:
         What it became; or, whatever failed, a sentence that says why it is not registered.
     """
-    test_maps = [maps[i] for i in split.test]
+    test_maps, candidate = [maps[i] for i in split.test], None
     try:
         candidate = _export_and_check(export, checkpoint, test_maps)
+        if only_exported_because:
+            raise _RefusedError(only_exported_because)
         with _or_refuse("asking the registry"):
             versions = tracking.versions(name)
         for one in reversed(versions):
@@ -306,7 +317,7 @@ def promote(
                 classes=len(checkpoint.class_names),
             )
     except _RefusedError as refused:
-        return NotRegistered(str(refused))
+        return NotRegistered(str(refused), candidate and candidate.file)
     if judgement.alias == "challenger" and judgement.comparison is None:
         verdict += f" To make it champion all the same: {_by_hand(name, version)}"
     return Promotion(

@@ -28,7 +28,7 @@ from waferlab import command_line
 from waferlab.deployment.batch import FLATTERED
 from waferlab.deployment.predictor import DEFAULT_MODEL, Predictor, batches_of_one_size
 from waferlab.errors import ConfigError
-from waferlab.records import write_atomically
+from waferlab.tracking.whole_files import write_atomically
 
 if TYPE_CHECKING:
     from waferlab.data.maps import WaferMaps
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   python -m waferlab.deployment.small_device yesterday.npz
   python -m waferlab.deployment.small_device yesterday.npz --score labelled.npz --output device
-  python -m waferlab.deployment.small_device lot_417/ --model checkpoints/demo/lightning_cnn/model.onnx"""
+  python -m waferlab.deployment.small_device lot_417/ --model checkpoints/demo_ultra/lightning_cnn/model.onnx"""
 MOST_MAPS = 512  # that the ranges of 8-bit numbers are taken from
 TIMED_MAPS = 200  # one at a time, as they come off a tester
 OPERATORS = "required_operators.config"
@@ -54,7 +54,7 @@ def main() -> int:
     add("maps", metavar="MAPS", help="whose values the ranges of 8-bit numbers are taken from; labels are not needed")
     add("--score", metavar="MAPS", help="labelled maps, of lots that the model was not trained on, to score all forms")
     add("--model", default=DEFAULT_MODEL, help=f"a .onnx file, or models:/name@alias (default {DEFAULT_MODEL})")
-    add("--tracking-uri", metavar="URI", help="of the registry (default: ./mlflow.db)")
+    add("--tracking-uri", metavar="URI", help="of the registry (default: $MLFLOW_TRACKING_URI, else ./mlflow.db)")
     add("--output", type=Path, default=Path("device"), metavar="DIR", help="folder to write to (default: device)")
     arguments = parser.parse_args()
     return command_line.run(lambda: run(arguments), when_stopped="No file is half written: start it anew.")

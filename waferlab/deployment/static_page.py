@@ -25,7 +25,7 @@ from waferlab.errors import ConfigError
 
 EXAMPLES = """\
   python -m waferlab.deployment.static_page
-  python -m waferlab.deployment.static_page --model checkpoints/demo/lightning_cnn/model.onnx --output site
+  python -m waferlab.deployment.static_page --model checkpoints/demo_ultra/lightning_cnn/model.onnx --output site
   python -m waferlab.deployment.static_page --onnxruntime-web node_modules/onnxruntime-web      without npm"""
 HERE = Path(__file__).parent
 RUNTIME = "onnxruntime-web@1.30.0"
@@ -44,7 +44,7 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--model", default="models:/wafer_defect_classifier@champion", help="a .onnx file, or models:/name@alias")
-    add("--tracking-uri", metavar="URI", help="of the registry (default: ./mlflow.db)")
+    add("--tracking-uri", metavar="URI", help="of the registry (default: $MLFLOW_TRACKING_URI, else ./mlflow.db)")
     add("--output", type=Path, default=Path("site"), metavar="DIR", help="folder to write (default: site)")
     add("--coverage", type=float, default=0.9, help="that prediction sets promise, 0.50 to 0.99 (default 0.9)")
     add("--onnxruntime-web", type=Path, metavar="DIR", help=f"an unpacked package (default: npm fetches {RUNTIME})")

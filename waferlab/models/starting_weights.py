@@ -16,7 +16,8 @@ from torch import nn
 
 from waferlab.errors import WeightsUnavailableError
 from waferlab.models.classifier import WaferClassifier
-from waferlab.records import StartingWeights, write_atomically
+from waferlab.records import StartingWeights
+from waferlab.tracking.whole_files import write_atomically
 
 
 def start_from(

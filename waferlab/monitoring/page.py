@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from waferlab.monitoring.reference import Reference, Sample
-from waferlab.records import write_atomically
 from waferlab.reports.monitor_figures import plot_class_mix, plot_distributions
 from waferlab.reports.pages import to_html
 from waferlab.reports.templating import fill_in
+from waferlab.tracking.whole_files import write_atomically
 
 MOST_COLUMNS = 3  # of the answers that are drawn
 

@@ -16,7 +16,7 @@ from waferlab.data.npz import read_npz
 from waferlab.data.splitting import Split
 from waferlab.errors import ModelError
 from waferlab.monitoring.class_mix import Calibration, fit_calibration
-from waferlab.records import write_atomically
+from waferlab.tracking.whole_files import write_atomically
 
 if TYPE_CHECKING:
     from waferlab.deployment.predictor import Predictor

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from waferlab.records import write_atomically
 from waferlab.reports.pages import to_html
 from waferlab.reports.tables import Record
 from waferlab.reports.templating import best_model, classes_absent, fill_in
+from waferlab.tracking.whole_files import write_atomically
 
 FEW_MAPS = 30  # a class with fewer in the test part: one map more or less moves its recall by over 3 points
 PICTURES = ("confusion_matrix.png", "risk_coverage.png", "sample_predictions.png")

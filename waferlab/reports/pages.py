@@ -28,9 +28,9 @@ from markdown_it.common.utils import escapeHtml
 from markdown_it.renderer import RendererHTML
 from markupsafe import Markup
 
-from waferlab.records import write_atomically
 from waferlab.reports.tables import Record
 from waferlab.reports.templating import fill_in, templates
+from waferlab.tracking.whole_files import write_atomically
 
 FOLDED = "▸ "  # begins the heading of a section that opens with a click
 

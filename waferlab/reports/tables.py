@@ -18,7 +18,8 @@ from typing import Any
 from markupsafe import Markup
 
 from waferlab.evaluation.conformal import least_lots
-from waferlab.records import ModelResult, write_atomically
+from waferlab.records import ModelResult
+from waferlab.tracking.whole_files import write_atomically
 
 Record = Mapping[str, Any]
 CONTEXTS = {  # how a component is tried, and what the difference is

@@ -1,6 +1,6 @@
 """Workers of a search, started by Ray on the machines of its cluster.
 
-    pip install 'wafer-defect-pipeline[ray]'
+    pip install -e ".[ray]"
     python -m waferlab.search.ray_workers --workers 8 --cpus 2 --address auto --storage URL --model lightning_cnn
 
 Ray reserves what a worker needs, starts it, and starts it again elsewhere if its machine is gone. What a worker does,
@@ -55,7 +55,7 @@ def start(ours: argparse.Namespace, of_workers: list[str]) -> None:
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ConfigError("Ray is not installed: pip install 'wafer-defect-pipeline[ray]'.") from error
+        raise ConfigError('Ray is not installed: pip install -e ".[ray]" where this project lies.') from error
     here = {"num_cpus": ours.workers * ours.cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(address=ours.address, log_to_driver=True, **({} if ours.address else here))
     try:

@@ -1,4 +1,4 @@
-"""Processes by a name that no other ever has."""
+"""Processes by a name that no other ever has, and the cores that they may use."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def still_runs(process: str) -> bool:
 def is_gone(number: int) -> bool:
     """Whether there is no process of that number on this machine."""
     return _start(number) is None
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(number: int) -> str | None:

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from waferlab.errors import RegistryError
-from waferlab.records import sweep_up, write_atomically
 from waferlab.tracking.addresses import without_password
 from waferlab.tracking.line import Trouble, in_line
 from waferlab.tracking.processes import still_runs, this_process
 from waferlab.tracking.registry import ModelRegistry, may_pass
 from waferlab.tracking.server import page_of
+from waferlab.tracking.whole_files import sweep_up, write_atomically
 
 if TYPE_CHECKING:
     from waferlab.tracking.loggers import RunLogger

@@ -27,15 +27,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
 from waferlab.models.classifier import WaferClassifier
-from waferlab.records import (
-    StartingWeights,
-    TrainingRecord,
-    command_line_used,
-    sweep_up,
-    write_atomically,
-    write_summary,
-)
+from waferlab.records import StartingWeights, TrainingRecord, command_line_used, write_summary
 from waferlab.tracking.processes import still_runs, this_process
+from waferlab.tracking.whole_files import sweep_up, write_atomically
 from waferlab.training.callbacks import History
 
 SEAL = b"sha256:"

@@ -15,6 +15,7 @@ import torch
 
 from waferlab.data.images import encode
 from waferlab.models.classifier import WaferClassifier
+from waferlab.tracking.processes import usable_cores
 
 PROBE_STEPS = 4  # of which the first is not counted
 TRY_AGAIN = 20.0  # seconds after which other numbers of threads are tried again: a machine may have become quiet
@@ -71,7 +72,7 @@ def seconds_a_step(
 
 def cores() -> int:
     """That this process may use: no more than OMP_NUM_THREADS said when it began, so that others have the rest."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = usable_cores()
     return min(here, int(TOLD)) if TOLD.isdecimal() and int(TOLD) else here
 
 
