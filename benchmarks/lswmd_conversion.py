@@ -1,8 +1,9 @@
 """How long, and in how much memory, a full-size `LSWMD.pkl` is converted.
 
 Measured: `waferlab.data.lswmd.convert_lswmd` on a generated pickle of 811,457 rows, 172,950 of them labelled, in a
-process of its own: wall-clock seconds of the first call (reading, checking, compressing, writing), of the second call (which finds
-the copy), of loading the copy, and the peak resident memory of that process, as the operating system counts it.
+process of its own: wall-clock seconds of the first call (reading, checking, compressing, writing), of the second call
+(which finds the copy), of loading the copy, and the peak resident memory of that process, as the operating system
+counts it.
 
 The clock leaves out the making of the pickle, the start of Python and the import of numpy. The pickle was written just
 before, so it may come from the operating system's file cache rather than from the disk.

@@ -119,6 +119,7 @@ def test_flags_of_run_experiment_set_the_field_that_they_name(configured):
         *((("--mode", "pretrain", flag, "7"), f"--mode pretrain has no use for {flag}") for flag in
           ("--data", "--trials", "--epochs", "--seeds", "--time-limit", "--max-samples-per-class")),
         (("--mode", "pretrain", "--mlflow-server"), "--mode pretrain has no use for --mlflow-server"),
+        (("--mode", "ablation", "--epochs", "3", "--time-limit", "60"), "leave out one of --epochs and --time-limit"),
     ],
 )  # fmt: skip
 def test_a_flag_that_a_mode_has_no_use_for_is_refused(arguments, message, capsys):

@@ -35,7 +35,7 @@ def test_dense_layout_is_read_and_each_map_is_its_own_lot(tmp_path):
     dense = np.random.default_rng(0).integers(0, 3, (18, 12, 10), dtype=np.uint8)
     maps = load_wafer_maps(save(tmp_path, maps=dense, labels=np.array(CLASS_NAMES * 2)))
     assert np.array_equal(np.stack([maps[i] for i in range(18)]), dense)
-    assert len(set(maps.groups)) == 18
+    assert len(set(maps.groups)) == 18 and maps.notes == ("No group in the file: each map is a lot of its own.",)
 
 
 def test_mixedwm38_keeps_single_and_defect_free_maps_and_says_what_it_left_out(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from made_up import Scripted
 
+from waferlab.tracking.processes import usable_cores
 from waferlab.training import pace
 from waferlab.training.pace import PROBE_STEPS, TRY_AGAIN, QuickestThreads, possible_precisions, seconds_a_step
 
@@ -181,6 +182,12 @@ def test_who_leaves_cores_to_others_by_openmps_variable_has_no_more_taken(monkey
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     monkeypatch.setattr(pace, "TOLD", told)
     assert pace.cores() == taken
+
+
+def test_where_the_system_does_not_say_which_cores_a_process_may_use_it_has_all_as_on_macos(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert usable_cores() == 5
 
 
 @pytest.mark.long
