@@ -86,7 +86,7 @@ from waferlab.training.checkpoints import (
     load_trained,
     record_training,
 )
-from waferlab.training.devices import SameStatistics, arguments_of_several, on_each_device
+from waferlab.training.devices import SameStatistics, arguments_of_several, make_trainer, on_each_device
 from waferlab.training.memory import SmallerParts, keep_freed_memory
 from waferlab.training.pace import QuickestThreads, possible_precisions, seconds_a_step
 from waferlab.training.side_by_side import Tell
@@ -100,12 +100,13 @@ def suggest_parameters(
 ) -> dict[str, Any]:  # fmt: skip
     """Asks a trial for what all have, and for the architecture's own; `batch_size` is one more choice.
 
-    The learning rate is looked for around the one that is taken without a search, up to 8 times larger or smaller: the
-    model's default, or else `learning_rate`. What `pretrained` weights have decided, or need, is asked for accordingly.
+    The learning rate is looked for around the one that is taken without a search, `learning_rate` or the default: up to
+    8 times larger or smaller; where it has been tuned, not below its half, as after few epochs small rates look better
+    than they are (Wu et al. 2018, arXiv 1803.02021). What `pretrained` weights have decided or need is heeded.
     """
     spec = find_model(model_type)
     usual = learning_rate or spec.parameters()["learning_rate"]
-    around = max(min(1e-5, usual), usual / 8), min(max(1e-1, usual), usual * 8)
+    around = max(min(1e-5, usual), usual / (2 if spec.portfolio else 8)), min(max(1e-1, usual), usual * 8)
     shared = {
         "learning_rate": trial.suggest_float("learning_rate", *around, log=True),
         "batch_size": trial.suggest_categorical("batch_size", tuple(sorted({16, 32, 64, batch_size}))),
@@ -233,7 +234,7 @@ class IntegratedMLPipeline:
             self.terminal.print_configuration(self.config)
             self.failed, self.problems, self.terminal.seconds = {}, [], {}
             with self.terminal.timed("data"):
-                self.prepare_data()
+                self.prepare_data(self.maps, self.split)
             self.config.write_yaml(self.config.results_dir / "config.yaml")
             with self.open_tracking().closing():
                 return self._run(
@@ -424,7 +425,7 @@ class IntegratedMLPipeline:
         else:
             torch.set_num_threads(config.threads)
         with quiet_libraries(), interrupt.heeded():
-            trainer = pl.Trainer(
+            trainer = make_trainer(
                 max_epochs=max_epochs, accelerator=config.accelerator, **devices,
                 precision=self.precision(model_type), accumulate_grad_batches=config.accumulate_grad_batches,
                 callbacks=callbacks, logger=logger, plugins=[CheckpointFiles()],
@@ -530,7 +531,7 @@ class IntegratedMLPipeline:
         return [
             *([TimeBudget(seconds)] if seconds is not None else []),
             self.terminal.progress(model_type) or EpochLines(self.say),
-            Patience(self.config.early_stopping_patience),
+            Patience(self.config.early_stopping_patience, best=trial.record.val_macro_f1 if trial else None),
             best_weights(folder.best),
             every_epoch(folder.resume),
         ]
@@ -768,7 +769,6 @@ class IntegratedMLPipeline:
             predictions: of its checkpoint on the test part.
         """
         model_type = result.model_type
-        broken = "MLflow failed; a warning said why" if self.runs.broken else None
 
         def export() -> list[Path]:
             file = export_onnx(
@@ -782,7 +782,8 @@ class IntegratedMLPipeline:
         outcome = promote(
             export, checkpoint=predictions, maps=self.maps, split=self.split, model_type=model_type,
             name=self.config.registry_name, tracking=self.runs, run=self.model_runs.get(model_type),
-            run_key=self._fingerprint(), only_exported_because=self.config.no_registry_because() or broken,
+            run_key=self._fingerprint(), only_exported_because=self.config.no_registry_because()
+            or (self.runs.broken and "MLflow failed; a warning said why") or None,
         )  # fmt: skip
         self.say(str(outcome))
         return outcome

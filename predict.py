@@ -87,8 +87,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
                 parser.error(f"--{name} is for --serve alone")
     if arguments.port is not None and not 0 <= arguments.port <= 65535:
         parser.error(f"--port {arguments.port}: allowed are 0 (any free one) to 65535")
-    if arguments.threads is not None and arguments.threads < 1:
-        parser.error(f"--threads {arguments.threads}: at least 1")
+    if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
+        parser.error(f"--threads {arguments.threads}: allowed are 1 to 1024")
 
 
 def classify(arguments: argparse.Namespace) -> None:

@@ -75,8 +75,8 @@ PRESETS = {
 SERIES, TRAININGS = {"comparison", "ablation"}, PRESETS.keys() - {"pretrain"}
 ONLY_FOR = {  # flags that mean nothing in the other modes
     "data": TRAININGS,
-    "trials": TRAININGS,
-    "workers": TRAININGS,
+    "trials": TRAININGS - {"comparison"},  # which does not search
+    "workers": TRAININGS - {"comparison"},
     "epochs": TRAININGS,
     "split": TRAININGS,
     "seeds": SERIES,

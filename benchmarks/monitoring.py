@@ -142,7 +142,7 @@ def both_sides(predictor: Predictor, maps: WaferMaps, split: splitting.Split, pa
 
 def hold(predictor: Predictor, maps: WaferMaps, indices: np.ndarray) -> Held:
     """Some of these maps, of all their lots, answered."""
-    some = indices[at_most(maps.groups[indices], MOST_MAPS, np.random.default_rng(0))]
+    some = indices[at_most(maps.groups[indices], MOST_MAPS, np.random.default_rng(0).random(len(indices)))]
     dies = [maps[i] for i in some]
     columns = np.array(
         [predictor.class_names.index(n) if n in predictor.class_names else NO_LABEL for n in CLASS_NAMES]

@@ -28,9 +28,11 @@ from integrated_pipeline import IntegratedMLPipeline
 from waferlab import command_line, errors
 from waferlab.config import ExperimentConfig
 from waferlab.data.maps import CLASS_NAMES
+from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError, DataError, RunError, TrainingDivergedError
 from waferlab.records import TrainingRecord
+from waferlab.reports.model_card import write_model_card
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,14 +67,23 @@ def test_a_run_leaves_the_summary_the_five_pictures_and_the_checkpoints(finished
         assert (results / f"per_class_{model_type}.csv").exists()
 
 
-def test_the_cards_code_loads_the_weights_that_were_not_registered(finished, monkeypatch):
-    pipeline, summary = finished
-    monkeypatch.chdir(pipeline.config.results_dir)
-    usage = Path("MODEL_CARD.md").read_text().partition("## How to use it")[2].partition("## ")[0]
-    names = {}
+def run_the_code_of(card):
+    usage, names = card.read_text().partition("## How to use it")[2].partition("## ")[0], {}
     exec("\n".join(line[4:] for line in usage.splitlines() if line.startswith("    ")), names)
+    return names
+
+
+def test_the_cards_code_answers_with_the_file_that_was_not_registered_or_loads_the_weights(
+    finished, monkeypatch, tmp_path
+):
+    pipeline, summary = finished
+    monkeypatch.chdir(pipeline.config.output_dir)
+    assert summary["registered"] is None and summary["model_file"] == "model.onnx"
+    assert run_the_code_of(pipeline.config.results_dir / "MODEL_CARD.md")["answers"].classes[0] in CLASS_NAMES
+    card, _ = write_model_card(summary | {"model_file": None}, folder=tmp_path)
+    monkeypatch.chdir(pipeline.config.results_dir)
     best = next(m for m in summary["models"] if m["model_type"] == summary["best_model"])
-    assert sum(p.numel() for p in names["model"].network.parameters()) == best["n_parameters"]
+    assert sum(p.numel() for p in run_the_code_of(card)["model"].network.parameters()) == best["n_parameters"]
 
 
 def test_a_run_leaves_a_report_and_a_card_of_its_best_model(finished):
@@ -454,7 +465,7 @@ def test_where_files_cannot_grow_a_sentence_says_so_and_with_room_the_run_goes_o
         (errno.ENOSPC, "error: No space left on device (a/file). Make room on the disk."),
         (errno.EDQUOT, "error: Disk quota exceeded (a/file). Make room in your quota."),
         (errno.EMFILE, "error: Too many open files (a/file). Raise the limit of open files (ulimit -n)."),
-        (errno.EROFS, "error: Read-only file system (a/file). Choose an --output-dir on a disk that can be written."),
+        (errno.EROFS, "error: Read-only file system (a/file). Choose a folder on a disk that can be written."),
     ],
 )
 def test_what_the_machine_refuses_is_a_sentence_with_its_remedy(number, said, capsys):
@@ -495,3 +506,29 @@ def test_ctrl_c_keeps_the_state_prints_how_to_resume_and_exits_with_130(tiny_npz
     assert done.returncode == 0, done.stderr
     assert "epoch 1/5" not in done.stdout and "epoch 5/5" in done.stdout
     assert "torchvision_resnet Results: accuracy" in done.stdout
+
+
+def test_pictures_of_an_earlier_run_with_a_search_are_not_shown_as_those_of_this_one(tiny_npz, tmp_path):
+    results = tmp_path / "results/tiny"
+    results.mkdir(parents=True)
+    stale = ("optuna_lightning_cnn_history.png", "confusion_matrix_yolo_inspired.png", "per_class_yolo_inspired.csv")
+    for name in (*stale, "of_mine.png"):
+        (results / name).write_bytes(b"before")
+    made = {"enable_optuna": False, "max_epochs": 1, "model_type": "lightning_cnn"}
+    IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, **made))).run_complete_pipeline()
+    assert not any((results / name).exists() for name in stale) and (results / "of_mine.png").exists()
+    assert "optuna_" not in (results / "report.html").read_text()
+
+
+def test_maps_that_a_pipeline_is_given_are_those_that_it_runs_on(tiny_npz, tmp_path, monkeypatch):
+    made = IntegratedMLPipeline(ExperimentConfig(**settings(tiny_npz, tmp_path, data="synthetic", max_epochs=1)))
+    made.prepare_data(load_wafer_maps(tiny_npz))
+    monkeypatch.setattr("integrated_pipeline.load_wafer_maps", pytest.fail)
+    assert made.run_complete_pipeline()["data"]["source"] == "tiny.npz"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ExperimentConfig(output_dir="~/runs", pretrained_dir="~/weights", artifacts="~/shared")
+    assert config.output_dir == f"{tmp_path}/runs" and config.generated_weights_dir == tmp_path / "weights"
+    assert str(config.shared_weights_dir) in (f"{tmp_path}/shared", "None")

@@ -134,7 +134,7 @@ def call(*arguments):
         (("maps.npz", "--port", "8001"), "--port is for --serve alone"),
         (("maps.npz", "--shadow", "a.onnx"), "--shadow is for --serve alone"),
         (("--serve", "--port", "70000"), "--port 70000: allowed"),
-        (("maps.npz", "--threads", "0"), "--threads 0: at least 1"),
+        (("maps.npz", "--threads", "0"), "--threads 0: allowed are 1 to 1024"),
         (("maps.npz", "--coverage", "high"), "invalid float value: 'high'"),
     ],
 )

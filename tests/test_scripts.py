@@ -116,6 +116,8 @@ def test_flags_of_run_experiment_set_the_field_that_they_name(configured):
         (("--maps", "5"), "--mode demo has no use for --maps: leave it out, or choose --mode pretrain."),
         (("--image-size", "40"), "--mode demo has no use for --image-size"),
         (("--mode", "production", "--seeds", "1"), "or choose --mode ablation or comparison."),
+        (("--mode", "comparison", "--trials", "1"), "--mode comparison has no use for --trials"),
+        (("--mode", "comparison", "--workers", "1"), "--mode comparison has no use for --workers"),
         *((("--mode", "pretrain", flag, "7"), f"--mode pretrain has no use for {flag}") for flag in
           ("--data", "--trials", "--epochs", "--seeds", "--time-limit", "--max-samples-per-class")),
         (("--mode", "pretrain", "--mlflow-server"), "--mode pretrain has no use for --mlflow-server"),

@@ -112,6 +112,8 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         return
     if not pipeline.config.enable_mlflow:
         raise ConfigError("The MLflow page shows what --no-mlflow switches off. Leave out one of the two.")
+    if pipeline.config.tracker != "mlflow":
+        raise ConfigError("Runs of Weights & Biases are not on MLflow's page. Leave out the page, or tracker=wandb.")
     Path(pipeline.config.output_dir).mkdir(parents=True, exist_ok=True)
     tracking = pipeline.open_tracking()
     experiment_id = tracking.experiment_id

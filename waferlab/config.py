@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from waferlab.data.reading import SYNTHETIC
 from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError
 from waferlab.models.registry import MODEL_REGISTRY, find_model
-from waferlab.tracking.addresses import without_password
+from waferlab.tracking.addresses import address_without_password
 from waferlab.tracking.whole_files import write_atomically
 
 SAMPLERS = ("auto", "tpe", "random")
@@ -30,7 +31,8 @@ PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
 FREE = {"trains": False}  # of a field that a training does not depend on: a resumed one may have another value
 TRAINER_IS_OURS = {
     "max_epochs", "callbacks", "logger", "plugins", "default_root_dir", "enable_progress_bar", "enable_model_summary",
-    "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones",
+    "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones", "limit_val_batches", "overfit_batches",
+    "val_check_interval", "check_val_every_n_epoch", "strategy",
 }  # fmt: skip
 PLACE_AND_MANNER = ("output_dir", "resume", "quiet")
 LONGEST_NAME = 100  # bytes: it becomes a part of longer names
@@ -208,6 +210,9 @@ class ExperimentConfig:
     quiet: bool = field(default=False, metadata=FREE)
 
     def __post_init__(self) -> None:
+        for name in ("output_dir", "pretrained_dir", "artifacts"):
+            if isinstance(path := getattr(self, name), str | Path):
+                setattr(self, name, type(path)(os.path.expanduser(path)))
         hints = get_type_hints(type(self))
         for option in fields(self):
             self._check(option, hints[option.name])
@@ -286,7 +291,8 @@ class ExperimentConfig:
     def as_plain(self) -> dict[str, Any]:
         """All options by name, in the types of YAML and JSON; addresses without the passwords in them."""
         plain = json.loads(json.dumps(asdict(self), default=str))
-        return plain | {name: without_password(plain[name]) for name in ("storage", "tracking_uri") if plain[name]}
+        addresses = {name: plain[name] for name in ("storage", "tracking_uri") if plain[name]}
+        return plain | {name: address_without_password(address) for name, address in addresses.items()}
 
     def write_yaml(self, file: Path) -> None:
         """Writes all options, but where and how this run goes on, so that `--config FILE` repeats it elsewhere."""

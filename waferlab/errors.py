@@ -9,9 +9,9 @@ REMEDIES = {
     errno.ENOSPC: "Make room on the disk",
     errno.EDQUOT: "Make room in your quota",
     errno.EFBIG: "Raise the limit of a file's size (ulimit -f)",
-    errno.EROFS: "Choose an --output-dir on a disk that can be written",
-    errno.EACCES: "Change its rights, or choose another --output-dir",
-    errno.EPERM: "Change its rights, or choose another --output-dir",
+    errno.EROFS: "Choose a folder on a disk that can be written",
+    errno.EACCES: "Change its rights, or choose another folder for the output",
+    errno.EPERM: "Change its rights, or choose another folder for the output",
     errno.EMFILE: "Raise the limit of open files (ulimit -n)",
     errno.ENFILE: "Close other programs, which have too many files open",
     errno.ELOOP: "A link stands where this program wants a file of its own: remove it",
@@ -19,7 +19,7 @@ REMEDIES = {
     errno.EEXIST: "Something stands where this program wants a file of its own: move it away",
     errno.ENOTDIR: "A file stands where this program wants a folder of its own: move it away",
     errno.ENAMETOOLONG: "Give shorter names",
-    errno.EIO: "Look after the disk, or choose another --output-dir",
+    errno.EIO: "Look after the disk, or choose a folder on another",
 }
 
 # What a terminal would carry out, such as to rename its window, if a lot or a file had it in its name.

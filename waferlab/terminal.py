@@ -23,7 +23,7 @@ from waferlab.records import ModelResult, SearchRecord, StartingWeights
 from waferlab.reports import tables as reports
 from waferlab.reports.columns import InColumns
 from waferlab.reports.tables import comparison_rows, results_table, sets_in_short
-from waferlab.tracking.addresses import without_password
+from waferlab.tracking.addresses import address_without_password
 from waferlab.tracking.runs import NoRuns, Run, RunTree
 from waferlab.training.progress import ProgressBar
 
@@ -104,7 +104,7 @@ class Terminal:
         search = "none"
         if config.enable_optuna:
             search = f"{config.num_optuna_trials} trials a model, of {config.search_epochs} epochs"
-        where = without_password(config.tracking_uri) if config.tracking_uri else config.output_dir
+        where = address_without_password(config.tracking_uri) if config.tracking_uri else config.output_dir
         tracking = f"{config.tracker} at {where}" if config.enable_mlflow else "none"
         self.say(config.experiment_name, style="bold")
         self.say(f"  models     {', '.join(config.model_types())}")
@@ -169,10 +169,13 @@ class Terminal:
 
     def _print_where_to_look(self, config: Mapping[str, Any], runs: RunTree | NoRuns, run: Run) -> None:
         page, uri = runs.run_link(run), config["tracking_uri"]
+        if page is None and config["tracker"] != "wandb":  # the store could not be used, as a warning said
+            return
         if config["tracker"] == "wandb":
             self.say(f"Weights & Biases: `wandb sync {runs.uri}/offline-run-*` sends the runs, if you want it")
         elif uri and str(uri).startswith("http"):
             self.say(f"MLflow: {str(uri).rstrip('/')}/{page}")
         else:
+            store = f" --backend-store-uri '{address_without_password(str(uri))}'" if uri else ""
             where = "" if uri else f" in {Path(config['output_dir']).resolve()}"
-            self.say(f"MLflow: run `mlflow ui`{where} and open http://127.0.0.1:5000/{page}")
+            self.say(f"MLflow: run `mlflow ui{store}`{where} and open http://127.0.0.1:5000/{page}")

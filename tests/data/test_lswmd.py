@@ -5,7 +5,6 @@ import os
 import pickle
 import pickletools
 import struct
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -479,9 +478,19 @@ def test_a_refused_pickle_leaves_no_copy_behind(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error_with_a_remedy(tmp_path, monkeypatch):
-    def refuse(**_):
-        raise PermissionError(13, "Permission denied")
+    def refuse(path, mode="r", *_, **__):
+        if mode == "xb":
+            raise PermissionError(13, "Permission denied")
+        return open(path, mode)
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)  # rather than chmod, which does not stop an administrator
+    monkeypatch.setattr(Path, "open", refuse)  # rather than chmod, which does not stop an administrator
     with pytest.raises(PermissionError, match=r"Cannot write .*LSWMD\.npz: Permission denied\. Copy LSWMD\.pkl into"):
         convert_lswmd(write(tmp_path, make_frame()))
+
+
+def test_the_copy_can_be_read_by_whoever_can_read_what_this_user_writes(tmp_path):
+    path = write(tmp_path, make_frame())
+    (tmp_path / "plain").touch()
+    copy = convert_lswmd(path)
+    assert copy.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(one.suffix for one in tmp_path.iterdir()) == ["", ".npz", ".pkl"]

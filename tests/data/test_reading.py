@@ -129,6 +129,12 @@ def test_lots_have_any_name_and_unknown_ones_are_lots_of_their_own(tmp_path, lot
     same = maps.groups[:, None] == maps.groups
     assert np.array_equal(same, np.equal.outer(expected, expected))
     assert any("unknown lot" in note for note in maps.notes) == (expected == [0, 1, 2, 3, 1])
+    assert (maps.groups < 0).sum() == (3 if expected == [0, 1, 2, 3, 1] else 0)
+
+
+def test_lots_with_numbers_below_zero_are_numbered_as_those_without_one_have_them(tmp_path):
+    path = save(tmp_path, maps=np.ones((4, 3, 3), np.uint8), labels=np.array(CLASS_NAMES[:4]), group=[-5, 3, -5, 9])
+    assert load_wafer_maps(path).groups.tolist() == [0, 1, 0, 2]
 
 
 @pytest.mark.parametrize("kind", ["int16", "uint64", "float32"])

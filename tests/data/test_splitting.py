@@ -366,6 +366,19 @@ def test_in_order_maps_without_a_lot_keep_the_order_of_the_data():
     assert split_in_order(maps).test.tolist() == list(range(160, 200))
 
 
+def test_in_order_maps_of_unknown_lot_are_in_no_part_and_the_last_known_lots_are_the_test():
+    maps = in_order()
+    lots = maps.groups.copy()
+    hidden = np.flatnonzero(np.random.default_rng(0).random(len(lots)) < 0.2)
+    maps.groups[hidden] = -1 - np.arange(len(hidden))
+    split = split_in_order(maps)
+    assert set(lots[split.test]) == set(range(47, 57))
+    assert not np.isin(hidden, np.concatenate(list(split.parts().values()))).any()
+    assert any(f"{len(hidden):,} maps of unknown lot are in no part" in note for note in split.notes)
+    with pytest.raises(DataError, match="no map's lot is known"):
+        split_in_order(made_up(np.arange(50) % 4, -1 - np.arange(50)))
+
+
 def test_in_order_a_training_part_that_is_small_is_told():
     lots = np.concatenate([np.repeat(np.arange(40), 10), np.repeat(np.arange(40, 50), 40)])
     split = split_in_order(made_up(np.arange(800) % 4, lots))

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
-from made_up_models import ByShare
+from made_up_models import ByShare, write_file
 from rich.console import Console
 
 from waferlab.data import streaming
@@ -14,7 +16,8 @@ from waferlab.data.maps import CLASS_NAMES
 from waferlab.data.reading import load_wafer_maps
 from waferlab.deployment import answer_files, batch
 from waferlab.deployment.batch import BatchOptions, answer_maps
-from waferlab.errors import DataError, RunError, UserError
+from waferlab.deployment.predictor import Predictor
+from waferlab.errors import DataError, ModelError, RunError, UserError
 from waferlab.evaluation.metrics import compute_metrics
 from waferlab.evaluation.predictions import Predictions
 from waferlab.reports import run_figures
@@ -271,3 +274,37 @@ def test_examples_to_explain_are_the_least_certain_and_some_of_each_class(tmp_pa
     for name, count in counts.items():
         assert sum(one.called == name for one in examples) >= min(2, count)
     assert tallies.least_certain[0] in examples
+
+
+def test_what_the_model_lacks_is_said_before_any_map_is_answered(tmp_path, tiny_npz):
+    write_file(tmp_path / "plain.onnx")
+    for what in ("monitor", "explain"):
+        with pytest.raises(ModelError):
+            answer(tiny_npz, tmp_path / "out.csv", predictor=Predictor(tmp_path / "plain.onnx"), **{what: True})
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".npz"] == ["plain.onnx"]
+
+
+def test_where_no_labelled_map_is_answered_the_summary_says_all_but_a_report(tmp_path):
+    source, maps, patterns = tmp_path / "mixed.npz", np.stack(with_failures(3, 5)), np.zeros((2, 8), np.int64)
+    maps[0, 0, 0] = 3  # of the only map with one pattern
+    patterns[0, 1] = patterns[1, :2] = 1
+    np.savez(source, arr_0=maps.astype(np.int64), arr_1=patterns)
+    printed = answer(source, tmp_path / "out.csv", report=True)
+    assert "No labelled map was answered: there is no report." in printed
+    assert "report" not in summary_of(tmp_path / "out.csv") and len(read_rows(tmp_path / "out.csv")) == 1
+
+
+def test_a_second_ctrl_c_costs_no_row(tmp_path, tiny_npz, monkeypatch):
+    keep = answer_files._keep
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return keep(*arguments)
+
+    monkeypatch.setattr(answer_files, "_keep", interrupted)
+    with pytest.raises(KeyboardInterrupt), answer_files.answer_file(tmp_path / "out.csv", CLASS_NAMES) as file:
+        for chunk in streaming.stream_wafer_maps(tiny_npz):
+            file.write(chunk, ByShare().predict(chunk.maps))
+            break
+        raise KeyboardInterrupt
+    assert len((tmp_path / "out.csv.partial").read_text().splitlines()) == 51

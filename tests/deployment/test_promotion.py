@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.promotion import CannotCompareError, MapsSeen, NotRegistered, Promotion, judge, promote
 from waferlab.errors import ModelError, RegistryError
 from waferlab.evaluation.predictions import Predictions
-from waferlab.tracking.registry import Champion, ModelVersion, as_the_programs_own
+from waferlab.tracking.registry import Champion, ModelRegistry, ModelVersion, as_the_programs_own
 from waferlab.tracking.runs import RunTree
 
 CLASSES = len(CLASS_NAMES)
@@ -183,7 +184,7 @@ class Registry:
     def register(self, run, file, *, alias, description, tags, beside, **_):
         self.kept = [(f, s, None if a == alias else a, t, d) for f, s, a, t, d in self.kept]
         self.kept.append((file.read_bytes(), beside[0].read_bytes(), alias, tags, description))
-        return str(len(self.kept))
+        return str(len(self.kept)), alias, description
 
 
 def test_the_first_version_is_champion_and_the_next_must_beat_it(tmp_path):
@@ -452,3 +453,43 @@ def test_a_registration_that_fails_does_not_end_the_tracking(store, tmp_path):
     assert isinstance(said, NotRegistered) and "a/bad:name" in said.reason
     tracking.note(run, "still here")
     assert isinstance(offer(tracking, write_file(tmp_path / "model.onnx"), name="after", run=run), Promotion)
+
+
+@pytest.mark.parametrize(("meanwhile", "alias"), [("1", "champion"), ("2", "champion"), ("3", "challenger")])
+def test_a_version_that_beat_one_that_is_champion_no_more_is_challenger(monkeypatch, meanwhile, alias):
+    class Client:
+        aliases, said = {"champion": meanwhile}, {}
+
+        def search_model_versions(self, *_, **__):
+            return type("Page", (list,), {"token": None})()
+
+        def get_registered_model(self, name):
+            return self
+
+        def create_model_version(self, *_, **__):
+            return SimpleNamespace(version=2)
+
+        def update_registered_model(self, *_, **__):
+            pass
+
+        def set_registered_model_alias(self, name, alias, version):
+            self.aliases = self.aliases | {alias: version}
+
+        def update_model_version(self, name, version, *, description):
+            self.said = {version: description}
+
+    class Bare(ModelRegistry):
+        _judge = _open = None
+
+    registry = object.__new__(Bare)
+    registry._client, registry.uri, registry._ask = Client(), "sqlite://", lambda question: question()
+    logged = SimpleNamespace(model_id="m", model_uri="u")
+    monkeypatch.setattr("waferlab.tracking.registry._log_model", lambda *_: logged)
+    version, given, said = registry.register(
+        SimpleNamespace(id="run"), None, name="model", about="", alias="champion", description="It beats version 1.",
+        tags={}, beside=[], example=None, classes=9, instead_of="1",
+    )  # fmt: skip
+    assert (version, given) == ("2", alias) and registry._client.aliases[alias] == "2"
+    assert registry._client.said == {"2": said}
+    assert ("not compared with" in said) is (alias == "challenger")
+    assert alias == "champion" or registry._client.aliases["champion"] == "3"

@@ -403,6 +403,37 @@ def test_a_port_that_is_taken_or_is_none_ends_with_a_sentence(model):
         serve(Predictor(model), port=0, coverage=2.0)
 
 
+def test_a_host_that_is_none_of_this_machine_is_named_with_its_own_remedy(model, monkeypatch):
+    with pytest.raises(UserError, match=r"192\.0\.2\.7:0 .*Give another --host"):  # RFC 5737: nobody's
+        serve(Predictor(model), port=0, host="192.0.2.7")
+
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_server", unknown)
+    with pytest.raises(UserError, match=r"no\.such\.host:0 \(Name or service not known\)\. Give another --host"):
+        serve(Predictor(model), port=0, host="no.such.host")
+
+
+def test_a_page_from_elsewhere_that_calls_this_machine_by_its_own_name_is_not_answered(server):
+    for host, status in (("evil.example", 400), ("evil.example:80", 400), ("localhost", 200), ("127.0.0.1:1", 200)):
+        assert httpx.get(f"{server}/ready", headers={"Host": host}).status_code == status
+    assert "sha256" not in httpx.get(f"{server}/ready", headers={"Host": "evil.example"}).text
+
+
+def test_names_in_a_challengers_file_command_no_terminal(model, caplog):
+    class Sure(Predictor):
+        def probabilities(self, maps):
+            return np.eye(len(self.class_names))[[0] * len(maps)]
+
+    loud = Sure(model)
+    loud.class_names = ("\x1b]0;owned\x07", *loud.class_names[1:])
+    with client_of(Predictor(model), shadow=loud) as client, caplog.at_level(logging.WARNING):
+        client.post("/predict", content=as_json(*LOT), headers=JSON)
+        until(lambda: count(client, "wafer_shadow_maps_total") == len(LOT))
+    assert "owned" in caplog.text and "\x1b" not in caplog.text and "\x07" not in caplog.text
+
+
 def test_it_listens_on_this_machine_alone(server):
     port = int(server.rpartition(":")[2])
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", port)):

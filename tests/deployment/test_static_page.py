@@ -3,9 +3,12 @@
 import functools
 import http.server
 import json
+import os
 import shutil
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,8 +140,51 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path, monkeypatch, capsy
     model = write_model(tmp_path / "model.onnx")
     monkeypatch.setattr(sys, "argv", ["static_page", "--model", str(model), "--output", str(tmp_path)])
     assert static_page.main() == 2
-    assert "holds no page of this kind, and is not replaced" in capsys.readouterr().err
+    assert "holds no page of this kind alone, but " in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "three years"
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Files that are called as those of onnxruntime-web, for tests in which they are not run."""
+    for name in static_page.RUNTIME_FILES:
+        (tmp_path / "package/dist").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package/dist" / name).touch()
+    return tmp_path / "package"
+
+
+def test_what_somebody_has_put_beside_a_page_is_not_lost(package, tmp_path, monkeypatch):
+    site, model = built(tmp_path, package, write_model(tmp_path / "model.onnx")), tmp_path / "model.onnx"
+    (site / "CNAME").write_text("wafers.example")
+    arguments = SimpleNamespace(model=str(model), output=site, tracking_uri=None, coverage=0.9, onnxruntime_web=package)
+    with pytest.raises(ConfigError, match="alone, but CNAME, and is not replaced"):
+        static_page.build(arguments)
+    (site / "CNAME").unlink()
+    (tmp_path / "link").symlink_to(site)
+    before = (site / "index.html").stat().st_ino
+    static_page.build(SimpleNamespace(**vars(arguments) | {"output": tmp_path / "link"}))
+    assert (tmp_path / "link").is_symlink() and (site / "index.html").stat().st_ino != before
+    monkeypatch.chdir(site)
+    with pytest.raises(ConfigError, match="is the folder that this program runs in"):
+        static_page.build(SimpleNamespace(**vars(arguments) | {"output": Path(".")}))
+
+
+def test_where_the_new_page_cannot_take_its_place_the_old_one_stays(package, tmp_path, monkeypatch):
+    site, rename = built(tmp_path, package, write_model(tmp_path / "model.onnx")), os.rename
+    before = (site / "index.html").stat().st_ino
+
+    def interrupted(source, place):
+        if Path(source).name == "new":
+            raise KeyboardInterrupt
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    arguments = SimpleNamespace(
+        model=str(tmp_path / "model.onnx"), output=site, tracking_uri=None, coverage=0.9, onnxruntime_web=package
+    )
+    with pytest.raises(KeyboardInterrupt):
+        static_page.build(arguments)
+    assert (site / "index.html").stat().st_ino == before
 
 
 def test_without_npm_a_sentence_says_what_to_do(tmp_path, monkeypatch):

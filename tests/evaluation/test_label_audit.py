@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from waferlab.errors import ConfigError
+from waferlab.evaluation import label_audit
 from waferlab.evaluation.label_audit import MOST_BLOCKS, audit_labels, likeliest_wrong
 from waferlab.evaluation.predictions import Predictions
 
@@ -89,3 +90,10 @@ def test_without_cleanlab_a_sentence_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab", None)
     with pytest.raises(ConfigError, match=r"extra `audit`: pip install '\.\[audit\]'"):
         audit_labels(answers_on(flipped=0, lots=2)[0])
+
+
+@pytest.mark.parametrize("counts", [[10] * 10, [30, 30, 30, 10], [7, 3, 11]])
+def test_where_no_label_looks_wrong_the_rate_is_none_and_the_interval_says_how_few_lots_there_are(counts):
+    joint = np.diag(counts) / np.sum(counts)
+    shares = label_audit._shares(joint)
+    assert shares["error_rate"] == 0 and (shares["error_rates"] == 0).all()

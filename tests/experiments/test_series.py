@@ -18,7 +18,7 @@ from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, RunError, TrainingDivergedError
 from waferlab.evaluation.statistics import DIFFERENCE_METHOD, INTERVAL_METHOD
 from waferlab.experiments.ablation import COMPONENTS, ablate, ablation_variants
-from waferlab.experiments.comparison import compare_architectures
+from waferlab.experiments.comparison import _comparison_verdict, compare_architectures
 from waferlab.experiments.series import TrainingSeries, Variant
 from waferlab.records import StartingWeights
 from waferlab.reports.tables import ablation_markdown, comparison_markdown
@@ -237,3 +237,30 @@ def test_ctrl_c_keeps_finished_trainings_and_resume_goes_on(tiny_npz, tmp_path):
     record = json.loads((tmp_path / "results/comparison/comparison.json").read_text())
     assert record["runs"][0]["train_seconds"] == finished["train_seconds"]
     assert len(record["runs"]) == 3
+
+
+def test_a_seed_that_cannot_be_is_named_before_anything_is_trained(tiny_npz, tmp_path):
+    config = configured(tiny_npz, tmp_path, model_type=MODELS)
+    with pytest.raises(ConfigError, match="seed=-1 is out of range"):
+        compare_architectures(config, seeds=(0, -1), train=pytest.fail, **MEANS)
+
+
+def test_trainings_of_an_experiment_share_no_study(tiny_npz, tmp_path):
+    asked = []
+
+    def train(config, maps, split):
+        asked.append(config.storage)
+        return made_up(config, maps, split)
+
+    config = configured(tiny_npz, tmp_path, model_type="lightning_cnn", storage=f"sqlite:///{tmp_path}/study.db")
+    ablate(config, seeds=(0,), train=train, **MEANS)
+    assert asked == [None] * 10
+
+
+def test_models_without_a_seed_in_common_are_not_compared():
+    models = [{"model_type": name, "mean": mean, "n": 2, "interval": None} for name, mean in (("a", 0.9), ("b", 0.8))]
+    said = _comparison_verdict(models, [])
+    assert "no seed in common with b" in said and "larger than chance" not in said
+    third = [*models, {"model_type": "c", "mean": 0.5, "n": 2, "interval": None}]
+    said = _comparison_verdict(third, [{"a": "a", "b": "c", "significant": True}])
+    assert "no seed in common with b" in said and "Its lead over the others is larger than chance" in said

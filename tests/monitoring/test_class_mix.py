@@ -63,3 +63,13 @@ def test_answers_corrected_for_the_mix_are_right_more_often(calibration):
     np.testing.assert_allclose(corrected.sum(axis=1), 1)
     assert (corrected.argmax(axis=1) == labels).mean() > (answers.argmax(axis=1) == labels).mean() + 0.02
     np.testing.assert_allclose(corrected_for_mix(answers, calibration.prior, calibration.prior), answers)
+
+
+def test_a_map_that_stands_for_three_counts_as_three(calibration):
+    sample, _ = make_sample(np.random.default_rng(3), 20)
+    likelihoods = calibration.likelihoods(sample.probabilities)
+    weights = np.random.default_rng(0).integers(1, 4, len(sample))
+    places = np.repeat(np.arange(len(sample)), weights)
+    found, intervals = mix_with_intervals(likelihoods, sample.lots, weights)
+    as_many, theirs = mix_with_intervals(likelihoods[places], sample.lots[places])
+    assert found == pytest.approx(as_many, abs=1e-5) and intervals == pytest.approx(theirs, abs=1e-4)

@@ -15,8 +15,10 @@ from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import split_by_lot
 from waferlab.deployment.predictor import Predictor
 from waferlab.errors import ModelError
+from waferlab.monitoring import batch as monitoring
+from waferlab.monitoring import reference as module
 from waferlab.monitoring.batch import in_lines, monitor_batch, read_batch
-from waferlab.monitoring.reference import NO_LABEL, Reference
+from waferlab.monitoring.reference import NO_LABEL, Reference, at_most
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,6 +145,61 @@ def test_a_large_batch_is_thinned_by_lot_and_counted_whole(model, monkeypatch):
     whole = load_wafer_maps(model / "alike.npz")
     assert batch.maps == len(whole) and len(batch.sample) <= 20
     assert len(batch.lot_names) == whole.n_lots
+
+
+@pytest.mark.parametrize("lots", [1, 30, 3000])
+def test_of_a_stream_the_same_maps_are_kept_as_of_all_at_once_and_they_stand_for_all(model, monkeypatch, lots):
+    order = np.random.default_rng(1).permutation(3000)
+    of_maps, ones = np.arange(3000) % lots, [np.ones((4, 5), np.uint8)] * 100
+
+    def chunks(source, image_levels):
+        for start in range(0, 3000, 100):
+            yield ones, [str(of_maps[i]) for i in order[start : start + 100]]
+
+    monkeypatch.setattr(monitoring, "_chunks", chunks)
+    keys = np.random.default_rng(0).random(3000)
+    predictor, numbered = Predictor(model / "model.onnx", threads=1), {}
+    in_order = np.array([numbered.setdefault(lot, len(numbered)) for lot in of_maps[order]])
+    monkeypatch.setattr(monitoring, "MOST_MAPS", 200)
+    batch = read_batch(predictor, "a stream")
+    expected = at_most(in_order, 200, keys)
+    assert batch.sample.lots.tolist() == in_order[expected].tolist()
+    halves = np.histogram(expected, bins=[0, 1500, 3000])[0]
+    assert batch.maps == 3000 and abs(halves[0] - halves[1]) < 60
+    if lots < 200:
+        assert batch.sample.weights.sum() == pytest.approx(3000, rel=1e-3)
+
+
+def test_a_part_with_the_shares_of_the_validation_part_is_shown_with_them_however_large_its_lots_are(
+    model, monkeypatch
+):
+    monkeypatch.setattr(module, "MOST_MAPS", 61)
+    maps = load_wafer_maps(model / "tiny.npz")
+    labels = maps.labels.copy()
+    maps.groups[:] = np.where(labels == 8, 1000, maps.groups)  # one large lot of one class
+    split = split_by_lot(maps)
+    everything = replace(split, validation=np.arange(len(maps)))
+    thinned = Reference.of(Predictor(model / "model.onnx", threads=1), maps, everything)
+    true = (labels == 8).mean()
+    assert len(thinned.labels) <= 61 and thinned.shares[8] == pytest.approx(true, abs=0.01)
+    assert abs(thinned.calibration.prior[8] - true) > 0.05
+
+
+def test_images_are_read_for_the_monitor_as_for_the_answers(model, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        monitoring, "stream_wafer_maps", lambda source, *, image_levels: asked.append(image_levels) or iter(())
+    )
+    with pytest.raises(AssertionError):
+        monitor_batch(
+            Predictor(model / "model.onnx"),
+            "x",
+            output_dir=tmp_path,
+            tracking_uri=None,
+            say=print,
+            image_levels="binary",
+        )
+    assert asked == ["binary"]
 
 
 def test_monitoring_loads_no_torch():

@@ -734,3 +734,11 @@ def test_reporting_trains_nothing_and_its_import_is_light():
     heavy = {"torch", "lightning", "mlflow", "optuna", "pandas", "sklearn", "scipy", "seaborn", "networkx"}
     own = {"integrated_pipeline", "simple_model"}
     assert not set(ast.literal_eval(output)) & (heavy | own)
+
+
+def test_a_model_card_is_written_whatever_the_data_are_called(folder):
+    summary = make_summary()
+    summary["config"] = dict(summary["config"]) | {"data": b"caf\xe9.npz".decode(errors="surrogateescape")}
+    summary["data"] = dict(summary["data"]) | {"source": b"caf\xe9.npz".decode(errors="surrogateescape")}
+    for page in write_model_card(summary, folder=folder):
+        assert page.stat().st_size > 1000

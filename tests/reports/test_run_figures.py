@@ -9,6 +9,7 @@ import pytest
 from made_up_predictions import CLASSES, LONG_NAME, RESULTS, assert_is_a_picture, make_predictions
 
 from waferlab.evaluation.predictions import Predictions
+from waferlab.reports import run_report
 from waferlab.reports.run_figures import (
     _pick_samples,
     plot_confusion_matrix,
@@ -154,3 +155,9 @@ def test_the_point_of_the_sets_and_that_of_all_maps_are_where_they_belong(tmp_pa
     everything = (1.0, (predictions.predicted != predictions.labels).mean())
     assert [(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in points] == [everything, (0.625, 0.25)]
     assert (curve.get_xdata()[-1], curve.get_ydata()[-1]) == everything
+
+
+def test_the_pictures_of_a_search_are_not_those_of_a_model_whose_name_goes_on(tmp_path):
+    for name in ("cnn", "cnn_wide"):
+        (tmp_path / f"optuna_{name}_history.png").touch()
+    assert [file.name for file in run_report._of_search("cnn", tmp_path)] == ["optuna_cnn_history.png"]

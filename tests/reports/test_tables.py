@@ -138,3 +138,9 @@ def test_the_comparison_is_the_same_in_markdown_as_on_the_terminal():
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
     assert lines[4] == "| torchvision_efficientnet | 0.881 | 0.851 [0.831, 0.866] | 2.4M | 41 | 1.25 |"
     assert lines[6] == "| **vit\\|small&lt;b&gt;** | **-** | **0.900** | **-** | **-** | **-** |"
+
+
+def test_a_class_whose_name_a_spreadsheet_would_compute_is_a_text(tmp_path):
+    row = {"support": 1, "precision": 1.0, "recall": 1.0, "f1": 1.0, "f1_interval": None}
+    path = write_per_class_table({"per_class": {"=1+1": row}}, path=tmp_path / "per_class.csv")
+    assert path.read_text().splitlines()[1].startswith("'=1+1,")

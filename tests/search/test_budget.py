@@ -1,6 +1,7 @@
 """Promises about seconds: whether a search pays, who gets how many of a time limit, and when a search is over."""
 
 import multiprocessing
+import time
 
 import pytest
 from made_up import pipeline
@@ -323,3 +324,12 @@ def test_of_many_maps_a_trials_epoch_has_a_part(tiny_npz, tmp_path, monkeypatch)
     an_epoch = 4 + 0.35 * len(made.split.validation) / 16
     assert made.plan_search("lightning_cnn", 15.1 * an_epoch).trials == 3
     assert not made.plan_search("lightning_cnn", 14.9 * an_epoch).trials
+
+
+def test_who_joins_a_search_has_as_much_time_left_as_who_leads_it():
+    study = a_study(0.5, 0.6, seconds=20.0)
+    leads = SearchBudget(study, SearchPlan(10, 3, 100.0))
+    joins = SearchBudget(study, SearchPlan(10, 3, 100.0, until=time.time() + leads.left()))
+    assert joins.left() == pytest.approx(leads.left(), abs=0.1) == pytest.approx(60, abs=0.5)
+    assert joins.for_a_trial() == pytest.approx(leads.for_a_trial(), abs=0.1)
+    assert SearchBudget(study, SearchPlan(10, 3, until=None)).left() == float("inf")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import optuna
@@ -15,6 +16,10 @@ import warm
 from conftest import tiny_settings
 from optuna.trial import TrialState
 
+from integrated_pipeline import IntegratedMLPipeline
+from waferlab.config import ExperimentConfig
+from waferlab.search import workers
+from waferlab.search.budget import SearchPlan
 from waferlab.search.database import open_database
 from waferlab.search.trials import counted_trials
 
@@ -222,3 +227,36 @@ def test_without_ray_a_sentence_says_how_to_have_it_and_nothing_else_needs_it():
         [sys.executable, "-c", blocked + flags], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 2 and "error: Ray is not installed: pip install" in done.stderr
+
+
+def test_a_worker_joins_one_search_of_several_models_with_the_leaders_settings_and_its_end(
+    tiny_npz, tmp_path, monkeypatch
+):
+    more = {"model_type": ["lightning_cnn", "yolo_inspired"], "time_limit": 100, "storage": "sqlite:///x.db"}
+    leader = ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, **more))
+    plan = {"trials": 3, "epochs": 2, "seconds": 50.0}
+    left = {"config": leader.as_plain(), "plan": plan, "until": time.time() + 40, "run": None}
+    monkeypatch.setattr("waferlab.search.database.open_database", lambda *_, **__: None)
+    monkeypatch.setattr(workers, "wait_for_search", lambda *_: ("tiny/lightning_cnn", left))
+    asked = []
+
+    def search(pipeline, *what, **how):
+        asked.append((pipeline._fingerprint(), *what, how))
+
+    monkeypatch.setattr(IntegratedMLPipeline, "search", search)
+    flags = ["--storage", "sqlite:///x.db", "--model", "lightning_cnn", "--no-mlflow", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["workers", *flags])
+    assert workers.main() == 0
+    whole = SearchPlan(**plan, until=left["until"])
+    assert asked == [(IntegratedMLPipeline(leader)._fingerprint(), "lightning_cnn", whole, {"leads": False})]
+
+
+def test_a_search_whose_time_is_over_is_that_of_a_leader_that_is_to_come_again(monkeypatch):
+    ends = {"now": time.time() - 1}
+    storage = SimpleNamespace(
+        get_all_studies=lambda: [SimpleNamespace(study_name="tiny/slow", _study_id=0)],
+        get_study_user_attrs=lambda _: {"search": {"until": ends["now"]}},
+    )
+    wanted = SimpleNamespace(model="slow", experiment=None, wait=5.0, quiet=True)
+    monkeypatch.setattr(workers.time, "sleep", lambda _: ends.update(now=time.time() + 60))
+    assert workers.wait_for_search(storage, wanted)[1]["until"] > time.time()

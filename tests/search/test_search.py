@@ -568,13 +568,16 @@ def test_every_architectures_space_can_be_searched_and_each_choice_be_made(model
     assert np.isfinite(params["learning_rate"])
 
 
+@pytest.mark.parametrize(("model_type", "smaller"), [("lightning_cnn", 2), ("vision_transformer", 8)])
 @pytest.mark.parametrize("rate", [1e-6, 4e-3, 0.5, 3.0])
-def test_learning_rates_are_looked_for_around_the_usual_one_whatever_it_is(rate):
+def test_learning_rates_are_looked_for_around_the_usual_one_whatever_it_is(rate, model_type, smaller):
     trial = optuna.trial.FixedTrial({"learning_rate": rate, "batch_size": 32, "dropout": 0.1, "weight_decay": 1e-4,
                                      "base_channels": 16, "optimizer": "adamw"})  # fmt: skip
-    suggest_parameters(trial, "lightning_cnn", batch_size=32, pretrained=False, learning_rate=rate)
+    suggest_parameters(trial, model_type, batch_size=32, pretrained=False, learning_rate=rate)
     range = trial.distributions["learning_rate"]
-    assert rate / 8 * 0.999 <= range.low <= rate <= range.high <= rate * 8
+    assert rate / smaller * 0.999 <= range.low <= rate <= range.high <= rate * 8
+    if 1e-5 * smaller < rate < 1e-1 / 8:
+        assert (range.low, range.high) == pytest.approx((rate / smaller, rate * 8))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def rates(study):
 )
 def test_the_pruner_is_the_one_that_was_asked_for(asked, kind):
     for epochs in (1, 4, 8):
-        assert type(make_pruner(asked, epochs=epochs)) is kind
+        assert isinstance(make_pruner(asked, epochs=epochs), kind)
 
 
 def epochs_of(pruner, *scripts):
@@ -400,3 +400,36 @@ def test_a_storage_that_cannot_be_used_is_named_without_its_password(url):
     with pytest.raises(ConfigError, match="cannot be used") as said:
         open_database(url, heartbeat=15)
     assert "s3cret" not in str(said.value)
+
+
+def test_who_finds_a_lost_trial_that_another_has_ended_meanwhile_goes_on(journal, monkeypatch):
+    opened(journal).ask().set_user_attr("process", f"{this_process().rpartition(' ')[0]} 1")
+    tell = optuna.Study.tell
+
+    def come_second(study, number, **how):
+        tell(study, number, **how)
+        return tell(study, number, **how)
+
+    monkeypatch.setattr(optuna.Study, "tell", come_second)
+    study = opened(journal, go_on=True)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
+def test_a_trial_that_was_cut_off_does_not_compete_with_itself():
+    def goes_on(*scores, cut_off=None):
+        """Whether the last of some trials passes the first rung."""
+        study = optuna.create_study(direction="maximize", pruner=make_pruner("auto", epochs=3))
+        for number, score in enumerate(scores):
+            trial = study.ask()
+            trial.report(score, 1)
+            stopped = trial.should_prune()
+            if number == cut_off:
+                run_again(study, trial)
+                study.tell(trial, state=TrialState.FAIL)
+            else:
+                study.tell(trial, **({"state": TrialState.PRUNED} if stopped else {"values": score}))
+        return not stopped
+
+    assert goes_on(0.80, 0.70, 0.85, 0.60, 0.65, 0.82)
+    assert goes_on(0.80, 0.70, 0.85, 0.85, 0.60, 0.65, 0.82, cut_off=2)
+    assert not goes_on(0.80, 0.70, 0.85, 0.85, 0.60, 0.65, 0.82)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from waferlab.tracking.addresses import without_password
+from waferlab.tracking.addresses import address_without_password, without_password
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,22 @@ from waferlab.tracking.addresses import without_password
         ("postgresql://db/optuna?user=me&password=s3cret&port=1", "postgresql://db/optuna?user=me&password=&port=1"),
         ("no answer from http://me:s3cret@mlflow (HTTPError: http://me:s3cret@mlflow/api)",
          "no answer from http://me@mlflow (HTTPError: http://me@mlflow/api)"),
+        ("http://me:s3@cret@mlflow:5000/x", "http://me@mlflow:5000/x"),  # which requests reads so
+        ("mssql://?odbc_connect=UID%3Dme%3BPWD%3Ds3cret", "mssql://?odbc_connect="),
     ],
 )  # fmt: skip
 def test_only_the_password_is_left_out(address, shown):
     assert without_password(address) == shown
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://me:s3 cr@et@db/optuna", "postgresql://me@db/optuna"),
+        ("postgresql://me@db/optuna", "postgresql://me@db/optuna"),
+        ("sqlite:////tmp/a:b@c.db", "sqlite:////tmp/a:b@c.db"),
+        ("postgresql://db/optuna?password=s3cret", "postgresql://db/optuna?password="),
+    ],
+)
+def test_of_what_is_an_address_alone_a_password_with_spaces_is_left_out_too(address, shown):
+    assert address_without_password(address) == shown

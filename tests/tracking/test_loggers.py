@@ -99,6 +99,37 @@ def test_a_store_that_cannot_be_had_costs_a_warning_and_not_the_training(tmp_pat
     assert len(warnings) == 1 and warnings[0].startswith("warning: goes on without MLflow")
 
 
+def test_a_training_begins_without_waiting_for_a_store_that_is_slow(tmp_path):
+    class Tree:
+        uri, asked, experiment_id = "sqlite:///nowhere.db", [], "7"
+
+        def run_id(self, run):
+            self.asked.append(run)
+            return "5"
+
+        def client(self):
+            return "the client"
+
+        def metrics(self, *_, **__):
+            pass
+
+        params = metrics
+
+    class Quiet(Tiny):
+        def on_train_end(self):
+            pass
+
+    logger = RunTree.logger(tree := Tree(), "run")
+    batches = DataLoader(torch.ones(6, 2), batch_size=2)
+    pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=logger, default_root_dir=tmp_path, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(Quiet(), batches)  # fmt: skip
+    assert not tree.asked
+    assert logger.experiment.upper() == "THE CLIENT" and (logger.run_id, logger.experiment_id) == ("5", "7")
+    assert tree.asked == ["run"]
+
+
 def test_the_second_of_several_processes_logs_nothing(monkeypatch):
     class Tree:
         uri = "sqlite:///nowhere.db"

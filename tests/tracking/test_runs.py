@@ -25,8 +25,9 @@ from conftest import tiny_settings
 from unreliable_server import UnreliableServer
 
 from integrated_pipeline import IntegratedMLPipeline
+from waferlab.command_line import mlflow_page
 from waferlab.config import ExperimentConfig
-from waferlab.errors import RegistryError
+from waferlab.errors import ConfigError, RegistryError, ServerError
 from waferlab.records import code_tags
 from waferlab.tracking.line import in_a_line
 from waferlab.tracking.processes import still_runs, this_process
@@ -896,3 +897,30 @@ def test_why_a_run_failed_is_kept_without_a_password(tmp_path, fresh_store):
         raise ValueError("postgresql://me:s3cret@db is not there")
     reason = runs_of(tmp_path)[0]["a run"].data.tags["reason"]
     assert reason == "ValueError: postgresql://me@db is not there"
+
+
+@pytest.mark.long
+def test_the_page_of_a_program_that_took_the_port_first_is_not_taken_for_ours(tmp_path):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("waferlab.tracking.server._free_port", lambda port: other.server_port)
+            server = MlflowServer(f"sqlite:///{tmp_path}/mlflow.db")
+        with pytest.raises(ServerError, match=str(other.server_port)):
+            server.wait_until_up()
+        other.shutdown()
+
+
+def test_the_page_of_mlflow_is_refused_where_runs_go_elsewhere(tiny_npz, tmp_path):
+    pytest.importorskip("wandb")
+    made = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, tracker="wandb")))
+    with pytest.raises(ConfigError, match="not on MLflow's page"), mlflow_page(made, wanted=True):
+        pytest.fail("it was shown")

@@ -18,7 +18,7 @@ from rich.console import Console
 from waferlab.errors import TrainingDivergedError
 from waferlab.models.registry import MODEL_REGISTRY, ModelSpec
 from waferlab.training import checkpoints
-from waferlab.training.callbacks import BestAnswers, EpochLines, History, KeepInterrupt, TimeBudget
+from waferlab.training.callbacks import BestAnswers, EpochLines, History, KeepInterrupt, Patience, TimeBudget
 from waferlab.training.checkpoints import CheckpointFiles
 from waferlab.training.progress import Bars, ProgressBar, ToldProgress
 
@@ -465,3 +465,16 @@ def test_each_of_several_trainings_has_a_bar_and_none_is_left_when_they_end():
     assert live.is_started
     bars.remove("trial 2")
     assert not live.is_started
+
+
+def test_epochs_that_do_not_beat_the_trial_that_is_gone_on_with_are_no_better():
+    patience, seen = Patience(2, best=0.9), []
+    for epoch, score in enumerate((0.80, 0.84, 0.91, 0.85, 0.86)):
+        trainer = SimpleNamespace(
+            callback_metrics={"val_macro_f1": torch.tensor(score)}, current_epoch=epoch, fast_dev_run=False,
+            strategy=SimpleNamespace(reduce_boolean_decision=lambda stop, all: stop), should_stop=False, global_step=0,
+            fit_loop=SimpleNamespace(max_epochs=9), state=SimpleNamespace(fn="fit"), sanity_checking=False,
+        )  # fmt: skip
+        patience._run_early_stopping_check(trainer)
+        seen.append((patience.wait_count, trainer.should_stop))
+    assert seen == [(1, False), (2, True), (0, False), (1, False), (2, True)]

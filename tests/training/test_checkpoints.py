@@ -21,6 +21,8 @@ from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
 from waferlab.records import StartingWeights, write_summary
+from waferlab.tracking.processes import where_numbers_hold
+from waferlab.tracking.whole_files import temporary
 from waferlab.training.checkpoints import (
     CheckpointFiles,
     TrainingFolder,
@@ -309,13 +311,15 @@ def test_two_runs_of_one_program_do_not_share_a_folder_either(tmp_path):
 
 def test_what_a_program_that_was_killed_had_begun_to_write_is_swept_up_and_what_others_write_is_not(tmp_path):
     (tmp_path / "model").mkdir()
-    for number in (2**22 + 1, os.getppid()):
-        (tmp_path / f"model/.started.json.{number}.tmp").write_text("{")
+    gone, other = 2**22 + 1, f".started.json.elsewhere-{2**22 + 1}.tmp"  # as of a container beside this one
+    live = f".started.json.{where_numbers_hold()}-{os.getppid()}.tmp"
+    for name in (f".started.json.{where_numbers_hold()}-{gone}.tmp", live, other):
+        (tmp_path / "model" / name).write_text("{")
     (tmp_path / ".of-a-user.tmp").write_text("precious")
     with hold_folders(tmp_path):
         pass
     left = {file.name for file in tmp_path.rglob(".*")}
-    assert left == {".lock", ".of-a-user.tmp", f".started.json.{os.getppid()}.tmp"}
+    assert left == {".lock", ".of-a-user.tmp", live, other}
 
 
 def test_a_link_that_somebody_has_put_there_has_no_other_file_emptied(tmp_path):
@@ -325,7 +329,7 @@ def test_a_link_that_somebody_has_put_there_has_no_other_file_emptied(tmp_path):
     (folder / ".lock").symlink_to(other)
     with pytest.raises(OSError, match="symbolic links"), hold_folder(folder):
         pass
-    (folder / f".summary.json.{os.getpid()}.tmp").symlink_to(other)
+    temporary(folder / "summary.json").symlink_to(other)
     write_summary(folder / "summary.json", {"a": 1})
     (folder / ".lock").unlink()
     (folder / ".writable").symlink_to(other)

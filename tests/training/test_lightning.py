@@ -53,6 +53,8 @@ def test_an_argument_of_the_trainer_does_its_work(tiny_npz, tmp_path):
         ),
         ({"colour": 1}, "'colour' is no argument of Lightning's Trainer.$"),
         ({"precision": "16-mixed"}, "'precision' is an option of its own. Write precision='16-mixed' beside trainer"),
+        ({"limit_val_batches": 1}, "'limit_val_batches' is set by the pipeline. Leave it out."),
+        ({"check_val_every_n_epoch": 2}, "'check_val_every_n_epoch' is set by the pipeline. Leave it out."),
         ({"max_epochs": 3}, "'max_epochs' is an option of its own. Write max_epochs=3 beside trainer"),
         ({"callbacks": []}, "'callbacks' is set by the pipeline"),
         ({"logger": False, "gradient_clip_val": 1.0}, "'logger' is set by the pipeline"),
@@ -204,3 +206,21 @@ def test_a_training_is_resumed_under_either_name(tiny_npz, tmp_path):
     resumed = pipeline(tiny_npz, tmp_path, model_type="lightning_cnn", max_epochs=1, resume=True)
     ours = {"learning_rate": 0.0123, "batch_size": 8, "dropout": 0.45}
     assert resumed.train_final_model("lightning_cnn", ours) == record
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"accelerator": "foo"}, {"precision": "foo"}, {"devices": [0], "accelerator": "cpu"},
+     {"trainer": {"gradient_clip_val": "x"}}],
+)  # fmt: skip
+def test_what_lightning_refuses_is_a_sentence(options, tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, model_type="lightning_cnn", max_epochs=1, **options)
+    with pytest.raises(ConfigError, match=r"Lightning's Trainer refuses this \(.*Look at accelerator"):
+        made.train_final_model("lightning_cnn")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_gradients_are_clipped_in_bfloat16_too(optimizer, tiny_npz, tmp_path):
+    more = {"trainer": {"gradient_clip_val": 0.5, "limit_train_batches": 2}, "precision": "bf16-mixed", "max_epochs": 1}
+    made = pipeline(tiny_npz, tmp_path, model_type="lightning_cnn", **more)
+    assert made.train_final_model("lightning_cnn", {"optimizer": optimizer}).epochs == 1

@@ -1,5 +1,6 @@
 """Promises about trials side by side: real processes, one study, one tracker, and an end to them whatever happens."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import optuna
@@ -19,12 +21,15 @@ import warm
 from conftest import tiny_settings
 from made_up import Scripted
 from optuna.trial import TrialState
+from rich.console import Console
 
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
+from waferlab.search.told import Listener, ToldRuns
 from waferlab.search.trial_files import repeated_by
 from waferlab.search.workers import workers_for
-from waferlab.tracking.runs import Run
+from waferlab.terminal import Terminal
+from waferlab.tracking.runs import NoRuns, Run
 from waferlab.training import pace
 from waferlab.training import side_by_side as crews
 from waferlab.training.side_by_side import how_it_ended, side_by_side
@@ -355,3 +360,21 @@ def test_workers_of_a_program_that_is_killed_end_by_themselves(program):
     started.kill()
     started.communicate(timeout=WAIT)
     until(lambda: not [one for one in crew if one.is_running() and one.status() != psutil.STATUS_ZOMBIE])
+
+
+def test_the_bar_of_a_worker_that_is_killed_is_taken_away_and_those_of_others_stay():
+    terminal = Terminal(Console(file=io.StringIO(), force_terminal=True, width=100))
+    listener = Listener(NoRuns(), None, terminal)
+    listener.hear(0, "bar", "trial 0", 0.3, "trial 0")
+    listener.hear(1, "bar", "trial 1", 0.3, "trial 1")
+    listener.hear(0, "killed", "killed by signal 9")
+    assert [*listener._bars._tasks] == ["trial 1"] and listener._bars._progress.live.is_started
+    listener.hear(1, "killed", "killed by signal 9")
+    assert not listener._bars._tasks and not listener._bars._progress.live.is_started
+
+
+def test_in_a_worker_what_a_model_does_with_the_tracker_itself_is_not_done_and_ends_nothing():
+    tree = SimpleNamespace(uri="sqlite:///nowhere.db", store="MLflow")
+    logger = ToldRuns(tree, lambda *told: None).logger(Run("trial 0"))
+    logger.experiment.log_text(logger.run_id, "text", "file")
+    assert logger.run_id is None and logger.experiment_id is None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,21 +233,21 @@ def convert_lswmd(path: Path, *, say: Callable[[str], None] = lambda text: None)
     cache = path.with_suffix(".npz")
     if _is_current(cache, path):
         return cache
+    half = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
     try:
-        # Before the reading, so that a folder that cannot be written to shows at once.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
+        half.unlink(missing_ok=True)
+        file = half.open("xb")  # before the reading, so that a folder that cannot be written to shows at once
     except OSError as error:
         raise PermissionError(
             f"Cannot write the converted copy {cache}: {error.strerror}. Copy {path.name} into a folder that you can "
             "write to, or use read_lswmd, which writes nothing."
         ) from error
     say(f"  converts {path.name} into {cache.name}, once; for the 2 GB of WM-811K that takes about a minute")
-    temporary = Path(name)
     try:
-        source = _fingerprint(path)  # taken first: a pickle that changes while it is read is then read again
-        with os.fdopen(handle, "wb") as file:
+        with file:
+            source = _fingerprint(path)  # taken first: a pickle that changes while it is read is then read again
             np.savez_compressed(file, **read_lswmd(path), source=np.array(source))
-        os.replace(temporary, cache)
+        os.replace(half, cache)
     finally:
-        temporary.unlink(missing_ok=True)
+        half.unlink(missing_ok=True)
     return cache

@@ -145,7 +145,8 @@ def whole_numbers(values: np.ndarray, *, name: str, source: str) -> np.ndarray:
 def _lot_numbers(lots: np.ndarray, *, n: int, source: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Lots named by text or number, one a map, to int64 numbers and a note on maps whose lot is unknown.
 
-    Whole numbers stay what they are; other names are numbered. A map whose lot is empty or NaN is a lot of its own.
+    Whole numbers from 0 on stay what they are; other names are numbered in their order. A map whose lot is empty or NaN
+    is a lot of its own, with a number below 0.
     """
     if lots.shape != (n,) or lots.dtype.kind not in "biufSU":
         raise DataError(
@@ -154,12 +155,12 @@ def _lot_numbers(lots: np.ndarray, *, n: int, source: str) -> tuple[np.ndarray, 
     is_text = lots.dtype.kind in "SU"
     known = np.char.strip(lots) != lots.dtype.type() if is_text else lots == lots  # NaN is not itself
     names = lots[known]
-    if is_text or not _fit_int64(names):
+    if is_text or not _fit_int64(names) or (names < 0).any():
         names = np.unique(names, return_inverse=True)[1]
     numbers = np.empty(n, dtype=np.int64)
     numbers[known] = names
     unknown = int(n - known.sum())
-    numbers[~known] = numbers[known].max(initial=-1) + 1 + np.arange(unknown)
+    numbers[~known] = -1 - np.arange(unknown)
     return numbers, (f"{unknown:,} maps of unknown lot: each is a lot of its own.",) if unknown else ()
 
 

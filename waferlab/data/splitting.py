@@ -61,7 +61,8 @@ def split_in_order(maps: WaferMaps, *, seed: int = 0) -> Split:
     """The last 20% of the lots are the test part, as tomorrow's wafers would be; the others are dealt at random.
 
     Lots come in the order of their numbers: whole numbers as the data have them, WM-811K's in the order of its rows,
-    names in the order of the alphabet; where no lot is known, maps in the order of the data. Earlier maps of which the
+    names in the order of the alphabet; where no lot is known, maps in the order of the data. Where some are known, the
+    others (numbers below 0) are in no part, as they may be of any lot. Earlier maps of which the
     test part has a copy, turned and mirrored ones included, are in no part; maps without a failing die are copies of
     each other by nature and stay. The earlier lots are split by `split_by_lot`, whose validation part (15% of them) is
     the validation; the rest is for training. A class that first appears in the last lots cannot be answered, so its
@@ -71,12 +72,15 @@ def split_in_order(maps: WaferMaps, *, seed: int = 0) -> Split:
         DataError: the earlier lots have fewer than two classes, or too few units for three parts; or no class of theirs
             is in the last lots.
     """
-    lots = np.unique(maps.groups)
+    unknown = maps.groups < 0
+    lots = np.unique(maps.groups[~unknown])
+    if not len(lots):
+        raise DataError(f"{maps.source}: no map's lot is known, so they have no order. Choose split='lots'.")
     n_last = max(1, round(LAST_LOTS * len(lots)))
     last = maps.groups >= lots[-n_last]
     failing, digests = np.maximum.reduceat(maps.maps_flat, maps.offsets[:-1]) == 2, maps.digests()
-    copies = ~last & failing & np.isin(digests, digests[last & failing])
-    earlier = np.flatnonzero(~last & ~copies)
+    copies = ~last & ~unknown & failing & np.isin(digests, digests[last & failing])
+    earlier = np.flatnonzero(~last & ~copies & ~unknown)
     dealt = split_by_lot(maps.select(earlier), seed=seed)
     train, validation = earlier[np.union1d(dealt.train, dealt.test)], earlier[dealt.validation]
     known = np.bincount(maps.labels[train], minlength=NUM_CLASSES) > 0
@@ -90,6 +94,8 @@ def split_in_order(maps: WaferMaps, *, seed: int = 0) -> Split:
     notes = [f"Test: the last {n_last:,} of {len(lots):,} lots, {share}; no lot or map of them is before."]
     if copies.any():
         notes.append(f"{copies.sum():,} earlier maps are in no part: the test part has a copy of each.")
+    if unknown.any():
+        notes.append(f"{unknown.sum():,} maps of unknown lot are in no part: they may be of any lot.")
     notes += _notes_on_order(maps, (train, validation, test))
     return Split(train, validation, test, _fingerprint(maps, (train, validation, test)), tuple(notes))
 

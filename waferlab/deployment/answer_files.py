@@ -7,6 +7,8 @@ import glob
 import io
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +19,8 @@ import numpy as np
 from waferlab.data.streaming import MapChunk
 from waferlab.deployment.predictor import Answers
 from waferlab.errors import RunError, UserError
-from waferlab.tracking.whole_files import sweep_up
+from waferlab.reports.tables import no_formula
+from waferlab.tracking.whole_files import sweep_up, temporary
 
 ROWS_OF_A_GROUP = 20_000  # of a Parquet file; smaller ones take longer to read
 Columns = dict[str, Sequence[Any]]
@@ -74,37 +77,54 @@ def answer_file(path: Path, class_names: Sequence[str]) -> Iterator[AnswerFile]:
         UserError: the suffix is unknown, or the folder cannot be written to.
     """
     check_name(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    half = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # a link of that name would lead elsewhere
+        half.unlink(missing_ok=True)  # a link of that name would lead elsewhere
         sweep_up(path.parent, f".{glob.escape(path.name)}.*.tmp")
-        file = FORMATS[path.suffix.lower()](temporary, class_names)
+        file = FORMATS[path.suffix.lower()](half, class_names)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error}). Give another.") from error
     answers = AnswerFile(path, file)
     try:
         yield answers
         file.close()
-        os.replace(temporary, path)
+        os.replace(half, path)
     except BaseException as error:
-        kept = _keep(temporary, answers, file)
+        with not_stopped():
+            kept = _keep(half, answers, file)
         if isinstance(error, UserError | RunError | KeyboardInterrupt):
             raise type(error)(f"{error} {kept}".strip()) from error
         if isinstance(error, OSError):
             raise RunError(f"{path}: cannot be written ({error.strerror or error}). {kept}") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        half.unlink(missing_ok=True)
 
 
-def _keep(temporary: Path, answers: AnswerFile, file: _File) -> str:
+@contextmanager
+def not_stopped() -> Iterator[None]:
+    """Ignores what stops a program, such as a second Ctrl-C, in a block that is short and ends it anyway."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _keep(half: Path, answers: AnswerFile, file: _File) -> str:
     """Keeps the rows so far under the name of a part; says in a sentence what has become of them."""
     partial = answers.path.with_name(f"{answers.path.name}.partial")
     with suppress(Exception):  # whatever else goes wrong, what went wrong first is what is said
         file.close()
         if answers.maps:
-            os.replace(temporary, partial)
+            os.replace(half, partial)
             return f"The answers to the first {answers.maps:,} maps are kept in {partial}."
     return "No answer was kept."
 
@@ -157,23 +177,12 @@ class _Csv(_TextFile):
 
     def write(self, columns: Columns) -> None:
         words = {None: None, True: "true", False: "false"}
-        self._append([*map(_no_formula, row[:-1]), words[row[-1]]] for row in _rounded(columns))
+        self._append([*map(no_formula, row[:-1]), words[row[-1]]] for row in _rounded(columns))
 
     def _append(self, rows: Any) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         self.append(text.getvalue())
-
-
-def _no_formula(cell: Any) -> Any:
-    """Puts a quote before what a spreadsheet would compute (OWASP, "CSV Injection"); "-12" stays as it is."""
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return cell
-    try:
-        float(cell)
-    except ValueError:
-        return f"'{cell}"
-    return cell
 
 
 class _JsonLines(_TextFile):

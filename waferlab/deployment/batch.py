@@ -83,6 +83,7 @@ def answer_maps(predictor: Predictor, source: str, *, options: BatchOptions, con
     stream = stream_wafer_maps(source, image_levels=options.image_levels, say=say)
     if options.report:
         _check_labels(stream, predictor)
+    _check_model(predictor, options)
     say(f"{stream.source}: {stream.total:,} maps, answered by {predictor.name}")
     for note in (*stream.notes, *([] if predictor.sets else ["The model has no prediction sets: none are given."])):
         say(f"  {note}")
@@ -91,6 +92,8 @@ def answer_maps(predictor: Predictor, source: str, *, options: BatchOptions, con
     seconds = time.monotonic() - started
     summary = _summary(predictor, stream, tallies, options=options, seconds=seconds)
     predictions = tallies.predictions() if options.report else None
+    if options.report and predictions is None:
+        say("No labelled map was answered: there is no report.")
     if predictions is not None:
         summary["report"] = _scores(predictor, predictions, options.coverage)
     written = _write(summary, tallies.least_certain, predictions, options)
@@ -107,7 +110,10 @@ def answer_maps(predictor: Predictor, source: str, *, options: BatchOptions, con
         from waferlab.monitoring.batch import monitor_batch
 
         folder, uri = options.output.parent, options.tracking_uri  # its verdict is an outcome, quiet or not
-        written.append(monitor_batch(predictor, source, output_dir=folder, tracking_uri=uri, say=show))
+        levels = options.image_levels
+        written.append(
+            monitor_batch(predictor, source, output_dir=folder, tracking_uri=uri, say=show, image_levels=levels)
+        )
     show(f"Written: {', '.join(map(str, written))}")
 
 
@@ -156,6 +162,18 @@ def _in_words(chunk: MapChunk, answers: Answers) -> str:
     if answers.sets is None:
         return text
     return f"{text}, set at {answers.coverage:.0%} coverage: {'|'.join(among) or 'empty'}"
+
+
+def _check_model(predictor: Predictor, options: BatchOptions) -> None:
+    """Raises ModelError if it has not what monitor and explain need, before hours of answers."""
+    if options.monitor:
+        from waferlab.monitoring.reference import Reference
+
+        Reference.beside(predictor)
+    if options.explain:
+        from waferlab.deployment.explain import Explainer
+
+        Explainer(predictor)
 
 
 def _check_labels(stream: MapStream, predictor: Predictor) -> None:

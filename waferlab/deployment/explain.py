@@ -112,6 +112,8 @@ def explain_maps(
             for name, row in zip(names[start:], chances, strict=False)
         ]
         pages.append(plot_relevance(some, relevance, captions, path=path, title=f"What {predictor.name} looked at"))
+    for earlier in {*folder.glob("relevance_*.png")} - {*pages}:  # of more maps
+        earlier.unlink()
     return pages
 
 

@@ -299,7 +299,7 @@ def promote(
         verdict = f"{model_type}: this file reaches test macro F1 {candidate.test_macro_f1:.4f} on {len(test_maps):,} "
         verdict += f"maps. {judgement.because}"
         with _or_refuse("the registration"), tempfile.TemporaryDirectory() as folder:
-            version = tracking.register(
+            version, alias, verdict = tracking.register(
                 run,
                 candidate.file,
                 name=name,
@@ -315,6 +315,7 @@ def promote(
                 beside=[seen.save(Path(folder) / MAPS_SEEN), *candidate.beside],
                 example=test_maps[0][None],
                 classes=len(checkpoint.class_names),
+                instead_of=champion and champion.version,
             )
     except _RefusedError as refused:
         return NotRegistered(str(refused), candidate and candidate.file)
@@ -323,8 +324,8 @@ def promote(
     return Promotion(
         name=name,
         version=version,
-        alias=judgement.alias,
-        uri=f"models:/{name}@{judgement.alias}",
+        alias=alias,
+        uri=f"models:/{name}@{alias}",
         verdict=verdict,
         comparison=judgement.comparison,
         maps_compared=judgement.maps_compared,

@@ -5,9 +5,11 @@ It listens on this machine alone unless told otherwise, and needs no PyTorch.
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import prometheus_client as prometheus
@@ -15,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from waferlab.deployment.answering import Answering, sentence
 from waferlab.deployment.page_policy import digest_of
@@ -27,14 +30,24 @@ PAGE = Path(__file__).with_name("service.html")
 GRACE_SECONDS = 30  # for requests in work when the service is told to stop
 
 
-def create_app(predictor: Predictor, *, coverage: float = DEFAULT_COVERAGE, shadow: Predictor | None = None) -> FastAPI:
+def create_app(
+    predictor: Predictor, *, coverage: float = DEFAULT_COVERAGE, shadow: Predictor | None = None,
+    names: Sequence[str] = ("*",),
+) -> FastAPI:  # fmt: skip
     """The application; `serve` runs it.
+
+    Args:
+        predictor: that answers.
+        coverage: that its sets promise.
+        shadow: a challenger; see `serve`.
+        names: that requests may call this machine by; "*" is any.
 
     Raises:
         ValueError: the model has no sets of this coverage.
     """
     model = Answering(predictor, coverage=coverage, shadow=shadow)
     app = FastAPI(title="Wafer map classifier", docs_url=None, redoc_url=None, lifespan=model.lifespan)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(names))
     page = PAGE.read_text()
     app.add_api_route("/predict", model.predict, methods=["POST"], openapi_extra={"requestBody": OPENAPI})
 
@@ -86,8 +99,12 @@ def serve(
     Raises:
         UserError: the port is taken or not allowed, or the model has no sets of this coverage.
     """
+    address = f"[{host}]" if ":" in host else host
     try:
-        app = create_app(predictor, coverage=coverage, shadow=shadow)
+        # Of its own machine alone it answers to its own names alone: a page from elsewhere whose name is made to mean
+        # this machine ("DNS rebinding") could read the answers in a browser.
+        names = ("127.0.0.1", "localhost", "[::1]") if host in ("127.0.0.1", "localhost", "::1") else ("*",)
+        app = create_app(predictor, coverage=coverage, shadow=shadow, names=names)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=128)
         # asyncio forgets this for sockets that it has not made: the body of an answer would wait 40 ms for its head.
@@ -95,8 +112,10 @@ def serve(
     except ValueError as error:
         raise UserError(str(error)) from error
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"Nothing can listen at {host}:{port} ({reason}). Give another --port.") from error
+        reason, other = getattr(error, "strerror", None) or error, "--port"
+        if isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            other = "--host, an address of this machine"
+        raise UserError(f"Nothing can listen at {address}:{port} ({reason}). Give another {other}.") from error
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
@@ -105,7 +124,7 @@ def serve(
     server = uvicorn.Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn handles them, and raises them again at its end
         signal.signal(number, server.handle_exit)
-    print(f"{predictor.name} answers at http://{host}:{listening.getsockname()[1]} (Ctrl-C stops it)", flush=True)
+    print(f"{predictor.name} answers at http://{address}:{listening.getsockname()[1]} (Ctrl-C stops it)", flush=True)
     server.run(sockets=[listening])
 
 

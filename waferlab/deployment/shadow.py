@@ -14,6 +14,7 @@ import numpy as np
 import prometheus_client as prometheus
 
 from waferlab.deployment.predictor import Predictor
+from waferlab.errors import printable
 
 LOG = logging.getLogger(__name__)
 WAITING = 4  # requests whose maps the shadow has not answered yet; what comes beyond is not asked, but counted
@@ -57,7 +58,7 @@ class Shadow:
     """
 
     def __init__(self, predictor: Predictor, metrics: Metrics) -> None:
-        self._predictor, self._metrics = predictor, metrics
+        self._predictor, self._metrics, self._name = predictor, metrics, printable(predictor.name)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._room = threading.BoundedSemaphore(WAITING)
 
@@ -82,9 +83,9 @@ class Shadow:
             if pairs:
                 kinds = ", ".join(f"{pair} ({n})" for pair, n in pairs.most_common())
                 shares = pairs.total(), len(maps)
-                LOG.warning("%s gives %d of %d maps another class: %s", self._predictor.name, *shares, kinds)
+                LOG.warning("%s gives %d of %d maps another class: %s", self._name, *shares, printable(kinds))
         except Exception:  # whatever the challenger does, the champion goes on answering
             self._metrics.shadow_failures.inc()
-            LOG.exception("%s failed in the shadow", self._predictor.name)
+            LOG.exception("%s failed in the shadow", self._name)
         finally:
             self._room.release()

@@ -29,6 +29,7 @@ EXAMPLES = """\
   python -m waferlab.deployment.static_page --onnxruntime-web node_modules/onnxruntime-web      without npm"""
 HERE = Path(__file__).parent
 RUNTIME = "onnxruntime-web@1.30.0"
+OF_A_PAGE = {"index.html", "answers.js", "about.json", "model.onnx", "onnxruntime"}
 RUNTIME_FILES = ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 # What the page asks is answered by its script; WebAssembly is compiled, and nothing else is evaluated.
 POLICY = (
@@ -60,9 +61,8 @@ def build(arguments: argparse.Namespace) -> None:
     """
     from waferlab.deployment.predictor import Predictor
 
-    there = arguments.output
-    if there.exists() and not (there / "answers.js").is_file() and (not there.is_dir() or any(there.iterdir())):
-        raise ConfigError(f"--output {there} holds no page of this kind, and is not replaced. Name a new folder.")
+    there = arguments.output.resolve()  # where a link leads to, the page is
+    check_that_nothing_is_lost(there)
     predictor = Predictor.load(arguments.model, tracking_uri=arguments.tracking_uri)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "site"
@@ -76,11 +76,34 @@ def build(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{there.name}-", dir=there.parent) as beside:
             shutil.copytree(made, new := Path(beside) / "new")
             if there.exists():
-                os.rename(there, Path(beside) / "old")
-            os.rename(new, there)
+                os.rename(there, old := Path(beside) / "old")
+            try:
+                os.rename(new, there)
+            except BaseException:
+                if not there.exists() and old.exists():
+                    os.rename(old, there)
+                raise
     size = sum(file.stat().st_size for file in arguments.output.rglob("*") if file.is_file())
     print(f"{predictor.name}, {size / 1e6:.1f} MB, in {arguments.output}")
     print(f"To look at it: python -m http.server --directory {arguments.output} --bind 127.0.0.1")
+
+
+def check_that_nothing_is_lost(folder: Path) -> None:
+    """Before a folder is replaced.
+
+    Raises:
+        ConfigError: it holds something else than an earlier page, or is the one that this program runs in.
+    """
+    if folder == Path.cwd():
+        raise ConfigError(f"--output {folder} is the folder that this program runs in. Name a new one.")
+    if not folder.exists():
+        return
+    inside = {file.name for file in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if inside and (inside - OF_A_PAGE or "answers.js" not in inside):
+        other = min(inside - OF_A_PAGE, default="index.html")
+        raise ConfigError(
+            f"--output {folder} holds no page of this kind alone, but {other}, and is not replaced. Name a new folder."
+        )
 
 
 def fetch_runtime(folder: Path) -> Path:

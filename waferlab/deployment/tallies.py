@@ -116,9 +116,11 @@ class Tallies:
         alone = -1 - self.maps - np.arange(len(lots))  # a map of unknown lot is a lot of its own
         self._kept.append((answers.probabilities[labelled], labels, np.where(lots < 0, alone, lots)[labelled]))
 
-    def predictions(self) -> Predictions:
-        """The answers on all labelled maps, of which there has to be one."""
+    def predictions(self) -> Predictions | None:
+        """The answers on all labelled maps; None if there is no such map."""
         probabilities, labels, groups = map(np.concatenate, zip(*self._kept, strict=True))
+        if not len(labels):
+            return None
         return Predictions(probabilities, labels, groups, self.class_names)
 
     @property

@@ -141,10 +141,11 @@ def likeliest_wrong(answers: Predictions) -> np.ndarray:
 
 def _shares(joint: np.ndarray) -> dict[str, np.ndarray]:
     """Error rates and the score of true classes against given ones, of joints [..., C, C]."""
-    right, given = np.diagonal(joint, axis1=-2, axis2=-1), joint.sum(axis=-1)
+    given = joint.sum(axis=-1)
+    wrong = (joint * (1 - np.eye(joint.shape[-1]))).sum(axis=-1)  # not 1 - right: where none is wrong, this is 0
     return {
-        "error_rate": 1 - right.sum(axis=-1),
-        "error_rates": np.where(given > 0, 1 - divide(right, given), 0.0),
+        "error_rate": wrong.sum(axis=-1),
+        "error_rates": np.where(given > 0, divide(wrong, given), 0.0),
         "macro_f1": _f1(joint).sum(axis=-1) / (given > 0).sum(axis=-1),
     }
 

@@ -81,8 +81,12 @@ def _comparison_verdict(models: Sequence[dict[str, Any]], differences: Sequence[
     close = [
         d["b"] if d["a"] == name else d["a"] for d in differences if name in (d["a"], d["b"]) and not d["significant"]
     ]
+    compared = {name}.union(*((d["a"], d["b"]) for d in differences if name in (d["a"], d["b"])))
+    if missing := [m["model_type"] for m in models if m["model_type"] not in compared]:
+        text = f"{text} It has no seed in common with {', '.join(missing)}, so nothing is said of these."
     if not close:
-        return f"{text} Its lead over every other architecture is larger than chance explains."
+        others = "every other architecture" if not missing else "the others"
+        return text if compared == {name} else f"{text} Its lead over {others} is larger than chance explains."
     return f"{text} Over {', '.join(close)} its lead may be chance at {best['n']} seeds."
 
 

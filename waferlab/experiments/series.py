@@ -8,6 +8,7 @@ a seed share its split, so differences are taken pair by pair. Each finished tra
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -82,6 +83,8 @@ class TrainingSeries:
                 f"time_limit={config.time_limit:g} leaves {self.seconds_each:.2g} s for each of {total} trainings. "
                 f"Give {total / TRAINING_SHARE:.0f} s or more, or fewer seeds or models."
             )
+        for variant, seed in itertools.product(self.variants, self.seeds):
+            self._variant_config(variant, seed)  # what cannot be used shows before anything is trained
         self._data: dict[int, tuple[WaferMaps, Split]] = {}
         self.failed: list[dict[str, Any]] = []  # variant, seed and reason of trainings that gave no record
 
@@ -147,6 +150,7 @@ class TrainingSeries:
             seed=seed,
             time_limit=self.seconds_each,
             enable_mlflow=False,
+            storage=None,  # each training has a search of its own, if it has one
             quiet=True,
             output_dir=self._folder(variant, seed),
             pretrained_dir=self.config.generated_weights_dir,

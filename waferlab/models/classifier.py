@@ -189,13 +189,14 @@ class WaferClassifier(pl.LightningModule):
         kernels = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
         others = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
         groups = [{"params": kernels, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        fused = not getattr(self.trainer, "gradient_clip_val", None)  # in bfloat16 Lightning clips no fused one's
         match self.optimizer_name:
             case "adamw":
-                optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+                optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
             case "adam":
-                optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+                optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=fused)
             case "sgd":
-                optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True, fused=True)
+                optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True, fused=fused)
             case "muon":
                 hidden = {id(p): p for p in hidden_kernels(self.network)}
                 rest = [group | {"params": [p for p in group["params"] if id(p) not in hidden]} for group in groups]

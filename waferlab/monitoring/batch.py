@@ -46,8 +46,9 @@ class Batch:
 
 
 def monitor_batch(
-    predictor: Predictor, source: str, *, output_dir: Path, tracking_uri: str | None, say: Callable[[str], None]
-) -> Path:
+    predictor: Predictor, source: str, *, output_dir: Path, tracking_uri: str | None, say: Callable[[str], None],
+    image_levels: str = "auto",
+) -> Path:  # fmt: skip
     """Says whether a batch is like what the model was validated on: printed, as an HTML page, as an MLflow run.
 
     Args:
@@ -56,6 +57,7 @@ def monitor_batch(
         output_dir: where `monitoring_<source>.html` goes.
         tracking_uri: of MLflow; None for `mlflow.db` in `output_dir`.
         say: prints a line.
+        image_levels: how images are read, see `stream_wafer_maps`.
 
     Returns:
         The page.
@@ -65,7 +67,7 @@ def monitor_batch(
         ModelError: the model has no reference, or its file does not say where its features are.
     """
     reference = Reference.beside(predictor)
-    batch = read_batch(predictor, source)
+    batch = read_batch(predictor, source, image_levels=image_levels)
     try:
         drift = compare(reference, batch.sample)
     except ValueError as error:
@@ -82,8 +84,8 @@ def monitor_batch(
     return page
 
 
-def read_batch(predictor: Predictor, source: str) -> Batch:
-    """Answers the maps of a source, a chunk at a time.
+def read_batch(predictor: Predictor, source: str, *, image_levels: str = "auto") -> Batch:
+    """Answers the maps of a source, a chunk at a time; of all chunks alike, some are kept.
 
     Raises:
         DataError: the maps cannot be read.
@@ -93,24 +95,26 @@ def read_batch(predictor: Predictor, source: str) -> Batch:
     numbers: dict[str, int] = {}
     names: list[str] = []
     kept: Sample | None = None
-    total = 0
-    for maps, lots in _chunks(source):
-        total += len(maps)
+    keys, of_lots = np.empty(0), []
+    for maps, lots in _chunks(source, image_levels):
         try:
             some = Sample.of(predictor, maps, _numbered(lots, numbers, names))
         except ValueError as error:
             raise ModelError(str(error)) from error
-        kept = some if kept is None else Sample.joined([kept, some])
+        of_lots.append(some.lots)
+        kept, keys = some if kept is None else Sample.joined([kept, some]), np.append(keys, rng.random(len(maps)))
         if len(kept) > 2 * MOST_MAPS:
-            kept = kept.select(at_most(kept.lots, MOST_MAPS, rng))
+            left = at_most(kept.lots, MOST_MAPS, keys)
+            kept, keys = kept.select(left), keys[left]
     assert kept is not None  # a source without a map is refused where it is read
-    kept = kept.select(at_most(kept.lots, MOST_MAPS, rng))
-    return Batch(kept, tuple(names), total, Path(source).name)
+    every_lot = np.concatenate(of_lots)
+    kept = kept.select(at_most(kept.lots, MOST_MAPS, keys)).standing_for(every_lot)
+    return Batch(kept, tuple(names), len(every_lot), Path(source).name)
 
 
-def _chunks(source: str) -> Iterator[tuple[Sequence[np.ndarray], Sequence[str]]]:
+def _chunks(source: str, image_levels: str) -> Iterator[tuple[Sequence[np.ndarray], Sequence[str]]]:
     """Maps, each uint8 [rows, columns], and the name of each one's lot, "" where it is not known."""
-    for chunk in stream_wafer_maps(source):
+    for chunk in stream_wafer_maps(source, image_levels=image_levels):
         if chunk.maps:
             yield chunk.maps, chunk.lots
 
@@ -133,7 +137,7 @@ def batch_record(predictor: Predictor, reference: Reference, batch: Batch, drift
     """What page, run and terminal say, as plain values."""
     sample, kept = batch.sample, reference.sample
     likelihoods = reference.calibration.likelihoods(sample.probabilities)
-    mix, bounds = mix_with_intervals(likelihoods, sample.lots)
+    mix, bounds = mix_with_intervals(likelihoods, sample.lots, sample.weights)
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command_line_used(),
@@ -147,11 +151,11 @@ def batch_record(predictor: Predictor, reference: Reference, batch: Batch, drift
         "signals": [asdict(one) | {"name": one.name, "alarms": one.alarms} for one in drift.signals],
         "columns": [asdict(one) | {"name": one.key, "alarms": one.alarms} for one in drift.columns],
         "mix": [
-            {"name": name, "reference": float(prior), "estimated": float(mix[i]),
+            {"name": name, "reference": float(share), "estimated": float(mix[i]),
              "interval": None if bounds is None else bounds[i].tolist()}
-            for i, (name, prior) in enumerate(zip(reference.class_names, reference.calibration.prior, strict=True))
+            for i, (name, share) in enumerate(zip(reference.class_names, reference.shares, strict=True))
         ],
-        "density": {"batch": float(np.median(sample.density)), "reference": float(np.median(kept.density))},
+        "density": {"batch": sample.median_density(), "reference": kept.median_density()},
         "new_grids": _new_grids(kept, sample),
         "odd_lots": [
             {"lot": batch.lot_names[lot], "maps": int((sample.lots == lot).sum()), "distance": far, "beyond": share}

@@ -84,7 +84,9 @@ def estimate_mix(likelihoods: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return mix
 
 
-def mix_with_intervals(likelihoods: np.ndarray, lots: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def mix_with_intervals(
+    likelihoods: np.ndarray, lots: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """The shares of the classes in a batch, float64 [C], and their 95% intervals over its lots, [C, 2].
 
     Jackknife over lots, joined into groups where they are many; a t interval on the arcsine scale. It says how much the
@@ -93,16 +95,17 @@ def mix_with_intervals(likelihoods: np.ndarray, lots: np.ndarray) -> tuple[np.nd
     Args:
         likelihoods: float64 [N, C].
         lots: int64 [N].
+        weights: float [N], above 0, how many maps each stands for; None is 1 each.
     """
     _, lot = np.unique(lots, return_inverse=True)
     group = lot % MOST_GROUPS
     n_groups = int(group.max()) + 1
-    without = (group[:, None] != np.arange(n_groups)).astype(np.float64)
-    everything = np.ones((len(lots), 1))
+    everything = np.ones((len(lots), 1)) if weights is None else weights.astype(np.float64)[:, None]
+    without = everything * (group[:, None] != np.arange(n_groups))
     if n_groups == 1:
         return estimate_mix(likelihoods, everything)[0], None
     mixes = estimate_mix(likelihoods, np.hstack([everything, without]))
-    none = np.where(mixes * len(lots) < HALF_A_MAP, 0, mixes)
+    none = np.where(mixes * everything.sum() < HALF_A_MAP, 0, mixes)
     return mixes[0], jackknife_interval(none[0], none[1:])
 
 

@@ -150,7 +150,7 @@ def _of_equal_sizes(batch: Sample, reference: Sample, rng: np.random.Generator) 
         place = (np.argsort(np.argsort(own, kind="stable")) + 0.5) / len(own)
         allowed = np.ceil(np.quantile(other, place)).astype(int)
         _, lot = np.unique(side.lots, return_inverse=True)
-        thinned.append(side.select(np.flatnonzero(place_in_lot(side.lots, rng) < allowed[lot])))
+        thinned.append(side.select(np.flatnonzero(place_in_lot(side.lots, rng.random(len(side))) < allowed[lot])))
     return thinned[0], thinned[1]
 
 

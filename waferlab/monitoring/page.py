@@ -36,7 +36,8 @@ def write_batch_page(record: Mapping[str, Any], reference: Reference, batch: Sam
 def _draw(record: Mapping[str, Any], reference: Reference, batch: Sample, *, folder: Path) -> dict[str, Path]:
     """File names by what they show, in the folder."""
     plot_class_mix(record["mix"], path=folder / "class_mix.png")
-    densities = {"Failing dies of a map (%)": (100 * reference.sample.density, 100 * batch.density)}
+    sides = (reference.sample, batch)
+    densities = {"Failing dies of a map (%)": tuple((100 * side.density, side.weights) for side in sides)}
     plot_distributions(densities, path=folder / "density.png", title="Fail density")
     drawn = {"class_mix": Path("class_mix.png"), "density": Path("density.png")}
     alarming = sorted((one for one in record["columns"] if one["alarms"]), key=lambda one: -one["effect"])
@@ -44,7 +45,7 @@ def _draw(record: Mapping[str, Any], reference: Reference, batch: Sample, *, fol
         names = list(reference.class_names)
         pairs = {
             f"Probability of {one['name']}": tuple(
-                side.probabilities[:, names.index(one["name"])] for side in (reference.sample, batch)
+                (side.probabilities[:, names.index(one["name"])], side.weights) for side in sides
             )
             for one in alarming[:MOST_COLUMNS]
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 REFERENCE_FILE = "reference.npz"  # beside model.onnx, or in extra_files/ of a registered version
 MOST_MAPS = 4000  # that a reference keeps
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / 1.618...: products with whole numbers spread evenly (Knuth, TAOCP 6.4)
 NO_LABEL = -1  # a validation map of a class that the model does not answer
 
 
@@ -36,6 +37,7 @@ class Sample:
         lots: int64 [N], the lot of each map.
         density: float32 [N] in 0..1, failing dies among those that are there.
         grids: int16 [N, 2], rows and columns of each map.
+        weights: float32 [N], how many maps each stands for: where a lot was thinned, more than itself. None is 1 each.
     """
 
     probabilities: np.ndarray
@@ -43,6 +45,11 @@ class Sample:
     lots: np.ndarray
     density: np.ndarray
     grids: np.ndarray
+    weights: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            object.__setattr__(self, "weights", np.ones(len(self.lots), dtype=np.float32))
 
     @classmethod
     def of(cls, predictor: Predictor, maps: Sequence[np.ndarray], lots: np.ndarray) -> Sample:
@@ -79,6 +86,17 @@ class Sample:
         """The maps at `indices` (int64 [M]), in that order."""
         return Sample(*(getattr(self, field.name)[indices] for field in fields(self)))
 
+    def standing_for(self, lots: np.ndarray) -> Sample:
+        """With weights, where this is what is left of maps of these lots, int64 [N]."""
+        names, sizes = np.unique(lots, return_counts=True)
+        place = np.searchsorted(names, self.lots)
+        shares = sizes / np.maximum(np.bincount(place, minlength=len(names)), 1)
+        return replace(self, weights=shares[place].astype(np.float32))
+
+    def median_density(self) -> float:
+        """Of all maps that these stand for."""
+        return float(np.quantile(self.density, 0.5, weights=self.weights, method="inverted_cdf"))
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -103,14 +121,14 @@ class Reference:
         Where it has more than `MOST_MAPS` maps, large lots are thinned at random (by `seed`), and no lot is given up
         while that suffices: lots are what later batches are compared by.
         """
-        rng = np.random.default_rng(seed)
-        kept = split.validation[at_most(maps.groups[split.validation], MOST_MAPS, rng)]
+        lots, keys = maps.groups[split.validation], np.random.default_rng(seed).random(len(split.validation))
+        kept = split.validation[at_most(lots, MOST_MAPS, keys)]
         columns = np.full(NUM_CLASSES, NO_LABEL)
         for column, name in enumerate(predictor.class_names):
             columns[CLASS_NAMES.index(name)] = column
         trained = columns[maps.labels[split.train]]
         return cls(
-            sample=Sample.of(predictor, [maps[i] for i in kept], maps.groups[kept]),
+            sample=Sample.of(predictor, [maps[i] for i in kept], maps.groups[kept]).standing_for(lots),
             labels=columns[maps.labels[kept]],
             class_names=tuple(predictor.class_names),
             training_counts=np.bincount(trained[trained >= 0], minlength=len(predictor.class_names)),
@@ -121,6 +139,13 @@ class Reference:
         """How its answers become probabilities that are right on its own maps."""
         known = self.labels != NO_LABEL
         return fit_calibration(self.sample.probabilities[known], self.labels[known])
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """float64 [C], of the true classes in the whole validation part."""
+        known = self.labels != NO_LABEL
+        counts = np.bincount(self.labels[known], self.sample.weights[known], minlength=len(self.class_names))
+        return counts / counts.sum()
 
     def save(self, path: Path) -> Path:
         """Writes an .npz without pickles, whole or not at all."""
@@ -144,10 +169,10 @@ class Reference:
         names = [*(field.name for field in fields(Sample)), "labels", "class_names", "training_counts"]
         try:
             arrays = read_npz(path, names)
-            if missing := [name for name in names if name not in arrays]:
+            if missing := [name for name in names if name not in arrays and name != "weights"]:  # which are new
                 raise ValueError(f"{path}: {', '.join(missing)} missing")
             reference = cls(
-                sample=Sample(*(arrays[field.name] for field in fields(Sample))),
+                sample=Sample(*(arrays.get(field.name) for field in fields(Sample))),
                 labels=arrays["labels"],
                 class_names=tuple(arrays["class_names"].tolist()),
                 training_counts=arrays["training_counts"],
@@ -187,7 +212,7 @@ class Reference:
         sample, n, c = self.sample, len(self.labels), len(self.class_names)
         wanted = {
             "probabilities": ("f", (n, c)), "features": ("f", (n, *sample.features.shape[1:2])), "lots": ("i", (n,)),
-            "density": ("f", (n,)), "grids": ("i", (n, 2)),
+            "density": ("f", (n,)), "grids": ("i", (n, 2)), "weights": ("f", (n,)),
         }  # fmt: skip
         held = {name: (getattr(sample, name).dtype.kind, getattr(sample, name).shape) for name in wanted}
         wanted |= {"labels": ("i", (n,)), "training_counts": ("i", (c,))}
@@ -198,27 +223,33 @@ class Reference:
             raise ValueError(f"{wrong[0]} are {held[wrong[0]]}, wanted {wanted[wrong[0]]}")
         if n == 0 or sample.features.ndim != 2 or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError("it holds no maps, features or class names")
-        numbers = (sample.probabilities, sample.features, sample.density)
+        numbers = (sample.probabilities, sample.features, sample.density, sample.weights)
         if not all(np.isfinite(some).all() for some in numbers) or not (sample.probabilities >= 0).all():
             raise ValueError("a number in it is none")
+        if not (sample.weights > 0).all():
+            raise ValueError("a map in it stands for none")
         if not ((self.labels >= NO_LABEL) & (self.labels < c)).all() or (self.labels == NO_LABEL).all():
             raise ValueError("its labels are not those of its classes")
 
 
-def place_in_lot(lots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """int64 [N], a random order of the maps within each lot, from 0; `lots` int64 [N]."""
-    shuffled = rng.permutation(len(lots))
-    order = shuffled[np.argsort(lots[shuffled], kind="stable")]
+def place_in_lot(lots: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """int64 [N], each map's place within its lot, from 0, by random `keys`, float64 [N]; `lots` int64 [N]."""
+    order = np.lexsort((keys, lots))
     _, first, sizes = np.unique(lots[order], return_index=True, return_counts=True)
     place = np.empty(len(lots), dtype=np.int64)
     place[order] = np.arange(len(lots)) - np.repeat(first, sizes)
     return place
 
 
-def at_most(lots: np.ndarray, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [M], sorted, at most so many maps: of all lots while there are no more of these, of each up to as many."""
-    place = place_in_lot(lots, rng)
+def at_most(lots: np.ndarray, limit: int, keys: np.ndarray) -> np.ndarray:
+    """int64 [M], sorted, at most so many maps: of all lots while there are no more of these, of each up to as many.
+
+    Which they are the `keys` of the maps say, float64 [N], drawn at random once: so thinning maps as they come leaves
+    the same ones as thinning all of them at the end.
+    """
+    place = place_in_lot(lots, keys)
     a_lot = int((np.cumsum(np.bincount(place)) <= limit).sum())
-    if a_lot == 0:  # more lots than maps are allowed
-        return np.sort(rng.permutation(np.flatnonzero(place == 0))[:limit])
-    return np.flatnonzero(place < a_lot)
+    if a_lot > 0:
+        return np.flatnonzero(place < a_lot)
+    first = np.flatnonzero(place == 0)  # more lots than maps are allowed: some of the lots, evenly over their numbers
+    return np.sort(first[np.argsort(lots[first].astype(np.uint64) * GOLDEN, kind="stable")[:limit]])

@@ -32,8 +32,10 @@ def write_model_card(summary: Record, *, folder: str | os.PathLike[str]) -> tupl
     folder, model = Path(folder), best_model(summary)
     pictures = [Path(name) for name in PICTURES if (folder / name).is_file()]
     card = fill_in("model_card", summary=summary, model=model, pictures=pictures, **_limits(model["test"]))
-    markdown = write_atomically(folder / "MODEL_CARD.md", card.encode())
-    return markdown, write_atomically(folder / "model_card.html", to_html(card, folder=folder).encode())
+    markdown = write_atomically(folder / "MODEL_CARD.md", card.encode(errors="backslashreplace"))
+    return markdown, write_atomically(
+        folder / "model_card.html", to_html(card, folder=folder).encode(errors="backslashreplace")
+    )
 
 
 def _limits(test: Record) -> dict[str, Any]:

@@ -46,13 +46,14 @@ def plot_class_mix(mix: Sequence[Record], *, path: str | os.PathLike[str]) -> Pa
 
 @theme()
 def plot_distributions(
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], *, path: str | os.PathLike[str], title: str,
+    pairs: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]], *, path: str | os.PathLike[str], title: str,
     top: float | None = None,
 ) -> Path:  # fmt: skip
     """Draws, for each quantity, which share of the maps is at or below each value: validation and batch (PNG).
 
     Args:
-        pairs: by the label of the x axis, the values of the validation part, float [N], and of the batch, float [M].
+        pairs: by the label of the x axis, of the validation part and of the batch the values of their maps, float [N],
+            and how many maps each stands for, float [N].
         path: the PNG to write.
         title: of the figure.
         top: the highest value drawn; None for that of which 99.5% of the maps on both sides stay below.
@@ -61,11 +62,12 @@ def plot_distributions(
     for axes, (label, sides) in zip(
         np.atleast_1d(figure.subplots(1, len(pairs), sharey=True)), pairs.items(), strict=True
     ):
-        end = float(top if top is not None else max(np.quantile(values, 0.995) for values in sides)) or 1.0
-        for values, colour, width in zip(sides, NAMES.values(), (3.5, 2), strict=True):
-            ordered = np.sort(values)
+        end = float(top if top is not None else max(np.quantile(values, 0.995) for values, _ in sides)) or 1.0
+        for (values, weights), colour, width in zip(sides, NAMES.values(), (3.5, 2), strict=True):
+            order = np.argsort(values)
+            ordered, below = values[order], np.cumsum(weights[order], dtype=np.float64)
             x = np.concatenate([[0], ordered, [max(end, ordered[-1])]])
-            y = np.concatenate([[0], np.arange(1, len(ordered) + 1) / len(ordered), [1]])
+            y = np.concatenate([[0], below / below[-1], [1]])
             axes.step(x, y, where="post", color=colour, linewidth=width)
         axes.set(xlim=(0, end), ylim=(0, 1.01))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -27,6 +27,8 @@ FIRST = (
     "model_comparison.png", "confusion_matrix.png", "risk_coverage.png", "sample_predictions.png",
     "training_history.png",
 )  # fmt: skip
+OF_ONE_MODEL = ("optuna_*_*.png", "confusion_matrix_*.png", "training_history_*.png", "per_class_*.csv")
+STUDY_PLOTS = ("history", "importances", "pareto_front", "slices")  # of `search.study.study_plots`
 
 
 def draw_run(
@@ -51,6 +53,8 @@ def draw_run(
         searches: the plots of each search, by model; see `search.study.study_plots`.
     """
     folder, name, n_test = config.results_dir, results[best].model_type, len(split.test)
+    for earlier in (file for pattern in OF_ONE_MODEL for file in folder.glob(pattern) if not config.resume):
+        earlier.unlink()  # of a run with other models or with a search
     title = f"{name}: {n_test:,} test maps"
     plot_confusion_matrix(predictions[best], path=folder / "confusion_matrix.png", title=title)
     plot_risk_coverage(
@@ -79,13 +83,18 @@ def pictures_of_model(result: ModelResult, *, folder: Path, alone: bool) -> list
     """The pictures that are about one model; those of the whole run, if it is its only one."""
     name = result.model_type
     own = FIRST[1:] if alone else (f"confusion_matrix_{name}.png", f"training_history_{name}.png")
-    return [*(folder / file for file in own), *sorted(folder.glob(f"optuna_{name}_*.png"))]
+    return [*(folder / file for file in own), *_of_search(name, folder)]
+
+
+def _of_search(name: str, folder: Path) -> list[Path]:
+    """The pictures of a model's search; none of another whose name goes on where this one's ends."""
+    return [file for what in STUDY_PLOTS if (file := folder / f"optuna_{name}_{what}.png").exists()]
 
 
 def write_pages(summary: Mapping[str, Any], *, folder: Path) -> None:
     """The summary as one page to read, and a card of the best model."""
     models = [model["model_type"] for model in summary["models"]]
-    searches = [file.name for name in models for file in sorted(folder.glob(f"optuna_{name}_*.png"))]
+    searches = [file.name for name in models for file in _of_search(name, folder)]
     drawn = [name for name in (*FIRST, *searches) if (folder / name).exists()]
     write_report(summary, folder=folder, pictures=drawn, path=folder / "report.html")
     write_model_card(summary, folder=folder)

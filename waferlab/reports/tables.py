@@ -47,8 +47,19 @@ def write_per_class_table(metrics: Mapping[str, Any], *, path: str | os.PathLike
     for name, row in metrics["per_class"].items():
         scores = [format_number(row[key], "{:.4f}") for key in ("precision", "recall", "f1")]
         ends = ["", ""] if row["f1_interval"] is None else [f"{end:.4f}" for end in row["f1_interval"]]
-        writer.writerow([name, row["support"], *scores, *ends])
+        writer.writerow([no_formula(name), row["support"], *scores, *ends])
     return write_atomically(path, text.getvalue().encode())
+
+
+def no_formula(cell: Any) -> Any:
+    """Puts a quote before what a spreadsheet would compute (OWASP, "CSV Injection"); "-12" stays as it is."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 # Figures as text

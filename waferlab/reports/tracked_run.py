@@ -80,7 +80,7 @@ def track_outcome(
         name, of_model, test = result.model_type, model_runs[result.model_type], result.test
         scores = {f"test_{score}": test[score] for score in ("accuracy", "macro_f1", "balanced_accuracy")}
         costs = {cost: getattr(result, cost) for cost in ("train_seconds", "latency_ms", "n_parameters")}
-        runs.params(of_model, **result.parameters, seed=config.seed)
+        runs.params(of_model, **{**result.parameters, "seed": config.seed})
         runs.metrics(of_model, scores | costs)
         runs.tags(of_model, weights=str(result.weights), weights_from=result.weights_from)
         pictures = pictures_of_model(result, folder=folder, alone=len(results) == 1)

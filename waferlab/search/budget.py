@@ -30,12 +30,14 @@ class SearchPlan:
         epochs: of a trial that is not stopped.
         seconds: for all of them; None for no limit.
         none_because: why there is no search at all; "" if there is one.
+        until: when another program's search is over, which this one joins, in seconds since 1970; None for one's own.
     """
 
     trials: int
     epochs: int
     seconds: float | None = None
     none_because: str = ""
+    until: float | None = None
 
 
 def plan_search(
@@ -102,7 +104,10 @@ class SearchBudget:
 
     def __init__(self, study: optuna.Study, plan: SearchPlan, *, workers: int = 1) -> None:
         self.plan, seconds = plan, plan.seconds
-        self.deadline = None if seconds is None else time.monotonic() + max(0.0, seconds - study_seconds(study))
+        self.deadline = None
+        if seconds is not None:
+            left = seconds - study_seconds(study) if plan.until is None else plan.until - time.time()
+            self.deadline = time.monotonic() + max(0.0, left)
         # Pruned trials leave time to the others, so each may use twice its even share.
         self._of_a_trial = float("inf") if seconds is None else 2 * workers * seconds / plan.trials
         self._starts_left = multiprocessing.get_context("fork").Value("i", plan.trials - len(counted_trials(study)))

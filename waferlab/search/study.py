@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from waferlab.errors import ConfigError
-from waferlab.search.trials import lost_and_not_queued
+from waferlab.search.trials import lost_and_not_queued, was_lost
 from waferlab.tracking.processes import still_runs
 
 TPE_STARTS_AFTER = 3  # finished trials; Optuna's own default, 10, is more than most searches here have
@@ -68,13 +68,14 @@ def open_study(
         study.set_user_attr("begun", True)
     if study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
         raise ConfigError(
-            f"The study {name} was made with other settings or data. Repeat the settings of that run, leave out "
-            "--resume to search anew, or choose another experiment_name."
+            f"The study {name} was made with other settings or data. Repeat the settings of that run, or choose "
+            "another experiment_name; without storage=..., leaving out --resume searches anew, too."
         )
     study.sampler = sampler(len(study.get_trials(deepcopy=False)))
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         if alone or not still_runs(trial.user_attrs.get("process", "? 0 0")):
-            study.tell(trial.number, state=TrialState.FAIL)
+            with suppress(ValueError, UpdateFinishedTrialError):  # somebody else has done so at the same moment
+                study.tell(trial.number, state=TrialState.FAIL)
             run_again(study, trial)
     if seconds_between_signs(study) is None:  # else those who share the study do it, see `bring_back_lost_trials`
         for trial in lost_and_not_queued(study):
@@ -102,8 +103,9 @@ def forget_lost_trials(study: optuna.Study, reason: str) -> None:
     """Ends the trials of processes that are gone; they are not run again, as they may have been what was too much."""
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         if not still_runs(trial.user_attrs.get("process", "? 0 0")):
-            optuna.Trial(study, trial._trial_id).set_user_attr("reason", reason)
-            study.tell(trial.number, state=TrialState.FAIL)
+            with suppress(ValueError, UpdateFinishedTrialError):  # another program has ended it just now
+                optuna.Trial(study, trial._trial_id).set_user_attr("reason", reason)
+                study.tell(trial.number, state=TrialState.FAIL)
 
 
 @contextmanager
@@ -152,16 +154,38 @@ def make_sampler(
     return optuna.samplers.TPESampler(seed=seeded, n_startup_trials=TPE_STARTS_AFTER)
 
 
+class Halving(optuna.pruners.SuccessiveHalvingPruner):
+    """Optuna's, for which trials that were cut off do not count: they run again, and would compete twice."""
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether the trial is to be stopped."""
+        return super().prune(_WithoutLost(study), trial)
+
+
+class _WithoutLost:
+    """A study as it would be had no trial been cut off."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *arguments: Any, **named: Any) -> list[FrozenTrial]:
+        trials = self._study.get_trials(*arguments, **named)
+        return [trial for trial in trials if not was_lost(trial) and "surplus" not in trial.user_attrs]
+
+
 def make_pruner(name: str, *, epochs: int) -> optuna.pruners.BasePruner:
     """Who stops unpromising trials of so many epochs; see `ExperimentConfig.pruner`."""
     match name:
         case "auto":  # what survives is gone on with, so it costs nothing
             rung = max(1, epochs // REDUCTION)
-            return optuna.pruners.SuccessiveHalvingPruner(min_resource=rung, reduction_factor=REDUCTION)
+            return Halving(min_resource=rung, reduction_factor=REDUCTION)
         case "median":
             return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)
         case "halving":
-            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+            return Halving(min_resource=1, reduction_factor=3)
         case "hyperband":
             return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs)
     return optuna.pruners.NopPruner()

@@ -21,6 +21,7 @@ class ToldRuns:
     """A worker's side of a tree of runs: has those methods of `RunTree` that a trial needs, and tells of each call."""
 
     broken = closed = False
+    experiment_id = None  # nobody here knows it
 
     def __init__(self, tree: RunTree, tell: Tell) -> None:
         self.uri, self.store, self._tell = tree.uri, tree.store, tell
@@ -74,6 +75,7 @@ class Listener:
         self._tree, self._runs, self._terminal = tree, {above.token: above} if above else {}, terminal
         self._open: dict[int, set[str]] = {}
         self._lost, self._bars = lost, Bars(terminal.console)
+        self._titles: dict[int, set[str]] = {}  # of the bars of each worker
 
     def hear(self, worker: int, what: str, *content: Any) -> None:
         """What a worker tells."""
@@ -83,12 +85,15 @@ class Listener:
             case "warn":
                 self._terminal.warn(*content)
             case "bar":
+                self._titles.setdefault(worker, set()).add(content[0])
                 self._bars.update(*content)
             case "run":
                 self._call(worker, *content)
             case "killed":
                 for token in self._open.pop(worker, set()):
                     self._tree.end(self._runs[token], "KILLED", reason=content[0])
+                for title in self._titles.pop(worker, set()):
+                    self._bars.remove(title)
                 self._lost(content[0])
 
     def _call(self, worker: int, method: str, run: Run, content: dict[str, Any]) -> None:

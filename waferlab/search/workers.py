@@ -74,10 +74,7 @@ def join(arguments: argparse.Namespace) -> None:
     from waferlab.tracking.runs import Run
 
     name, search = wait_for_search(open_database(arguments.storage, heartbeat=15), arguments)
-    seconds = search["plan"]["seconds"]
-    if search["until"] is not None:
-        seconds = max(1.0, min(seconds, search["until"] - time.time()))
-    leaders = {**search["config"], **HERE, "storage": arguments.storage, "model_type": arguments.model}
+    leaders = {**search["config"], **HERE, "storage": arguments.storage}
     pipeline = story.IntegratedMLPipeline(story.ExperimentConfig(**command_line.options_of(arguments, leaders)))
     pipeline.say(f"joins the search {name}", style="bold")
     pipeline.prepare_data()
@@ -85,7 +82,7 @@ def join(arguments: argparse.Namespace) -> None:
         if search["run"]:
             pipeline.model_runs[arguments.model] = Run(arguments.model, id=search["run"])
         try:
-            pipeline.search(arguments.model, SearchPlan(**search["plan"] | {"seconds": seconds}), leads=False)
+            pipeline.search(arguments.model, SearchPlan(**search["plan"], until=search["until"]), leads=False)
         except SearchFailedError as error:  # the leader's affair
             pipeline.say(f"  {error}")
     pipeline.say("The search has as many trials as it wants, or no time left.")
@@ -111,6 +108,7 @@ def wait_for_search(storage: Any, arguments: argparse.Namespace) -> tuple[str, d
             study.study_name: search
             for study in storage.get_all_studies()
             if (search := storage.get_study_user_attrs(study._study_id).get("search"))
+            and (search["until"] is None or time.time() < search["until"])  # else of a leader that is to come again
             and study.study_name.rpartition("/")[2] == arguments.model
             and arguments.experiment in (None, study.study_name.rpartition("/")[0])
         }

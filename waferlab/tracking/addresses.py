@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import re
 
-# After the name of the user, and, as SQLAlchemy reads it, up to the next @; or named behind the question mark.
-PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):[^@\s]*(?=@)|([?&](?:ssl)?passw(?:or)?d=)[^&#\s'\")]*")
+# After the name of the user, up to the last @, as requests reads it; or named behind the question mark.
+PASSWORD = re.compile(
+    r"(?<=://)([^:/@\s]*):\S*(?=@)|([?&](?:(?:ssl)?passw(?:or)?d|odbc_connect)=)[^&#\s'\")]*", re.IGNORECASE
+)
+WITH_SPACES = re.compile(r"^([^:/?#]+://[^:/@]*):.*(?=@)", re.DOTALL)  # of what is an address and nothing else
+
+
+def address_without_password(address: str) -> str:
+    """An address, whose password may even hold spaces, without it."""
+    return without_password(WITH_SPACES.sub(r"\1", address))
 
 
 def without_password(text: str) -> str:

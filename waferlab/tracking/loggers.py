@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
@@ -37,7 +37,28 @@ class RunLogger(MLFlowLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The tracker's own object, MLflow's client; waits until the run is open. Does nothing if it cannot be."""
+        """The tracker's own object, MLflow's client.
+
+        Lightning asks for it at the start of each training, which waits for nothing. Whoever uses it waits until the
+        run is open; if it cannot be, nothing is done.
+        """
+        return _WhenUsed(self._client)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's; waits until it is open. None if it cannot be."""
+        self._client()
+        return self._run_id
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The experiment's; waits until the run is open. None if it cannot be."""
+        self._client()
+        return self._experiment_id
+
+    def _client(self) -> Any:
+        if getattr(rank_zero_only, "rank", 0):
+            return DummyExperiment()
         if self._run_id is None:
             self._run_id, self._experiment_id = self._tree.run_id(self._run), self._tree.experiment_id
         return DummyExperiment() if self._run_id is None else self._tree.client()
@@ -57,3 +78,13 @@ class RunLogger(MLFlowLogger):
 
     def finalize(self, status: str = "success") -> None:
         """Leaves the run open: the tree knows what becomes of it."""
+
+
+class _WhenUsed:
+    """Stands for an object that is got when something of it is wanted."""
+
+    def __init__(self, get: Callable[[], Any]) -> None:
+        self._get = get
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._get(), name)

@@ -15,6 +15,8 @@ from waferlab.tracking.line import Line, in_a_line
 if TYPE_CHECKING:
     from waferlab.tracking.runs import Run
 
+OVERTAKEN = " Meanwhile another model became champion, which this one was not compared with. So it is challenger."
+
 
 @dataclass(frozen=True)
 class ModelVersion:
@@ -138,9 +140,9 @@ class ModelRegistry(Line):
     @answered
     def register(
         self, run: Run, file: Path, *, name: str, about: str, alias: str, description: str, tags: Mapping[str, str],
-        beside: Sequence[Path], example: Any, classes: int,
-    ) -> str:  # fmt: skip
-        """Registers an ONNX file as the next version of a model, under an alias, and returns the version.
+        beside: Sequence[Path], example: Any, classes: int, instead_of: str | None,
+    ) -> tuple[str, str, str]:  # fmt: skip
+        """Registers an ONNX file as the next version of a model, under an alias.
 
         Args:
             run: that the file comes from; it must be open.
@@ -153,6 +155,11 @@ class ModelRegistry(Line):
             beside: files that the version keeps in its folder `extra_files`.
             example: input, uint8 [N, rows, columns].
             classes: columns of the output.
+            instead_of: the version that was champion when it was judged. Where another is by now, as another run's may
+                be, this one is challenger.
+
+        Returns:
+            The version, its alias and its description.
 
         Raises:
             RegistryError: the registry cannot be used, or refused.
@@ -167,9 +174,11 @@ class ModelRegistry(Line):
                 about_it = {"run_id": run.id, "tags": dict(tags), "model_id": model.model_id}
                 version = str(self._client.create_model_version(name, model.model_uri, **about_it).version)
         self._client.update_registered_model(name, description=about)
+        if alias == "champion" and (self._aliases(name) or {}).get("champion") not in (instead_of, version):
+            alias, description = "challenger", description + OVERTAKEN
         self._client.set_registered_model_alias(name, alias, version)
         self._client.update_model_version(name, version, description=description)  # last: who has one is whole
-        return version
+        return version, alias, description
 
 
 def _log_model(run: Run, file: Path, beside: Sequence[Path], example: Any, classes: int) -> Any:

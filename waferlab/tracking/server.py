@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from waferlab.errors import ServerError
@@ -50,13 +51,27 @@ class MlflowServer:
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 with urlopen(f"{self.url}/health", timeout=2):
-                    return
+                    if self._listens():
+                        return
             except (URLError, OSError):
-                time.sleep(0.2)
+                pass
+            time.sleep(0.2)
         self._log.seek(0)
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
         self.stop()
         raise ServerError(f"The MLflow server did not start on {self.url}: {' '.join(last) or 'no answer'}")
+
+    def _listens(self) -> bool:
+        """Whether it is this server that answers, not one that another program has started at the same moment."""
+        import psutil
+
+        with suppress(psutil.Error):
+            ours = psutil.Process(self._process.pid)
+            for process in (ours, *ours.children(recursive=True)):
+                with suppress(psutil.Error):
+                    if any(one.laddr and one.laddr.port == self.port for one in process.net_connections("tcp4")):
+                        return True
+        return False
 
     def link(self, experiment_id: str, run_id: str | None = None) -> str:
         """The page of a run, or with all runs of the experiment."""

@@ -59,11 +59,17 @@ class Patience(EarlyStopping):
     """Ends a training that gets no better; while its learning rate is still at the peak, by letting it fall first.
 
     The fall has the share of the training that it would have had at its planned end.
+
+    Args:
+        epochs: that may pass without a better score.
+        best: the score so far of a training that is gone on with, 0..1.
     """
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self, epochs: int, *, best: float | None = None) -> None:
         super().__init__("val_macro_f1", mode="max", patience=epochs)
         self._last_epoch = 0
+        if best is not None:
+            self.best_score = torch.tensor(best)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes up the earlier end of a run that is resumed; the model's own hook, which plans by it, comes after."""

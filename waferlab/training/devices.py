@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, RunError
@@ -123,3 +124,18 @@ class SameStatistics(pl.Callback):
         for name, buffer in pl_module.network.named_buffers():
             if buffer.is_floating_point() and name.rpartition(".")[2].startswith("running_"):
                 buffer.copy_(trainer.strategy.reduce(buffer, reduce_op="mean"))
+
+
+def make_trainer(**options: Any) -> pl.Trainer:
+    """Lightning's Trainer.
+
+    Raises:
+        ConfigError: it refuses the options, such as a device that this machine has not.
+    """
+    try:
+        return pl.Trainer(**options)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"Lightning's Trainer refuses this ({reason}). Look at accelerator, devices, precision and trainer."
+        ) from error
