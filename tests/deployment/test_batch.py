@@ -304,7 +304,7 @@ def test_a_second_ctrl_c_costs_no_row(tmp_path, tiny_npz, monkeypatch):
     monkeypatch.setattr(answer_files, "_keep", interrupted)
     with pytest.raises(KeyboardInterrupt), answer_files.answer_file(tmp_path / "out.csv", CLASS_NAMES) as file:
         for chunk in streaming.stream_wafer_maps(tiny_npz):
-            file.write(chunk, ByShare().predict(chunk.maps))
+            file.write(chunk, ByShare().predict(chunk.maps, coverage=0.9))
             break
         raise KeyboardInterrupt
     assert len((tmp_path / "out.csv.partial").read_text().splitlines()) == 51
