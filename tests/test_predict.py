@@ -19,6 +19,7 @@ from waferlab import command_line
 from waferlab.data.image_files import IMAGE_LEVELS
 from waferlab.data.reading import load_wafer_maps
 from waferlab.deployment.predictor import DEFAULT_MODEL, Predictor
+from waferlab.tracking.registered import fetch_registered
 from waferlab.tracking.runs import make_database
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,3 +187,26 @@ def test_the_hint_to_resume_stays_with_trainings(capsys, monkeypatch):
     assert command_line.run(stop) == 130 and "demo.py --resume" in capsys.readouterr().err
     assert command_line.run(stop, when_stopped="Begin anew.") == 130
     assert capsys.readouterr().err == "\nStopped. Begin anew.\n"
+
+
+def test_a_connection_that_breaks_while_a_model_is_fetched_is_tried_once_more(tmp_path, monkeypatch):
+    tries = []
+
+    class Client:
+        def __init__(self, *_):
+            pass
+
+        def get_model_version_download_uri(self, name, version):
+            return "mlflow-artifacts:/model"
+
+    def download(files, *, dst_path, tracking_uri):
+        tries.append(files)
+        if len(tries) == 1:
+            raise ConnectionError("Remote end closed connection without response")
+        (Path(dst_path) / "model.onnx").touch()
+        return dst_path
+
+    monkeypatch.setattr("mlflow.MlflowClient", Client)
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", download)
+    found = fetch_registered("models:/wafer/3", into=tmp_path, tracking_uri="http://127.0.0.1:1")
+    assert (found.version, found.file, len(tries)) == ("3", tmp_path / "model.onnx", 2)

@@ -89,11 +89,17 @@ def _asked_of_mlflow(uri: str, wanted: re.Match[str], *, into: Path, registry: s
     from mlflow.artifacts import download_artifacts
 
     client = MlflowClient(registry, registry)
-    try:
+
+    def ask() -> tuple[str, Path]:
         version = wanted["version"] or client.get_model_version_by_alias(wanted["name"], wanted["alias"]).version
         # Not by its name: MLflow looks for that in the registry of the environment, whichever it is given here.
         files = client.get_model_version_download_uri(wanted["name"], version)
         return str(version), Path(download_artifacts(files, dst_path=str(into), tracking_uri=registry))
+
+    with contextlib.suppress(Exception):
+        return ask()
+    try:  # again, as a connection may break: MLflow does so itself, but not in a program that also tracks a run
+        return ask()
     except Exception as error:  # the registry's own kinds, a disk's, a network's
         why = without_password(f"{registry} ({in_a_line(error)})")
         raise ModelError(
