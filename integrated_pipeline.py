@@ -217,7 +217,7 @@ class IntegratedMLPipeline:
         self._data: WaferMapDataModule | None = None
         self._starts: dict[str, WaferClassifier] = {}
         self._paces: dict[tuple[str, str | int], float] = {}
-        self._shares_a_training = False  # with other processes
+        self._given, self._shares_a_training = (None, None), False  # maps and split; with other processes
 
     def run_complete_pipeline(self) -> dict[str, Any]:
         """Runs the chain and returns the summary that is also written to experiment_summary.json.
@@ -234,7 +234,7 @@ class IntegratedMLPipeline:
             self.terminal.print_configuration(self.config)
             self.failed, self.problems, self.terminal.seconds = {}, [], {}
             with self.terminal.timed("data"):
-                self.prepare_data(self.maps, self.split)
+                self.prepare_data(*self._given)
             self.config.write_yaml(self.config.results_dir / "config.yaml")
             with self.open_tracking().closing():
                 return self._run(
@@ -327,7 +327,7 @@ class IntegratedMLPipeline:
         """Loads and splits the maps, or takes those that it is given; models and trainings need them."""
         self.maps = maps or load_wafer_maps(**self.config.data_options(), seed=self.config.seed, say=self.say)
         self.split = split or split_maps(self.maps, how=self.config.split, seed=self.config.seed)
-        self._data = None
+        self._given, self._data = (maps, split), None
         self.terminal.print_data(self.maps, self.split)
 
     def data_module(self, batch_size: int | None = None) -> WaferMapDataModule:

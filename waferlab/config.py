@@ -152,7 +152,7 @@ class ExperimentConfig:
             out again only with a fixed number.
         workers: trials side by side, in processes of one thread each; None for as many as there are cores. Neither
             takes more than OMP_NUM_THREADS says, if that is set.
-        trainer: any other argument of Lightning's Trainer, such as {"gradient_clip_val": 1.0}.
+        trainer: most other arguments of Lightning's Trainer, such as {"gradient_clip_val": 1.0}.
         pretrained_wait: seconds to wait for the host of pre-trained weights to answer.
         tune_decision: choose on validation, after training, whether to average over eight views of each map, how far
             to lean to frequent classes, and the temperature of the probabilities (see `decision.py`).
@@ -285,7 +285,7 @@ class ExperimentConfig:
             if name in options:
                 why = f"an option of its own. Write {name}={self.trainer[name]!r} beside trainer=..."
             elif name in TRAINER_IS_OURS:
-                why = "set by the pipeline. Leave it out."
+                why = "the pipeline's own affair. Leave it out."
             raise ConfigError(f"trainer={shortened(dict(self.trainer))}: {name!r} is {why}")
 
     def as_plain(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps
 from waferlab.data.splitting import SPLITS, Split
-from waferlab.tracking.addresses import without_password
+from waferlab.tracking.addresses import address_without_password
 from waferlab.tracking.whole_files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -367,7 +367,7 @@ def _verdict(results: Sequence[ModelResult], best: str) -> str:
 
 def command_line_used() -> str:
     """How this program was started, without the folder it lies in and passwords of addresses."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *map(without_password, sys.argv[1:])])
+    return shlex.join(["python", Path(sys.argv[0]).name, *map(address_without_password, sys.argv[1:])])
 
 
 def environment() -> dict[str, Any]:

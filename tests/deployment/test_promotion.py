@@ -455,10 +455,12 @@ def test_a_registration_that_fails_does_not_end_the_tracking(store, tmp_path):
     assert isinstance(offer(tracking, write_file(tmp_path / "model.onnx"), name="after", run=run), Promotion)
 
 
-@pytest.mark.parametrize(("meanwhile", "alias"), [("1", "champion"), ("2", "champion"), ("3", "challenger")])
+@pytest.mark.parametrize(
+    ("meanwhile", "alias"), [("1", "champion"), ("2", "champion"), (None, "champion"), ("3", "challenger")]
+)
 def test_a_version_that_beat_one_that_is_champion_no_more_is_challenger(monkeypatch, meanwhile, alias):
     class Client:
-        aliases, said = {"champion": meanwhile}, {}
+        aliases, said = {"champion": meanwhile} if meanwhile else {}, {}
 
         def search_model_versions(self, *_, **__):
             return type("Page", (list,), {"token": None})()

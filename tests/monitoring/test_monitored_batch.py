@@ -147,7 +147,7 @@ def test_a_large_batch_is_thinned_by_lot_and_counted_whole(model, monkeypatch):
     assert len(batch.lot_names) == whole.n_lots
 
 
-@pytest.mark.parametrize("lots", [1, 30, 3000])
+@pytest.mark.parametrize("lots", [1, 30, 130, 150, 199, 3000])
 def test_of_a_stream_the_same_maps_are_kept_as_of_all_at_once_and_they_stand_for_all(model, monkeypatch, lots):
     order = np.random.default_rng(1).permutation(3000)
     of_maps, ones = np.arange(3000) % lots, [np.ones((4, 5), np.uint8)] * 100

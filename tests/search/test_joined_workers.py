@@ -260,3 +260,20 @@ def test_a_search_whose_time_is_over_is_that_of_a_leader_that_is_to_come_again(m
     wanted = SimpleNamespace(model="slow", experiment=None, wait=5.0, quiet=True)
     monkeypatch.setattr(workers.time, "sleep", lambda _: ends.update(now=time.time() + 60))
     assert workers.wait_for_search(storage, wanted)[1]["until"] > time.time()
+
+
+def test_a_worker_that_comes_when_the_time_of_a_search_is_over_ends_well(monkeypatch, capsys):
+    attributes = {"search": {"until": time.time() - 1, "config": {}}}
+    storage = SimpleNamespace(
+        get_all_studies=lambda: [SimpleNamespace(study_name="tiny/slow", _study_id=0)],
+        get_study_user_attrs=lambda _: attributes,
+    )
+    monkeypatch.setattr("waferlab.search.database.open_database", lambda *_, **__: storage)
+    monkeypatch.setattr(workers, "COMES_AGAIN", 0.05)
+    monkeypatch.setattr(workers, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(sys, "argv", ["workers", "--storage", "sqlite:///x.db", "--model", "slow", "--quiet"])
+    assert workers.main() == 0
+    assert "The time of that search is over." in capsys.readouterr().out
+    attributes["search"] = {"until": None, "config": {"model_type": ["slow", "lightning_cnn"]}}
+    assert workers.main() == 2
+    assert "The leader also trains slow, which nothing here registers" in capsys.readouterr().err

@@ -53,11 +53,11 @@ def test_an_argument_of_the_trainer_does_its_work(tiny_npz, tmp_path):
         ),
         ({"colour": 1}, "'colour' is no argument of Lightning's Trainer.$"),
         ({"precision": "16-mixed"}, "'precision' is an option of its own. Write precision='16-mixed' beside trainer"),
-        ({"limit_val_batches": 1}, "'limit_val_batches' is set by the pipeline. Leave it out."),
-        ({"check_val_every_n_epoch": 2}, "'check_val_every_n_epoch' is set by the pipeline. Leave it out."),
+        ({"limit_val_batches": 1}, "'limit_val_batches' is the pipeline's own affair. Leave it out."),
+        ({"check_val_every_n_epoch": 2}, "'check_val_every_n_epoch' is the pipeline's own affair. Leave it out."),
         ({"max_epochs": 3}, "'max_epochs' is an option of its own. Write max_epochs=3 beside trainer"),
-        ({"callbacks": []}, "'callbacks' is set by the pipeline"),
-        ({"logger": False, "gradient_clip_val": 1.0}, "'logger' is set by the pipeline"),
+        ({"callbacks": []}, "'callbacks' is the pipeline's own affair"),
+        ({"logger": False, "gradient_clip_val": 1.0}, "'logger' is the pipeline's own affair"),
     ],
 )
 def test_an_argument_that_the_trainer_cannot_be_given_is_answered_with_what_can(trainer, message):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,9 +234,8 @@ def convert_lswmd(path: Path, *, say: Callable[[str], None] = lambda text: None)
     cache = path.with_suffix(".npz")
     if _is_current(cache, path):
         return cache
-    half = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+    half = cache.with_name(f".{cache.name}.{secrets.token_hex(8)}.tmp")  # in containers, process numbers are alike
     try:
-        half.unlink(missing_ok=True)
         file = half.open("xb")  # before the reading, so that a folder that cannot be written to shows at once
     except OSError as error:
         raise PermissionError(

@@ -72,12 +72,11 @@ def split_in_order(maps: WaferMaps, *, seed: int = 0) -> Split:
         DataError: the earlier lots have fewer than two classes, or too few units for three parts; or no class of theirs
             is in the last lots.
     """
-    unknown = maps.groups < 0
-    lots = np.unique(maps.groups[~unknown])
-    if not len(lots):
-        raise DataError(f"{maps.source}: no map's lot is known, so they have no order. Choose split='lots'.")
+    groups = np.arange(len(maps)) if (maps.groups < 0).all() else maps.groups
+    unknown = groups < 0
+    lots = np.unique(groups[~unknown])
     n_last = max(1, round(LAST_LOTS * len(lots)))
-    last = maps.groups >= lots[-n_last]
+    last = groups >= lots[-n_last]
     failing, digests = np.maximum.reduceat(maps.maps_flat, maps.offsets[:-1]) == 2, maps.digests()
     copies = ~last & ~unknown & failing & np.isin(digests, digests[last & failing])
     earlier = np.flatnonzero(~last & ~copies & ~unknown)

@@ -93,7 +93,7 @@ def answer_maps(predictor: Predictor, source: str, *, options: BatchOptions, con
     summary = _summary(predictor, stream, tallies, options=options, seconds=seconds)
     predictions = tallies.predictions() if options.report else None
     if options.report and predictions is None:
-        say("No labelled map was answered: there is no report.")
+        show("No labelled map was answered: there is no report.")
     if predictions is not None:
         summary["report"] = _scores(predictor, predictions, options.coverage)
     written = _write(summary, tallies.least_certain, predictions, options)

@@ -319,7 +319,7 @@ def promote(
             )
     except _RefusedError as refused:
         return NotRegistered(str(refused), candidate and candidate.file)
-    if judgement.alias == "challenger" and judgement.comparison is None:
+    if alias == "challenger" and (judgement.comparison is None or judgement.alias == "champion"):
         verdict += f" To make it champion all the same: {_by_hand(name, version)}"
     return Promotion(
         name=name,

@@ -75,8 +75,9 @@ def build(arguments: argparse.Namespace) -> None:
         there.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{there.name}-", dir=there.parent) as beside:
             shutil.copytree(made, new := Path(beside) / "new")
+            old = Path(beside) / "old"
             if there.exists():
-                os.rename(there, old := Path(beside) / "old")
+                os.rename(there, old)
             try:
                 os.rename(new, there)
             except BaseException:

@@ -76,6 +76,8 @@ class TrainingSeries:
     ) -> None:
         self.config, self.terminal, self.runs, self._train_and_score = config, terminal, runs, train
         self.variants, self.seeds = list(variants), list(dict.fromkeys(seeds))
+        if config.storage is not None:
+            raise ConfigError("storage=... is for one search: each training here has one of its own. Leave it out.")
         total = len(self.variants) * len(self.seeds)
         self.seconds_each = None if config.time_limit is None else TRAINING_SHARE * config.time_limit / total
         if self.seconds_each is not None and self.seconds_each < 1:
@@ -150,7 +152,6 @@ class TrainingSeries:
             seed=seed,
             time_limit=self.seconds_each,
             enable_mlflow=False,
-            storage=None,  # each training has a search of its own, if it has one
             quiet=True,
             output_dir=self._folder(variant, seed),
             pretrained_dir=self.config.generated_weights_dir,

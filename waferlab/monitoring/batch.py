@@ -95,20 +95,20 @@ def read_batch(predictor: Predictor, source: str, *, image_levels: str = "auto")
     numbers: dict[str, int] = {}
     names: list[str] = []
     kept: Sample | None = None
-    keys, of_lots = np.empty(0), []
+    places, keys, every_lot = np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64)  # of those kept; of all
     for maps, lots in _chunks(source, image_levels):
         try:
             some = Sample.of(predictor, maps, _numbered(lots, numbers, names))
         except ValueError as error:
             raise ModelError(str(error)) from error
-        of_lots.append(some.lots)
-        kept, keys = some if kept is None else Sample.joined([kept, some]), np.append(keys, rng.random(len(maps)))
+        kept = some if kept is None else Sample.joined([kept, some])
+        places = np.append(places, len(every_lot) + np.arange(len(maps)))
+        keys, every_lot = np.append(keys, rng.random(len(maps))), np.append(every_lot, some.lots)
         if len(kept) > 2 * MOST_MAPS:
-            left = at_most(kept.lots, MOST_MAPS, keys)
-            kept, keys = kept.select(left), keys[left]
+            left = np.isin(places, at_most(every_lot, MOST_MAPS, keys))
+            kept, places = kept.select(left), places[left]
     assert kept is not None  # a source without a map is refused where it is read
-    every_lot = np.concatenate(of_lots)
-    kept = kept.select(at_most(kept.lots, MOST_MAPS, keys)).standing_for(every_lot)
+    kept = kept.select(np.isin(places, at_most(every_lot, MOST_MAPS, keys))).standing_for(every_lot)
     return Batch(kept, tuple(names), len(every_lot), Path(source).name)
 
 
@@ -158,7 +158,8 @@ def batch_record(predictor: Predictor, reference: Reference, batch: Batch, drift
         "density": {"batch": sample.median_density(), "reference": kept.median_density()},
         "new_grids": _new_grids(kept, sample),
         "odd_lots": [
-            {"lot": batch.lot_names[lot], "maps": int((sample.lots == lot).sum()), "distance": far, "beyond": share}
+            {"lot": batch.lot_names[lot], "maps": round(float(sample.weights[sample.lots == lot].sum())),
+             "distance": far, "beyond": share}
             for lot, far, share in drift.odd_lots
         ],
     }  # fmt: skip
@@ -189,9 +190,12 @@ def _as_p(p: float | None) -> str:
 def _new_grids(reference: Sample, batch: Sample, *, most: int = 8) -> list[str]:
     """Die grids of the batch that the validation part has no map of, the commonest first, with their number of maps."""
     known = set(map(tuple, reference.grids.tolist()))
-    counts = Counter(grid for grid in map(tuple, batch.grids.tolist()) if grid not in known)
+    counts: Counter[tuple[int, int]] = Counter()
+    for grid, weight in zip(map(tuple, batch.grids.tolist()), batch.weights.tolist(), strict=True):
+        if grid not in known:
+            counts[grid] += weight
     rest = f"{len(counts) - most} more" if len(counts) > most else ""
-    listed = [f"{rows} x {columns} ({n:,})" for (rows, columns), n in counts.most_common(most)]
+    listed = [f"{rows} x {columns} ({n:,.0f})" for (rows, columns), n in counts.most_common(most)]
     return [*listed, *([rest] if rest else [])]
 
 

@@ -83,7 +83,7 @@ class Sample:
         return len(np.unique(self.lots))
 
     def select(self, indices: np.ndarray) -> Sample:
-        """The maps at `indices` (int64 [M]), in that order."""
+        """The maps at `indices` (int64 [M] in that order, or bool [N])."""
         return Sample(*(getattr(self, field.name)[indices] for field in fields(self)))
 
     def standing_for(self, lots: np.ndarray) -> Sample:
@@ -244,8 +244,8 @@ def place_in_lot(lots: np.ndarray, keys: np.ndarray) -> np.ndarray:
 def at_most(lots: np.ndarray, limit: int, keys: np.ndarray) -> np.ndarray:
     """int64 [M], sorted, at most so many maps: of all lots while there are no more of these, of each up to as many.
 
-    Which they are the `keys` of the maps say, float64 [N], drawn at random once: so thinning maps as they come leaves
-    the same ones as thinning all of them at the end.
+    Which maps of a lot the `keys` say, float64 [N], drawn at random once; which lots, where there are more of them,
+    their numbers. So of maps that come one after the other, none that was given up is wanted again.
     """
     place = place_in_lot(lots, keys)
     a_lot = int((np.cumsum(np.bincount(place)) <= limit).sum())

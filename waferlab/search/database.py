@@ -32,7 +32,7 @@ from sqlalchemy.exc import (
 from waferlab.errors import ConfigError
 from waferlab.search.study import run_again, seconds_between_signs
 from waferlab.search.trials import lost_and_not_queued
-from waferlab.tracking.addresses import without_password
+from waferlab.tracking.addresses import address_without_password, without_password
 
 PATIENCE = 120.0  # seconds that a database may be away
 LONGEST_PAUSE = 5.0  # seconds between tries
@@ -61,9 +61,9 @@ def open_database(url: str, *, heartbeat: int) -> RDBStorage:
             last = error
             time.sleep(2**attempt / 4)
         except (ImportError, ValueError) as error:  # no driver for it, or no database URL at all
-            raise ConfigError(f"storage={without_password(url)!r} cannot be used ({error}).") from error
+            raise ConfigError(f"storage={address_without_password(url)!r} cannot be used ({error}).") from error
     why = without_password(str(last).strip().splitlines()[0])
-    raise ConfigError(f"storage={without_password(url)!r} cannot be used ({why}). Does the server run?")
+    raise ConfigError(f"storage={address_without_password(url)!r} cannot be used ({why}). Does the server run?")
 
 
 class PatientDatabase(RDBStorage):

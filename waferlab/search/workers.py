@@ -27,6 +27,7 @@ EXAMPLES = """\
   python -m waferlab.search.workers --storage $STORAGE --model my_net --register my_models --data /data/maps.npz
   python -m waferlab.search.workers --storage $STORAGE --model yolo_inspired workers=1 tracking_uri=http://mlflow:5000"""
 LOOK_EVERY = 2.0  # seconds, for a study that is not there yet
+COMES_AGAIN = 60.0  # seconds in which a leader that was cut off is started again, or it is not
 STOPPED = "Its trial runs again, elsewhere or here: start the worker again."
 HERE = {"resume": False, "enable_optuna": True}  # of a worker, whatever the leader's are
 
@@ -73,7 +74,12 @@ def join(arguments: argparse.Namespace) -> None:
     from waferlab.search.database import open_database
     from waferlab.tracking.runs import Run
 
-    name, search = wait_for_search(open_database(arguments.storage, heartbeat=15), arguments)
+    found = wait_for_search(open_database(arguments.storage, heartbeat=15), arguments)
+    if found is None:
+        print("The time of that search is over.", flush=True)
+        return
+    name, search = found
+    check_models(search["config"]["model_type"])
     leaders = {**search["config"], **HERE, "storage": arguments.storage}
     pipeline = story.IntegratedMLPipeline(story.ExperimentConfig(**command_line.options_of(arguments, leaders)))
     pipeline.say(f"joins the search {name}", style="bold")
@@ -96,28 +102,45 @@ def _import(module: str) -> None:
         raise ConfigError(f"--register {module}: {error}. Start the worker where Python finds it.") from error
 
 
-def wait_for_search(storage: Any, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def check_models(names: str | list[str]) -> None:
+    """Raises ConfigError if the leader trains a model, be it after this one, that is not registered here."""
+    from waferlab.models.registry import MODEL_REGISTRY
+
+    listed = [names] if isinstance(names, str) else names
+    if unknown := [name for name in listed if name not in ("all", *MODEL_REGISTRY)]:
+        raise ConfigError(
+            f"The leader also trains {unknown[0]}, which nothing here registers. Name the module that does with "
+            "--register."
+        )
+
+
+def wait_for_search(storage: Any, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
     """The name of the search of a model, and what its leader has left for those who join.
+
+    None if its time is over: at once a leader that was cut off may come again, so that is waited for, but not for long.
 
     Raises:
         ConfigError: none has begun, or there are several.
     """
-    deadline, told = time.monotonic() + arguments.wait, False
+    began, told = time.monotonic(), False
     while True:
-        found = {
+        searches = {
             study.study_name: search
             for study in storage.get_all_studies()
             if (search := storage.get_study_user_attrs(study._study_id).get("search"))
-            and (search["until"] is None or time.time() < search["until"])  # else of a leader that is to come again
             and study.study_name.rpartition("/")[2] == arguments.model
             and arguments.experiment in (None, study.study_name.rpartition("/")[0])
         }
+        found = {name: one for name, one in searches.items() if one["until"] is None or time.time() < one["until"]}
         if len(found) > 1:
             experiments = ", ".join(sorted(name.rpartition("/")[0] for name in found))
             raise ConfigError(f"{arguments.model} is searched in {experiments}. Name one of them with --experiment.")
         if found:
             return next(iter(found.items()))
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if searches and waited > min(arguments.wait, COMES_AGAIN):
+            return None
+        if waited > arguments.wait:
             raise ConfigError(
                 f"No search of {arguments.model} has begun in {arguments.wait:g} s. Start the program that leads it, "
                 "with storage=... of the same database, or wait longer (--wait)."

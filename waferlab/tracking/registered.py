@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from waferlab.errors import ModelError
-from waferlab.tracking.addresses import without_password
+from waferlab.tracking.addresses import address_without_password, without_password
 from waferlab.tracking.line import in_a_line
 
 OURS = "sqlite:///mlflow.db"  # in the folder where a run was started; what a bare `mlflow ui` shows
@@ -101,7 +101,7 @@ def _asked_of_mlflow(uri: str, wanted: re.Match[str], *, into: Path, registry: s
     try:  # again, as a connection may break: MLflow does so itself, but not in a program that also tracks a run
         return ask()
     except Exception as error:  # the registry's own kinds, a disk's, a network's
-        why = without_password(f"{registry} ({in_a_line(error)})")
+        why = without_password(f"{address_without_password(registry)} ({in_a_line(error)})")
         raise ModelError(
             f"--model {uri}: cannot be had from {why}. Registered models are listed by `mlflow ui`; --tracking-uri "
             "names another registry."

@@ -15,7 +15,7 @@ from waferlab.tracking.line import Line, in_a_line
 if TYPE_CHECKING:
     from waferlab.tracking.runs import Run
 
-OVERTAKEN = " Meanwhile another model became champion, which this one was not compared with. So it is challenger."
+OVERTAKEN = " But meanwhile another model became champion, which this one was not compared with: so it is challenger."
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class ModelRegistry(Line):
                 about_it = {"run_id": run.id, "tags": dict(tags), "model_id": model.model_id}
                 version = str(self._client.create_model_version(name, model.model_uri, **about_it).version)
         self._client.update_registered_model(name, description=about)
-        if alias == "champion" and (self._aliases(name) or {}).get("champion") not in (instead_of, version):
+        if alias == "champion" and (self._aliases(name) or {}).get("champion") not in (None, instead_of, version):
             alias, description = "challenger", description + OVERTAKEN
         self._client.set_registered_model_alias(name, alias, version)
         self._client.update_model_version(name, version, description=description)  # last: who has one is whole

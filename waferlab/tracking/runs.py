@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from waferlab.errors import RegistryError
-from waferlab.tracking.addresses import without_password
+from waferlab.tracking.addresses import address_without_password, without_password
 from waferlab.tracking.line import Trouble, in_line
 from waferlab.tracking.processes import still_runs, this_process
 from waferlab.tracking.registry import ModelRegistry, may_pass
@@ -87,7 +87,7 @@ class RunTree(ModelRegistry):
         self._tags, self._runs, self._opening, self._monitor = dict(tags or {}), [], None, None
         self.closed = False
         self._close_at_exit()
-        super().__init__(f"{self.store} at {without_password(self.uri)}", warn)
+        super().__init__(f"{self.store} at {address_without_password(self.uri)}", warn)
 
     def _close_at_exit(self) -> None:
         """Before all that was registered until now."""
