@@ -694,7 +694,7 @@ RECORDS_OF = {
     "inference_champion": ("inference",),
     "set_coverage_real": ("set_coverage",),
     "quick_start": ("start_up",),
-    "search_pays": ("search_pays", "search_pays_wrong", "search_pays_600"),
+    "search_pays": tuple(f"search_pays{of}" for of in ("", "_wrong", "_600", "_real", "_resnet")),
     "runs": ("time_to_f1",),
     "levels": ("time_to_f1",),
     "headline": ("time_to_f1", "label_audit"),
