@@ -95,21 +95,24 @@ def read_batch(predictor: Predictor, source: str, *, image_levels: str = "auto")
     numbers: dict[str, int] = {}
     names: list[str] = []
     kept: Sample | None = None
-    places, keys, every_lot = np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64)  # of those kept; of all
+    places, total = np.empty(0, np.int64), 0  # where those that are kept stood among all
+    keys, lots_of_all = [], []
     for maps, lots in _chunks(source, image_levels):
         try:
             some = Sample.of(predictor, maps, _numbered(lots, numbers, names))
         except ValueError as error:
             raise ModelError(str(error)) from error
         kept = some if kept is None else Sample.joined([kept, some])
-        places = np.append(places, len(every_lot) + np.arange(len(maps)))
-        keys, every_lot = np.append(keys, rng.random(len(maps))), np.append(every_lot, some.lots)
+        places, total = np.append(places, total + np.arange(len(maps))), total + len(maps)
+        keys.append(rng.random(len(maps)))
+        lots_of_all.append(some.lots)
         if len(kept) > 2 * MOST_MAPS:
-            left = np.isin(places, at_most(every_lot, MOST_MAPS, keys))
+            left = np.isin(places, at_most(np.concatenate(lots_of_all), MOST_MAPS, np.concatenate(keys)))
             kept, places = kept.select(left), places[left]
     assert kept is not None  # a source without a map is refused where it is read
-    kept = kept.select(np.isin(places, at_most(every_lot, MOST_MAPS, keys))).standing_for(every_lot)
-    return Batch(kept, tuple(names), len(every_lot), Path(source).name)
+    every_lot = np.concatenate(lots_of_all)
+    kept = kept.select(np.isin(places, at_most(every_lot, MOST_MAPS, np.concatenate(keys)))).standing_for(every_lot)
+    return Batch(kept, tuple(names), total, Path(source).name)
 
 
 def _chunks(source: str, image_levels: str) -> Iterator[tuple[Sequence[np.ndarray], Sequence[str]]]:
