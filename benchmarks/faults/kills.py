@@ -1,8 +1,8 @@
 """Kills programs at random moments, lets them go on, and looks whether anything is lost.
 
 A life: a script is started in an empty folder and killed with SIGKILL at a moment drawn between its first line and its
-last, alone or with its whole process group; every third is killed again while it goes on. Then it goes on with
-`--resume` to its end, and must have ended with status 0, every file whole, no run of MLflow open or twice there, one
+last, alone or with its whole process group, and up to twice again while it goes on. Then it goes on with `--resume` to
+its end, and must have ended with status 0, every file whole, no run of MLflow open or twice there, one
 champion, and, where two unbroken runs end alike, at most one epoch for each kill trained again, the same best trial and
 the same weights, bit for bit. `company.py` has two lives of another kind: of a search with a worker that joined it, and
 of the service.
@@ -78,7 +78,7 @@ def live_unbroken(name: str, given: dict[str, Path], folder: Path) -> dict[str, 
 
 
 def live(name: str, given: dict[str, Path], folder: Path, unbroken: dict[str, Any], draw: Any) -> dict[str, Any]:
-    """A life with a kill or two in it."""
+    """A life with up to three kills in it, each drawn within what is left of the quickest life that nobody ended."""
     if name in TOGETHER:
         life = live_together(name, given, folder, 5.0 if name == "service" else unbroken["seconds"], draw)
         return {"program": name, "killed_at": life["killed"], "kills": len(life["killed"]), "group": name != "service",
@@ -86,17 +86,21 @@ def live(name: str, given: dict[str, Path], folder: Path, unbroken: dict[str, An
     program, killed_at, group = PROGRAMS[name], [], draw.random() < 0.5
     command = program.command(given["data"])
     empty(folder)
-    for turn in range(2 if draw.random() < 1 / 3 else 1):
-        after = draw.uniform(0, unbroken["seconds"])
+    left = unbroken["seconds"]
+    for turn in range(draw.choice((1, 2, 3))):
+        after, began = draw.uniform(0, left), time.monotonic()
         resumed = [*command, "--resume"] if turn else command
         child = start(resumed, folder, folder / "log.txt", first=count_epochs(folder / "epochs"))
-        status = wait(child, after)
-        if status is None:
-            (os.killpg if group else os.kill)(child, signal.SIGKILL)
-            wait(child)
-            killed_at.append(round(after, 2))
-            if not group:
-                end_orphans(child)
+        if wait(child, after) is not None:  # it was quicker
+            if not turn:
+                unbroken["seconds"] = min(unbroken["seconds"], time.monotonic() - began)
+            break
+        (os.killpg if group else os.kill)(child, signal.SIGKILL)
+        wait(child)
+        killed_at.append(round(after, 2))
+        left -= after
+        if not group:
+            end_orphans(child)
     return {"program": name, "killed_at": killed_at, "kills": len(killed_at), "group": group,
             **go_on(program, command, folder, unbroken, len(killed_at))}  # fmt: skip
 
