@@ -17,7 +17,8 @@ EXAMPLES = """\
   python predict.py tomorrow.npz --monitor
   python predict.py --serve --port 8000 --shadow models:/wafer_defect_classifier@challenger"""
 CHAMPION = "models:/wafer_defect_classifier@champion"
-FOR_MAPS = ("output", "report", "explain", "monitor")  # flags that mean nothing to a server
+# Flags that mean nothing to a server.
+FOR_MAPS = ("output", "output_dir", "image_levels", "report", "explain", "monitor", "quiet")
 PORT = 8000
 
 
@@ -43,7 +44,11 @@ def make_parser() -> argparse.ArgumentParser:
         "layout; labels are not needed",
     )  # fmt: skip
     add("--model", default=CHAMPION, metavar="MODEL", help=f"a .onnx file, or models:/name@alias (default {CHAMPION})")
-    add("--tracking-uri", metavar="URI", help="of the registry (default: $MLFLOW_TRACKING_URI, else ./mlflow.db)")
+    add(
+        "--tracking-uri", metavar="URI",
+        help="of the registry (default: $MLFLOW_TRACKING_URI, else ./mlflow.db), and of what --monitor finds (default: "
+        "mlflow.db in the output folder)",
+    )  # fmt: skip
     add("--output", default="predictions.csv", metavar="FILE", help=".csv, .parquet or .jsonl (default %(default)s)")
     add("--output-dir", default=".", metavar="DIR", help="folder for the output and all beside it (default: here)")
     add("--coverage", type=float, default=0.9, help="that prediction sets promise, 0.50 to 0.99 (default 0.9)")
@@ -78,7 +83,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             parser.error(f"--serve takes its maps over HTTP: leave out {arguments.maps}")
         for name in FOR_MAPS:
             if getattr(arguments, name) != parser.get_default(name):
-                parser.error(f"--{name} does not go with --serve: it is about MAPS")
+                parser.error(f"--{name.replace('_', '-')} does not go with --serve: it is about MAPS")
     else:
         if arguments.maps is None:
             parser.error("give MAPS to classify, or --serve")

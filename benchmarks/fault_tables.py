@@ -14,16 +14,17 @@ def kills(record: dict) -> list[str]:
     """A row for each program that was killed."""
     cells = []
     for program, lives in _by(record, lambda life: life["program"]).items():
-        counted = [life["epochs_again"] for life in lives if life["epochs_again"] is not None]
+        again = [life["epochs_again"] / max(life["kills"], 1) for life in lives if life["epochs_again"] is not None]
         cells.append(
             [
                 program, str(sum(life["kills"] for life in lives)), str(len(lives)),
                 str(sum(life["kills"] > 1 for life in lives)), str(sum(life["group"] for life in lives)),
-                str(max(counted, default="-")), _wrong(lives),
+                f"{max(again):.1f}" if again else "-", _wrong(lives),
             ]
         )  # fmt: skip
     return rows(
-        "program, kills, lives, killed twice, whole process group, epochs trained again at most, lives with a problem",
+        "program, kills, lives, killed more than once, whole process group, epochs trained again a kill at most, "
+        "lives with a problem",
         cells,
     )
 

@@ -333,7 +333,8 @@ def comparison(record: dict) -> list[str]:
     table = comparison_markdown(record).strip()
     trials = {run["model_type"]: run["trials"] for run in record["runs"]}
     started = {run["model_type"]: weights_of(run) for run in record["runs"]}
-    names = [(m["model_type"], m["train_seconds"]) for m in record["models"]]
+    equal_epochs = record["budget"].startswith("equal epochs")  # whose seconds are meant to differ
+    names = [(m["model_type"], 1.0 if equal_epochs else m["train_seconds"]) for m in record["models"]]
     unlike = not_ranked([(started[name], seconds, trials[name]) for name, seconds in names])
     if unlike:
         table = table.partition("\n| Models ")[0].strip().replace("**", "")
@@ -646,6 +647,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "champion": champion,
     "comparison_generated": comparison_models,
     "comparison_real": comparison,
+    "comparison_epochs": comparison,
     "idea": table_of_the_idea,
     "ablation": ablation,
     "ablation_few": ablation,
@@ -672,6 +674,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "muon": table_of_recipes,
     "muon_long": table_of_recipes,
     "transfer": transfer,
+    "transfer_cnn": transfer,
     "pruning": pruning,
     "search_pays": search_pays,
     "portfolio": portfolio,

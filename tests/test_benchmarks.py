@@ -275,6 +275,10 @@ def test_rows_of_other_weights_seconds_or_search_are_not_ranked_against_each_oth
         text = "\n".join(readme_tables.comparison(record | {"runs": runs}))
         assert "not ranked against each other" in text
         assert "**" not in text and "better" not in text and record["verdict"] not in text
+    longer = [model | {"train_seconds": 10 * place} for place, model in enumerate(record["models"], start=1)]
+    assert "differ in seconds" in "\n".join(readme_tables.comparison(record | {"models": longer}))
+    by_epochs = readme_tables.comparison(record | {"models": longer, "budget": "equal epochs: at most 10"})
+    assert record["verdict"] in "\n".join(by_epochs)
     assert readme_tables.not_ranked([("a", 100.0, 0), ("a", 105.0, 0)]) is None
     assert "differ in seconds" in readme_tables.not_ranked([("a", 100.0, 0), ("a", 150.0, 0)])
 

@@ -111,7 +111,7 @@ def test_lives_are_counted_by_program_way_and_want():
     lives = [life, life | {"kills": 2, "group": False, "problems": ["one"]}, life | {"program": "service"}]
     lives[-1]["epochs_again"] = None
     assert fault_tables.kills({"lives": lives})[2:] == [
-        "| demo | 3 | 2 | 1 | 1 | 1 | 1 |",
+        "| demo | 3 | 2 | 1 | 1 | 1.0 | 1 |",
         "| service | 1 | 1 | 0 | 1 | - | 0 |",
     ]
     places = [{"program": "demo", "place": place, "problems": []} for place in ("a", "a", "b")]

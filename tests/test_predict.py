@@ -131,6 +131,8 @@ def call(*arguments):
         ((), "give MAPS to classify, or --serve"),
         (("--serve", "maps.npz"), "leave out maps.npz"),
         (("--serve", "--report"), "--report does not go with --serve"),
+        (("--serve", "--image-levels", "binary"), "--image-levels does not go with --serve"),
+        (("--serve", "--quiet"), "--quiet does not go with --serve"),
         (("--serve", "--output", "x.csv"), "--output does not go with --serve"),
         (("maps.npz", "--port", "8001"), "--port is for --serve alone"),
         (("maps.npz", "--shadow", "a.onnx"), "--shadow is for --serve alone"),

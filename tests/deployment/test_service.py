@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from made_up_model import NAMES, ROOT, SERVE, served, wafer, write_model
 from starlette.testclient import TestClient
 
+from waferlab.deployment import service
 from waferlab.deployment.answering import MAX_IN_WORK, PIECE
 from waferlab.deployment.predictor import Predictor
 from waferlab.deployment.request_maps import MAX_BODY, MAX_DIES, MAX_MAPS, RefusedRequest, maps_from_body
@@ -410,7 +411,7 @@ def test_a_host_that_is_none_of_this_machine_is_named_with_its_own_remedy(model,
     def unknown(*_, **__):
         raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr(socket, "create_server", unknown)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(UserError, match=r"no\.such\.host:0 \(Name or service not known\)\. Give another --host"):
         serve(Predictor(model), port=0, host="no.such.host")
 
@@ -419,6 +420,22 @@ def test_a_page_from_elsewhere_that_calls_this_machine_by_its_own_name_is_not_an
     for host, status in (("evil.example", 400), ("evil.example:80", 400), ("localhost", 200), ("127.0.0.1:1", 200)):
         assert httpx.get(f"{server}/ready", headers={"Host": host}).status_code == status
     assert "sha256" not in httpx.get(f"{server}/ready", headers={"Host": "evil.example"}).text
+
+
+@pytest.mark.parametrize("host, alone", [("127.0.0.2", True), ("127.1", True), ("LOCALHOST", True), ("0.0.0.0", False)])
+def test_whether_it_answers_to_its_own_names_alone_does_not_depend_on_how_the_address_is_spelt(
+    model, monkeypatch, host, alone
+):
+    told = []
+
+    def noted(*_, names, **__):
+        told.extend(names)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(service, "create_app", noted)
+    with pytest.raises(UserError, match="enough"):
+        serve(Predictor(model), port=0, host=host)
+    assert ("*" in told) is not alone and (host.lower() in told) is alone
 
 
 def test_names_in_a_challengers_file_command_no_terminal(model, caplog):

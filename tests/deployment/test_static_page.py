@@ -160,6 +160,10 @@ def test_what_somebody_has_put_beside_a_page_is_not_lost(package, tmp_path, monk
     with pytest.raises(ConfigError, match="alone, but CNAME, and is not replaced"):
         static_page.build(arguments)
     (site / "CNAME").unlink()
+    (tmp_path / "answers.js").write_text("mine")
+    with pytest.raises(ConfigError, match=r"answers\.js is a file, and is not replaced"):
+        static_page.build(SimpleNamespace(**vars(arguments) | {"output": tmp_path / "answers.js"}))
+    assert (tmp_path / "answers.js").read_text() == "mine"
     (tmp_path / "link").symlink_to(site)
     before = (site / "index.html").stat().st_ino
     static_page.build(SimpleNamespace(**vars(arguments) | {"output": tmp_path / "link"}))

@@ -1,5 +1,7 @@
 """Promises about monitoring: no more false alarms than it says, and an alarm for each kind of change."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from made_up_lots import make_reference, make_sample
@@ -98,6 +100,11 @@ def test_maps_without_lots_come_with_a_caveat():
     assert found.verdict in (ALARM, NO_ALARM)
     assert "each counts as a lot of its own" in found.caveats[0]
     assert not compared(1).caveats
+    rng = np.random.default_rng(0)
+    reference, batch = make_reference(rng, 60, size=1), make_sample(rng, 10)[0]
+    assert "each counts as a lot of its own" in compare(reference, batch, permutations=9, seed=0).caveats[0]
+    four = replace(reference.sample, weights=np.full(len(reference.sample), 4.0))  # maps a lot, of which one was kept
+    assert not compare(replace(reference, sample=four), batch, permutations=9, seed=0).caveats
 
 
 def test_the_same_batch_has_the_same_answer_in_whatever_order_its_maps_come():

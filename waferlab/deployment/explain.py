@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,12 +43,12 @@ class Explainer:
             self._wanted = np.eye(model.graph.input[-1].type.tensor_type.shape.dim[1].dim_value, dtype=np.float32)
             if len(self._outputs) != len(predictor.class_names) or max(self._outputs) >= len(self._wanted):
                 raise ValueError("it says that other outputs are its answer than it has")
+            self._session = predictor.open(model.SerializeToString())
         except (NoGradientError, ValueError, TypeError, IndexError) as error:
             raise ModelError(
                 f"{predictor.name} cannot be explained: {error}. Leave out --explain, or use a convolutional network "
                 "that was exported by this version."
             ) from error
-        self._session = predictor.open(model.SerializeToString())
 
     def relevance(self, one_map: np.ndarray, class_index: int) -> np.ndarray:
         """How much each die speaks for a class, or against it.
@@ -92,7 +93,8 @@ def explain_maps(
         names: what the maps are called, one each; None for their place.
 
     Returns:
-        The pages: relevance_1.png, relevance_2.png and so on.
+        The pages: relevance_1.png, relevance_2.png and so on; those with a higher number, of an earlier call with more
+        maps, are removed.
 
     Raises:
         ModelError: the network cannot be explained.
@@ -113,7 +115,8 @@ def explain_maps(
         ]
         pages.append(plot_relevance(some, relevance, captions, path=path, title=f"What {predictor.name} looked at"))
     for earlier in {*folder.glob("relevance_*.png")} - {*pages}:  # of more maps
-        earlier.unlink()
+        if re.fullmatch(r"relevance_\d+\.png", earlier.name):
+            earlier.unlink()
     return pages
 
 

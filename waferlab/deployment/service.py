@@ -6,6 +6,7 @@ It listens on this machine alone unless told otherwise, and needs no PyTorch.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import signal
 import socket
@@ -101,11 +102,13 @@ def serve(
     """
     address = f"[{host}]" if ":" in host else host
     try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # Of its own machine alone it answers to its own names alone: a page from elsewhere whose name is made to mean
         # this machine ("DNS rebinding") could read the answers in a browser.
-        names = ("127.0.0.1", "localhost", "[::1]") if host in ("127.0.0.1", "localhost", "::1") else ("*",)
+        _, _, _, _, (listened, *_) = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
+        alone = ipaddress.ip_address(listened.partition("%")[0]).is_loopback
+        names = ("127.0.0.1", "localhost", "[::1]", address.lower()) if alone else ("*",)
         app = create_app(predictor, coverage=coverage, shadow=shadow, names=names)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=128)
         # asyncio forgets this for sockets that it has not made: the body of an answer would wait 40 ms for its head.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

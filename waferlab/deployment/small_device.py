@@ -95,9 +95,9 @@ def maps_of(source: str) -> list[np.ndarray]:
         for one in chunk.maps:
             seen += 1
             if len(kept) < MOST_MAPS:
-                kept.append(one)
+                kept.append(one.copy())  # and not the whole chunk that it is a view of
             elif (place := int(rng.integers(seen))) < MOST_MAPS:
-                kept[place] = one
+                kept[place] = one.copy()
     return kept
 
 

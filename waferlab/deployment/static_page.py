@@ -99,7 +99,9 @@ def check_that_nothing_is_lost(folder: Path) -> None:
         raise ConfigError(f"--output {folder} is the folder that this program runs in. Name a new one.")
     if not folder.exists():
         return
-    inside = {file.name for file in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file, and is not replaced. Name a new folder.")
+    inside = {file.name for file in folder.iterdir()}
     if inside and (inside - OF_A_PAGE or "answers.js" not in inside):
         other = min(inside - OF_A_PAGE, default="index.html")
         raise ConfigError(
@@ -131,7 +133,7 @@ def fetch_runtime(folder: Path) -> Path:
 
 
 def copy_runtime(package: Path, folder: Path) -> None:
-    """The three files that are needed, and the licence.
+    """The three files that are needed.
 
     Raises:
         ConfigError: one is not there.

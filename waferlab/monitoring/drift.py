@@ -293,7 +293,7 @@ def _caveats(batch: Sample, reference: Sample) -> list[str]:
                 f"Not enough lots: the {name} has {side.n_lots}, and a verdict needs {LEAST_LOTS} on either side. Lots "
                 "and not maps are compared, because the maps of a lot are alike."
             )
-        elif side.n_lots == len(side):
+        elif side.n_lots == len(side) and (side.weights == 1).all():  # of each lot one map may be all that was kept
             caveats.append(
                 f"The maps of the {name} name no lots that they share, so each counts as a lot of its own. If they do "
                 "come from common lots, p values are too small and alarms too frequent."
