@@ -183,12 +183,16 @@ def not_ranked(trained: Sequence[tuple[str, float, int]]) -> str | None:
 def brackets(methods: Iterable[str | None]) -> str:
     """What the brackets of a table are, or why there are none."""
     methods = set(methods)
-    if all(interval_holds(method) for method in methods):
-        return f"In brackets: {'; '.join(sorted(methods))}."
-    return (
-        "Without intervals over lots: those of the record were made by an older method, which held the truth less "
+    held = sorted(method for method in methods if interval_holds(method))
+    shown = [f"In brackets: {'; '.join(held)}."] if held else []
+    if len(held) == len(methods):
+        return shown[0]
+    rest = "Other rows stand without" if held else "Without"
+    older = (
+        f"{rest} intervals over lots: those of the record were made by an older method, which held the truth less "
         "often than the 95% it promised."
     )
+    return " ".join([*shown, older])
 
 
 def ratio_text(ratio: dict) -> str:

@@ -298,6 +298,8 @@ def test_intervals_of_the_old_method_are_not_shown_and_those_of_another_are():
     assert measure.score_text(0.9, [0.8, 0.95], "95% Bayesian bootstrap over 48 lots") == "0.900 [0.800, 0.950]"
     assert "older method" in readme_tables.brackets([old])
     assert readme_tables.brackets(["95% of a kind"]) == "In brackets: 95% of a kind."
+    mixed = readme_tables.brackets([old, "95% of a kind"])
+    assert mixed.startswith("In brackets: 95% of a kind. Other rows stand without") and "older method" in mixed
 
 
 def test_the_machine_is_named_as_the_record_has_it():
