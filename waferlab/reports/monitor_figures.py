@@ -34,7 +34,7 @@ def plot_class_mix(mix: Sequence[Record], *, path: str | os.PathLike[str]) -> Pa
         axes.plot(one["estimated"], row, "o", color=BATCH, markeredgecolor="white", markersize=9)
     axes.set_yticks(range(len(mix)), [wrap_name(one["name"], 28) for one in mix])
     axes.set(ylim=(len(mix) - 0.5, -0.5), xlim=(-0.01, None))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     style(axes, "Share of the maps", grid="x")
     hollow = {"color": "white", "markeredgecolor": REFERENCE, "markeredgewidth": 2}
     validation = Line2D([], [], marker="D", linestyle="", label="Validation", **hollow)
@@ -70,7 +70,7 @@ def plot_distributions(
             y = np.concatenate([[0], below / below[-1], [1]])
             axes.step(x, y, where="post", color=colour, linewidth=width)
         axes.set(xlim=(0, end), ylim=(0, 1.01))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         style(axes, label, grid="both")
     first = figure.axes[0]
     first.set_ylabel("Maps at or below", color=INK)
