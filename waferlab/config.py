@@ -30,9 +30,9 @@ TRACKERS = ("mlflow", "wandb")
 PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
 FREE = {"trains": False}  # of a field that a training does not depend on: a resumed one may have another value
 TRAINER_IS_OURS = {
-    "max_epochs", "callbacks", "logger", "plugins", "default_root_dir", "enable_progress_bar", "enable_model_summary",
-    "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones", "limit_val_batches", "overfit_batches",
-    "val_check_interval", "check_val_every_n_epoch", "strategy",
+    "max_epochs", "max_steps", "callbacks", "logger", "plugins", "default_root_dir", "enable_progress_bar",
+    "enable_model_summary", "num_sanity_val_steps", "enable_checkpointing", "fast_dev_run", "barebones",
+    "limit_val_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch", "use_distributed_sampler",
 }  # fmt: skip
 PLACE_AND_MANNER = ("output_dir", "resume", "quiet")
 LONGEST_NAME = 100  # bytes: it becomes a part of longer names
@@ -279,12 +279,13 @@ class ExperimentConfig:
         from lightning.pytorch import Trainer
 
         known, options = set(inspect.signature(Trainer).parameters), {option.name for option in fields(self)}
-        for name in sorted(set(self.trainer) - (known - TRAINER_IS_OURS - options)):
+        ours = TRAINER_IS_OURS | ({"strategy"} if self.device_count() > 1 else set())  # which train with DDP
+        for name in sorted(set(self.trainer) - (known - ours - options)):
             near = difflib.get_close_matches(name, known, 1)
             why = f"no argument of Lightning's Trainer.{f' Did you mean {near[0]!r}?' if near else ''}"
             if name in options:
                 why = f"an option of its own. Write {name}={self.trainer[name]!r} beside trainer=..."
-            elif name in TRAINER_IS_OURS:
+            elif name in ours:
                 why = "the pipeline's own affair. Leave it out."
             raise ConfigError(f"trainer={shortened(dict(self.trainer))}: {name!r} is {why}")
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from made_up import before_training, pipeline, pipeline_in
 
 from waferlab.config import ExperimentConfig
@@ -56,6 +57,8 @@ def test_an_argument_of_the_trainer_does_its_work(tiny_npz, tmp_path):
         ({"limit_val_batches": 1}, "'limit_val_batches' is the pipeline's own affair. Leave it out."),
         ({"check_val_every_n_epoch": 2}, "'check_val_every_n_epoch' is the pipeline's own affair. Leave it out."),
         ({"max_epochs": 3}, "'max_epochs' is an option of its own. Write max_epochs=3 beside trainer"),
+        ({"max_steps": 10}, "'max_steps' is the pipeline's own affair. Leave it out."),
+        ({"use_distributed_sampler": False}, "'use_distributed_sampler' is the pipeline's own affair"),
         ({"callbacks": []}, "'callbacks' is the pipeline's own affair"),
         ({"logger": False, "gradient_clip_val": 1.0}, "'logger' is the pipeline's own affair"),
     ],
@@ -63,6 +66,15 @@ def test_an_argument_of_the_trainer_does_its_work(tiny_npz, tmp_path):
 def test_an_argument_that_the_trainer_cannot_be_given_is_answered_with_what_can(trainer, message):
     with pytest.raises(ConfigError, match=message):
         ExperimentConfig(trainer=trainer)
+
+
+def test_a_strategy_reaches_lightning_on_one_device_and_is_ours_on_several(tiny_npz, tmp_path, monkeypatch):
+    strategy = SingleDeviceStrategy(device="cpu")
+    made = pipeline(tiny_npz, tmp_path, model_type="lightning_cnn", trainer={"strategy": strategy})
+    trainer = before_training(monkeypatch, lambda: made.train_final_model("lightning_cnn")).trainer
+    assert trainer.strategy is strategy
+    with pytest.raises(ConfigError, match="'strategy' is the pipeline's own affair"):
+        ExperimentConfig(trainer={"strategy": "ddp"}, devices=2)
 
 
 # --- a Trainer of one's own

@@ -301,7 +301,8 @@ def hold_folders(*folders: Path) -> Iterator[None]:
         for folder in folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / ".writable", bytes(4096)).unlink()  # a full disk still takes an empty file
+                proof = write_atomically(folder / ".writable", bytes(4096))  # a full disk still takes an empty file
+                proof.unlink(missing_ok=True)  # a program that began at the same moment may have been quicker
             except OSError as error:
                 raise ConfigError(f"{folder} cannot be written ({error}). Choose another output_dir.") from error
             held.enter_context(hold_folder(folder))
