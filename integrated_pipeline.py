@@ -62,7 +62,7 @@ from waferlab.search.portfolio import PORTFOLIOS
 from waferlab.search.study import proposed_by, run_again, study_plots
 from waferlab.search.told import Listener, ToldRuns, ToldTerminal
 from waferlab.search.trial_files import TrialFiles
-from waferlab.search.trials import Validation, pack_answers, take_up, trial_tag
+from waferlab.search.trials import Validation, pack_answers, study_seconds, take_up, trial_tag
 from waferlab.search.workers import workers_for
 from waferlab.terminal import Terminal, quiet_libraries
 from waferlab.tracking.processes import this_process
@@ -293,7 +293,10 @@ class IntegratedMLPipeline:
                         self._start_model_run(name, parent)
                         searched[name] = self.search(name, plan)
         left = [name for name in names if name not in self.failed]
-        by_merit = {"models": len(left), "limit": config.time_limit, "favourite_share": config.favourite_share}
+        in_vain = sum(study_seconds(self.studies[name]) for name in self.failed if name in self.studies)
+        by_merit = dict(
+            models=len(left), limit=(config.time_limit or 0) - in_vain, favourite_share=config.favourite_share
+        )
         for name in left:
             with self._or_a_row(name):
                 self.say(f"\n{name}", style="bold")
@@ -304,8 +307,7 @@ class IntegratedMLPipeline:
                 )  # fmt: skip
         if not trained:
             reasons = "; ".join(f"{name}: {error}" for name, error in self.failed.items())
-            only = next(iter(self.failed.values()))
-            raise only if len(names) == 1 else RunError(f"No model could be trained. {reasons}")
+            raise self.failed[names[0]] if len(names) == 1 else RunError(f"No model could be trained. {reasons}")
         return trained
 
     @contextmanager

@@ -14,8 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 from waferlab import command_line
+from waferlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from waferlab.config import ExperimentConfig
 
 EXAMPLES = """\
   python run_experiment.py --mode comparison
@@ -75,8 +80,8 @@ PRESETS = {
 SERIES, TRAININGS = {"comparison", "ablation"}, PRESETS.keys() - {"pretrain"}
 ONLY_FOR = {  # flags that mean nothing in the other modes
     "data": TRAININGS,
-    "trials": TRAININGS - {"comparison"},  # which does not search
-    "workers": TRAININGS - {"comparison"},
+    "trials": TRAININGS,
+    "workers": TRAININGS,
     "epochs": TRAININGS,
     "split": TRAININGS,
     "seeds": SERIES,
@@ -152,6 +157,7 @@ def run_and_report(arguments: argparse.Namespace) -> None:
     from waferlab.experiments.comparison import compare_architectures
 
     pipeline = IntegratedMLPipeline(ExperimentConfig(**_options(arguments)))
+    _check_flags(arguments, pipeline.config)
     if arguments.mode not in SERIES:
         command_line.run_pipeline(pipeline, start_mlflow=arguments.mlflow_server)
         return
@@ -163,6 +169,18 @@ def run_and_report(arguments: argparse.Namespace) -> None:
             train=train_and_score,
             runs=pipeline.open_tracking(),
             terminal=pipeline.terminal,
+        )
+
+
+def _check_flags(arguments: argparse.Namespace, config: ExperimentConfig) -> None:
+    """Raises ConfigError for a flag that would be without effect, as a file or an OPTION=VALUE says something else."""
+    if not config.enable_optuna and (arguments.trials or arguments.workers):
+        flag = "--trials" if arguments.trials else "--workers"
+        raise ConfigError(f"{flag} is of a search, and there is none: leave it out, or add enable_optuna=true.")
+    if arguments.mode in SERIES and arguments.epochs is not None and config.time_limit is not None:
+        raise ConfigError(
+            f"--epochs {arguments.epochs} beside time_limit={config.time_limit:g}: {arguments.mode} compares at equal "
+            "epochs or at equal time. Leave out one of them."
         )
 
 

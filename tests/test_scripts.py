@@ -116,8 +116,6 @@ def test_flags_of_run_experiment_set_the_field_that_they_name(configured):
         (("--maps", "5"), "--mode demo has no use for --maps: leave it out, or choose --mode pretrain."),
         (("--image-size", "40"), "--mode demo has no use for --image-size"),
         (("--mode", "production", "--seeds", "1"), "or choose --mode ablation or comparison."),
-        (("--mode", "comparison", "--trials", "1"), "--mode comparison has no use for --trials"),
-        (("--mode", "comparison", "--workers", "1"), "--mode comparison has no use for --workers"),
         *((("--mode", "pretrain", flag, "7"), f"--mode pretrain has no use for {flag}") for flag in
           ("--data", "--trials", "--epochs", "--seeds", "--time-limit", "--max-samples-per-class")),
         (("--mode", "pretrain", "--mlflow-server"), "--mode pretrain has no use for --mlflow-server"),
@@ -128,6 +126,20 @@ def test_a_flag_that_a_mode_has_no_use_for_is_refused(arguments, message, capsys
     with pytest.raises(SystemExit) as stop:
         call("run_experiment", *arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trials", 1], "--trials is of a search, and there is none: leave it out, or add enable_optuna=true."),
+        (["--workers", 1], "--workers is of a search"),
+        (["--epochs", 3, "time_limit=60"], "--epochs 3 beside time_limit=60: comparison compares at equal epochs or"),
+    ],
+)
+def test_a_flag_that_an_option_takes_the_effect_of_is_refused(flags, message, tmp_path, capsys):
+    assert call("run_experiment", "--mode", "comparison", *flags, "--output-dir", tmp_path) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(

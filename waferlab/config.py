@@ -37,6 +37,7 @@ TRAINER_IS_OURS = {
 PLACE_AND_MANNER = ("output_dir", "resume", "quiet")
 LONGEST_NAME = 100  # bytes: it becomes a part of longer names
 LARGEST_FILE = 2**20  # bytes of YAML; that of a run has two thousand
+DEEPEST = 20  # levels of lists and mappings in it
 IN_WORDS = {str: "a text", Path: "a text", bool: "true or false", int: "a whole number", type(None): "null"}
 OBJECTIVES = {"macro_f1": "maximize", "latency": "minimize", "parameters": "minimize"}
 
@@ -439,8 +440,6 @@ def _from_yaml(text: str | bytes, *, of: str) -> Any:
 
     try:
         return yaml.load(text, Loader=_yaml_loader())
-    except RecursionError as error:
-        raise ConfigError(f"{of}: lists within lists, too deep to be read.") from error
     except (ValueError, yaml.YAMLError) as error:  # ValueError: 2001-99-99, or a number of thousands of digits
         raise ConfigError(f"{of}: {' '.join(str(error).split())}") from error
 
@@ -448,15 +447,24 @@ def _from_yaml(text: str | bytes, *, of: str) -> Any:
 def _yaml_loader() -> type:
     """PyYAML's safe loader, which takes 1e-3 for a number, too, as YAML 1.2 does.
 
-    It follows no aliases (`*name`): options need none, and a few of them can stand for gigabytes.
+    It follows no aliases (`*name`): options need none, and a few of them can stand for gigabytes. Nor does it go deep:
+    each of many levels costs it more than the one before.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        levels = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError(f"aliases such as *{self.peek_event().anchor} are not read. Write the value.")
-            return super().compose_node(parent, index)
+            if self.levels == DEEPEST:
+                raise yaml.YAMLError(f"lists within lists are not read, from {DEEPEST} deep on. No option needs them.")
+            self.levels += 1
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.levels -= 1
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")

@@ -9,7 +9,7 @@ from made_up_trials import Clock, a_search, a_study, add_trial, trained
 from optuna.trial import TrialState
 
 from integrated_pipeline import IntegratedMLPipeline
-from waferlab.errors import DamagedFileError
+from waferlab.errors import DamagedFileError, SearchFailedError
 from waferlab.search.budget import (
     EPOCHS_FOR_A_SEARCH,
     SearchBudget,
@@ -277,6 +277,22 @@ def test_a_run_hands_out_what_all_searches_left_by_merit(handed, tiny_npz, tmp_p
     left = 180 - 30 - 49.9 - 5
     expected = {"torchvision_resnet": left / 4, "lightning_cnn": left / 2, "yolo_inspired": left / 4}
     assert trainings == pytest.approx(expected)
+
+
+def test_seconds_of_a_search_that_found_nothing_are_not_handed_out_again(handed, tiny_npz, tmp_path, monkeypatch):
+    monkeypatch.setattr(IntegratedMLPipeline, "evaluate", no_scores)
+    names, (_, trainings), search = ["torchvision_resnet", "lightning_cnn"], handed, IntegratedMLPipeline.search
+
+    def one_fails(self, name, plan):
+        if name == "torchvision_resnet":
+            self.studies[name] = a_study(0.5, 0.5, seconds=20.0)
+            raise SearchFailedError("no trial came to its end")
+        return search(self, name, plan)
+
+    monkeypatch.setattr(IntegratedMLPipeline, "search", one_fails)
+    with pytest.raises(BeforeTheScores):
+        searching(tiny_npz, tmp_path, model_type=names, time_limit=180, favourite_share=0.5).run_complete_pipeline()
+    assert trainings == pytest.approx({"lightning_cnn": 180 - 49.9 - 40})
 
 
 def test_without_a_time_limit_neither_search_nor_training_has_one(handed, tiny_npz, tmp_path):

@@ -251,29 +251,67 @@ def test_a_worker_joins_one_search_of_several_models_with_the_leaders_settings_a
     assert asked == [(IntegratedMLPipeline(leader)._fingerprint(), "lightning_cnn", whole, {"leads": False})]
 
 
-def test_a_search_whose_time_is_over_is_that_of_a_leader_that_is_to_come_again(monkeypatch):
-    ends = {"now": time.time() - 1}
-    storage = SimpleNamespace(
-        get_all_studies=lambda: [SimpleNamespace(study_name="tiny/slow", _study_id=0)],
-        get_study_user_attrs=lambda _: {"search": {"until": ends["now"]}},
-    )
-    wanted = SimpleNamespace(model="slow", experiment=None, wait=5.0, quiet=True)
-    monkeypatch.setattr(workers.time, "sleep", lambda _: ends.update(now=time.time() + 60))
-    assert workers.wait_for_search(storage, wanted)[1]["until"] > time.time()
+def a_search_of(model, *, storage, experiment="tiny", until=None, trials=2):
+    """A study whose leader wants so many trials, by the time until."""
+    study = optuna.create_study(study_name=f"{experiment}/{model}", storage=storage)
+    left = {"until": until, "plan": {"trials": trials}, "config": {"model_type": model}}
+    study.set_user_attr("search", left)
+    return study, left
 
 
-def test_a_worker_that_comes_when_the_time_of_a_search_is_over_ends_well(monkeypatch, capsys):
-    attributes = {"search": {"until": time.time() - 1, "config": {}}}
-    storage = SimpleNamespace(
-        get_all_studies=lambda: [SimpleNamespace(study_name="tiny/slow", _study_id=0)],
-        get_study_user_attrs=lambda _: attributes,
-    )
-    monkeypatch.setattr("waferlab.search.database.open_database", lambda *_, **__: storage)
+def wanted_is(model, **more):
+    return SimpleNamespace(**{"model": model, "experiment": None, "wait": 0.2, "quiet": True} | more)
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """A database for searches, at which workers look often."""
     monkeypatch.setattr(workers, "COMES_AGAIN", 0.05)
     monkeypatch.setattr(workers, "LOOK_EVERY", 0.02)
-    monkeypatch.setattr(sys, "argv", ["workers", "--storage", "sqlite:///x.db", "--model", "slow", "--quiet"])
+    return optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'searches.db'}")
+
+
+def test_a_search_whose_time_is_over_is_that_of_a_leader_that_is_to_come_again(searched, monkeypatch):
+    study, left = a_search_of("slow", storage=searched, until=time.time() - 1)
+    comes = {**left, "until": time.time() + 60}
+    monkeypatch.setattr(workers.time, "sleep", lambda _: study.set_user_attr("search", comes))
+    assert workers.wait_for_search(searched, wanted_is("slow", wait=5.0)) == ("tiny/slow", comes)
+
+
+@pytest.mark.parametrize("until", [None, "later"])
+def test_a_search_that_has_its_trials_is_over_though_it_may_have_time_left(searched, until):
+    study, _ = a_search_of("quick", storage=searched, until=until and time.time() + 60)
+    study.optimize(lambda trial: 1.0, n_trials=1)
+    assert workers.wait_for_search(searched, wanted_is("quick"))[0] == "tiny/quick"
+    study.optimize(lambda trial: 1.0, n_trials=1)
+    assert workers.wait_for_search(searched, wanted_is("quick")) is None
+
+
+def test_an_earlier_search_of_the_database_does_not_shorten_the_wait_for_the_next(searched, monkeypatch):
+    a_search_of("slow", storage=searched, experiment="earlier", until=time.time() - 1)
+    looks = iter(range(1000))
+
+    def begins(_):
+        if next(looks) == 5:
+            a_search_of("slow", storage=searched, experiment="next")
+
+    now = iter(range(0, 100_000, 30))  # each look half a minute after the one before
+    monkeypatch.setattr(workers, "COMES_AGAIN", 60.0)
+    monkeypatch.setattr(workers.time, "sleep", begins)
+    monkeypatch.setattr(workers.time, "monotonic", lambda: next(now))
+    assert workers.wait_for_search(searched, wanted_is("slow", wait=600.0))[0] == "next/slow"
+    assert workers.wait_for_search(searched, wanted_is("slow", wait=600.0, experiment="earlier")) is None
+    assert next(now) < 900  # of a search that is named, one does not wait for another
+
+
+def test_a_worker_that_comes_when_a_search_is_over_ends_well(searched, monkeypatch, capsys):
+    study, left = a_search_of("slow", storage=searched, until=time.time() - 1)
+    monkeypatch.setattr("waferlab.search.database.open_database", lambda *_, **__: searched)
+    flags = ["--storage", "sqlite:///x.db", "--model", "slow", "--quiet", "--wait", "0.2"]
+    monkeypatch.setattr(sys, "argv", ["workers", *flags])
     assert workers.main() == 0
-    assert "The time of that search is over." in capsys.readouterr().out
-    attributes["search"] = {"until": None, "config": {"model_type": ["slow", "lightning_cnn"]}}
+    assert "That search is over." in capsys.readouterr().out
+    config = {"model_type": ["slow", "lightning_cnn"]}
+    study.set_user_attr("search", {**left, "until": None, "config": config})
     assert workers.main() == 2
     assert "The leader also trains slow, which nothing here registers" in capsys.readouterr().err

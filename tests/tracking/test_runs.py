@@ -30,7 +30,7 @@ from waferlab.config import ExperimentConfig
 from waferlab.errors import ConfigError, RegistryError, ServerError
 from waferlab.records import code_tags
 from waferlab.tracking.line import in_a_line
-from waferlab.tracking.processes import still_runs, this_process
+from waferlab.tracking.processes import still_runs, this_process, where_numbers_hold
 from waferlab.tracking.registry import may_pass
 from waferlab.tracking.runs import NoRuns, RunTree, make_database
 from waferlab.tracking.server import MlflowServer, _free_port
@@ -722,6 +722,16 @@ def test_a_process_is_known_by_more_than_its_number(monkeypatch):
         patch.setattr("waferlab.tracking.processes.PROC", Path("/none"))
         assert still_runs(this_process()) and not still_runs(mine)
     assert still_runs(f"another-host {number} {started}")  # cannot know: leaves it alone
+
+
+def test_of_a_container_that_has_this_hosts_name_one_cannot_know_which_processes_it_runs(monkeypatch):
+    where_numbers_hold.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("waferlab.tracking.processes.PROC", Path("/none"))  # no namespace: as if there were another
+        place = this_process().partition(" ")[0]
+    where_numbers_hold.cache_clear()
+    _, number, started = this_process().rsplit(" ", 2)
+    assert place != this_process().partition(" ")[0] and still_runs(f"{place} {number} 1{started}")
 
 
 # --- registry

@@ -235,6 +235,14 @@ class _Buffer(_Record):
 
     __slots__ = ()
 
+    def content(self) -> bytes | bytearray:
+        """Its bytes; a number would be a length, as `bytes(10**12)` has it."""
+        match self.arguments:
+            case (bytes(content) | bytearray(content),):
+                return content
+            case _:
+                malformed("a pyarrow buffer that is not one of bytes")
+
 
 class _ArrowArray(_Record):
     """A pyarrow array of strings, called with ((type, length, nulls, offset, buffers, children, dictionary),)."""
@@ -254,15 +262,15 @@ class _ArrowArray(_Record):
                 malformed("a pyarrow array that is not one of strings")
         if kind not in self._OFFSETS or min(length, first) < 0:
             malformed(f"a pyarrow array of type {short(kind)}, length {short(length)}, offset {short(first)}")
-        edges = np.frombuffer(ends.arguments[0], self._OFFSETS[kind])[first : first + length + 1].tolist()
+        edges = np.frombuffer(ends.content(), self._OFFSETS[kind])[first : first + length + 1].tolist()
         if len(edges) != length + 1:
             malformed(f"a pyarrow array of {length} texts with offsets for {len(edges) - 1}")
-        data = bytes(text.arguments[0]) if isinstance(text, _Buffer) else b""
+        data = text.content() if isinstance(text, _Buffer) else b""
         if any(a > b for a, b in pairwise([0, *edges, len(data)])):  # each text would be a copy of all others
             malformed("a pyarrow array whose texts overlap")
         cells: list[str | None] = [data[a:b].decode() for a, b in pairwise(edges)]
         if isinstance(valid, _Buffer):
-            present = np.unpackbits(np.frombuffer(valid.arguments[0], np.uint8), bitorder="little")[first:]
+            present = np.unpackbits(np.frombuffer(valid.content(), np.uint8), bitorder="little")[first:]
             cells = [cell if there else None for cell, there in zip(cells, present[:length], strict=True)]
         return cells
 
@@ -439,6 +447,8 @@ def _blocks(frame: _DataFrame) -> tuple[_Index, list[tuple[Any, Any]]]:
 def _positions(positions: Any, columns: int) -> list[int]:
     """Which of the frame's columns a block has: a slice, or an array of integers."""
     if isinstance(positions, _Slice):
+        if len(positions.arguments) != 3 or not all(isinstance(edge, int | None) for edge in positions.arguments):
+            malformed("a slice of something else than whole numbers")
         return list(range(columns))[slice(*positions.arguments)]
     return [position for position in _cells(positions) if isinstance(position, int) and 0 <= position < columns]
 
@@ -447,6 +457,8 @@ def _columns(frame: _DataFrame) -> dict[str, list[Any]]:
     """The cells of the columns in `COLUMNS`."""
     index, blocks = _blocks(frame)
     names = index.cells()
+    if not all(isinstance(name, str | int) for name in names):
+        malformed("columns whose names are neither texts nor numbers")
     columns: dict[str, list[Any]] = {}
     for values, places in blocks:
         held = [names[position] for position in _positions(places, len(names))]

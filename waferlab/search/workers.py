@@ -14,12 +14,15 @@ import argparse
 import importlib
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from waferlab import command_line
 from waferlab.errors import ConfigError, SearchFailedError
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
     from waferlab.config import ExperimentConfig
 
 EXAMPLES = """\
@@ -76,7 +79,7 @@ def join(arguments: argparse.Namespace) -> None:
 
     found = wait_for_search(open_database(arguments.storage, heartbeat=15), arguments)
     if found is None:
-        print("The time of that search is over.", flush=True)
+        print("That search is over.", flush=True)
         return
     name, search = found
     check_models(search["config"]["model_type"])
@@ -114,31 +117,26 @@ def check_models(names: str | list[str]) -> None:
         )
 
 
-def wait_for_search(storage: Any, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
+def wait_for_search(storage: BaseStorage, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
     """The name of the search of a model, and what its leader has left for those who join.
 
-    None if its time is over: at once a leader that was cut off may come again, so that is waited for, but not for long.
+    None if it is over: at once a leader that was cut off may come again, so that is waited for, but not for long. What
+    was over before may be an earlier one of the same database, unless its experiment is named.
 
     Raises:
         ConfigError: none has begun, or there are several.
     """
     began, told = time.monotonic(), False
     while True:
-        searches = {
-            study.study_name: search
-            for study in storage.get_all_studies()
-            if (search := storage.get_study_user_attrs(study._study_id).get("search"))
-            and study.study_name.rpartition("/")[2] == arguments.model
-            and arguments.experiment in (None, study.study_name.rpartition("/")[0])
-        }
-        found = {name: one for name, one in searches.items() if one["until"] is None or time.time() < one["until"]}
+        searches = searches_of(storage, arguments.model, arguments.experiment)
+        found = {name: search for name, search in searches.items() if goes_on(storage, name, search)}
         if len(found) > 1:
             experiments = ", ".join(sorted(name.rpartition("/")[0] for name in found))
             raise ConfigError(f"{arguments.model} is searched in {experiments}. Name one of them with --experiment.")
         if found:
             return next(iter(found.items()))
         waited = time.monotonic() - began
-        if searches and waited > min(arguments.wait, COMES_AGAIN):
+        if searches and waited > (min(arguments.wait, COMES_AGAIN) if arguments.experiment else arguments.wait):
             return None
         if waited > arguments.wait:
             raise ConfigError(
@@ -149,6 +147,29 @@ def wait_for_search(storage: Any, arguments: argparse.Namespace) -> tuple[str, d
             print(f"waits for a search of {arguments.model} to begin", flush=True)
         told = True
         time.sleep(LOOK_EVERY)
+
+
+def searches_of(storage: BaseStorage, model_type: str, experiment: str | None) -> dict[str, dict[str, Any]]:
+    """What the leaders of all searches of a model have left, by the name of the study; of one experiment, if named."""
+    return {
+        study.study_name: search
+        for study in storage.get_all_studies()
+        if (search := storage.get_study_user_attrs(study._study_id).get("search"))
+        and study.study_name.rpartition("/")[2] == model_type
+        and experiment in (None, study.study_name.rpartition("/")[0])
+    }
+
+
+def goes_on(storage: BaseStorage, name: str, search: Mapping[str, Any]) -> bool:
+    """Whether a search has time left, and trials that have not come to their end."""
+    if search["until"] is not None and time.time() >= search["until"]:
+        return False
+    import optuna
+
+    from waferlab.search.trials import counted_trials
+
+    study = optuna.load_study(study_name=name, storage=storage)
+    return len(counted_trials(study)) < search["plan"]["trials"]
 
 
 if __name__ == "__main__":

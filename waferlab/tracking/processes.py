@@ -22,14 +22,17 @@ def where_numbers_hold() -> str:
 
 
 def this_process() -> str:
-    """Host, process number and start: a number alone may belong to another process tomorrow."""
-    return f"{platform.node()} {os.getpid()} {_start(os.getpid())}"
+    """Host and container, process number and start: a number alone may belong to another process tomorrow."""
+    return f"{platform.node()}/{where_numbers_hold()} {os.getpid()} {_start(os.getpid())}"
 
 
 def still_runs(process: str) -> bool:
-    """Whether a process that `this_process` named may still run; of other hosts one cannot know, so it may."""
-    host, number, started = process.rsplit(" ", 2)
-    return host != platform.node() or _start(int(number)) == started
+    """Whether a process that `this_process` named may still run; one cannot know elsewhere, so there it may.
+
+    Containers of one host may have its name, and see only their own processes.
+    """
+    where, number, started = process.rsplit(" ", 2)
+    return where.rpartition("/")[2] != where_numbers_hold() or _start(int(number)) == started
 
 
 def is_gone(number: int) -> bool:

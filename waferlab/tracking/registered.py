@@ -87,6 +87,9 @@ def _asked_directly(database: Path, wanted: re.Match[str]) -> tuple[str, Path] |
 def _asked_of_mlflow(uri: str, wanted: re.Match[str], *, into: Path, registry: str) -> tuple[str, Path]:
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
+
+    from waferlab.tracking.registry import may_pass
 
     client = MlflowClient(registry, registry)
 
@@ -96,10 +99,13 @@ def _asked_of_mlflow(uri: str, wanted: re.Match[str], *, into: Path, registry: s
         files = client.get_model_version_download_uri(wanted["name"], version)
         return str(version), Path(download_artifacts(files, dst_path=str(into), tracking_uri=registry))
 
-    with contextlib.suppress(Exception):
-        return ask()
-    try:  # again, as a connection may break: MLflow does so itself, but not in a program that also tracks a run
-        return ask()
+    try:
+        try:
+            return ask()
+        except Exception as error:  # a connection may break; MLflow then tries again, but where a run is tracked, too
+            if not (may_pass(error) and MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == 0):
+                raise
+            return ask()
     except Exception as error:  # the registry's own kinds, a disk's, a network's
         why = without_password(f"{address_without_password(registry)} ({in_a_line(error)})")
         raise ModelError(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from waferlab.errors import TrainingDivergedError
+from waferlab.errors import ConfigError, TrainingDivergedError
 from waferlab.training.devices import from_first
 
 DEVICES_APART = 1_000_003  # seeds of the devices of a training; more than it has epochs
@@ -175,6 +175,14 @@ class History(pl.Callback):
                 f"Lower the learning rate (now {pl_module.learning_rate:g}) or set precision='32-true'."
             )
         self.epochs.append({"epoch": trainer.current_epoch + 1, **values, "learning_rate": self._learning_rate})
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Without one epoch there is nothing to record, score or keep."""
+        if not self.epochs:
+            raise ConfigError(
+                "The training ended before its first epoch did. Look at what trainer=... says, such as max_time or "
+                "limit_train_batches."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Epochs and seconds so far, kept in checkpoints."""
