@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from made_up_models import SETS, write_file
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from PIL import Image
 
 import predict
@@ -19,6 +21,7 @@ from waferlab import command_line
 from waferlab.data.image_files import IMAGE_LEVELS
 from waferlab.data.reading import load_wafer_maps
 from waferlab.deployment.predictor import DEFAULT_MODEL, Predictor
+from waferlab.errors import ModelError
 from waferlab.tracking.registered import fetch_registered
 from waferlab.tracking.runs import make_database
 
@@ -100,6 +103,34 @@ def test_a_file_and_a_model_become_rows_a_summary_and_a_picture(model, tiny_npz,
     expected = Predictor(model).predict([whole[i] for i in range(len(whole))], coverage=0.8)
     assert [row["class"] for row in rows(folder / "predictions.csv")] == expected.classes
     assert [row["set"] for row in rows(folder / "predictions.csv")] == ["|".join(s) for s in expected.set_names()]
+
+
+@pytest.mark.parametrize(
+    ("error", "retries", "calls"),
+    [
+        (ConnectionError("reset"), "0", 2),
+        (ConnectionError("reset"), "7", 1),  # MLflow has tried again itself
+        (MlflowException("no such model", RESOURCE_DOES_NOT_EXIST), "0", 1),
+    ],
+)
+def test_a_registry_is_asked_twice_only_if_a_connection_broke_and_mlflow_does_not_do_so(
+    error, retries, calls, tmp_path, monkeypatch
+):
+    asked = []
+
+    class Broken:
+        def __init__(self, *addresses):
+            pass
+
+        def get_model_version_by_alias(self, name, alias):
+            asked.append(name)
+            raise error
+
+    monkeypatch.setattr("mlflow.MlflowClient", Broken)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", retries)
+    with pytest.raises(ModelError, match=r"cannot be had from http://127\.0\.0\.1:9"):
+        fetch_registered("models:/m@champion", into=tmp_path, tracking_uri="http://127.0.0.1:9")
+    assert len(asked) == calls
 
 
 def test_the_registered_champion_answers_where_the_training_ran(model, tmp_path):

@@ -77,6 +77,14 @@ def test_a_strategy_reaches_lightning_on_one_device_and_is_ours_on_several(tiny_
         ExperimentConfig(trainer={"strategy": "ddp"}, devices=2)
 
 
+@pytest.mark.parametrize("trainer", [{"limit_train_batches": 0}, {"max_time": "00:00:00:00"}])
+def test_a_training_that_ends_before_its_first_epoch_does_is_a_sentence(trainer, tiny_npz, tmp_path):
+    made = pipeline(tiny_npz, tmp_path, model_type="lightning_cnn", trainer=trainer)
+    with pytest.raises(ConfigError, match=r"ended before its first epoch did\. Look at what trainer="):
+        made.run_complete_pipeline()
+    assert not (tmp_path / "results" / "tiny" / "experiment_summary.json").exists()
+
+
 # --- a Trainer of one's own
 
 
