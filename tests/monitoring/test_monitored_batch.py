@@ -17,7 +17,8 @@ from waferlab.deployment.predictor import Predictor
 from waferlab.errors import ModelError
 from waferlab.monitoring import batch as monitoring
 from waferlab.monitoring import reference as module
-from waferlab.monitoring.batch import in_lines, monitor_batch, read_batch
+from waferlab.monitoring.batch import batch_record, in_lines, monitor_batch, read_batch
+from waferlab.monitoring.drift import compare
 from waferlab.monitoring.reference import NO_LABEL, Reference, at_most
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,9 +127,29 @@ def test_a_model_without_a_reference_or_with_anothers_is_named(model, tmp_path):
         monitor_batch(predictor, "synthetic", output_dir=tmp_path, tracking_uri=None, say=print)
     narrower = replace(other.sample, features=other.sample.features[:, 1:])
     Reference(narrower, other.labels, other.class_names, other.training_counts).save(tmp_path / "reference.npz")
-    with pytest.raises(ModelError, match="is not of this model"):
+    with pytest.raises(ModelError, match=r"features of each map, .* gives .*: it is another model's"):
         monitor_batch(predictor, "synthetic", output_dir=tmp_path, tracking_uri=None, say=print)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["model.onnx", "reference.npz"]
+
+
+def test_a_model_that_does_not_give_its_features_is_named_before_any_map_is_answered(model):
+    predictor = Predictor(model / "model.onnx")
+    predictor.about.pop("features")
+    with pytest.raises(ModelError, match="does not say where its features are"):
+        Reference.beside(predictor)
+
+
+def test_of_more_lots_than_are_kept_the_figures_are_of_all(model, monkeypatch):
+    predictor, reference = Predictor(model / "model.onnx", threads=1), Reference.load(model / "reference.npz")
+    whole = read_batch(predictor, str(model / "new<grid>.npz"))
+    lots = len(np.unique(whole.sample.lots))
+    monkeypatch.setattr(monitoring, "MOST_MAPS", lots - 2)
+    batch = read_batch(predictor, str(model / "new<grid>.npz"))
+    assert len(batch.sample) == lots - 2 and 0.5 < batch.sample.weights.sum() / whole.maps < 1
+    record = batch_record(predictor, reference, batch, compare(reference, batch.sample))
+    assert f"{whole.maps} maps of {lots} lots" in record["headline"] and record["data"]["lots"] == lots
+    counted = sum(float(text.partition("(")[2].rstrip(")")) for text in record["new_grids"])
+    assert counted == pytest.approx(whole.maps, abs=len(record["new_grids"]))
 
 
 def test_a_page_shows_the_command_as_text_whatever_is_in_it(model, tmp_path, monkeypatch):

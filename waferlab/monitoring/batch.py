@@ -34,7 +34,7 @@ class Batch:
 
     Attributes:
         sample: at most `MOST_MAPS` of them, of all lots while these are no more.
-        lot_names: of the lots 0, 1, ... in the sample.
+        lot_names: of the lots 0, 1, ..., those that are not in the sample among them.
         maps: how many there were.
         source: where they come from, for people.
     """
@@ -68,13 +68,7 @@ def monitor_batch(
     """
     reference = Reference.beside(predictor)
     batch = read_batch(predictor, source, image_levels=image_levels)
-    try:
-        drift = compare(reference, batch.sample)
-    except ValueError as error:
-        raise ModelError(
-            f"The reference beside {predictor.name} is not of this model ({error}). Export the model anew."
-        ) from error
-    record = batch_record(predictor, reference, batch, drift)
+    record = batch_record(predictor, reference, batch, compare(reference, batch.sample))
     for line in in_lines(record):
         say(line)
     page = output_dir / f"monitoring_{re.sub(r'[^A-Za-z0-9._-]+', '_', Path(batch.source).stem) or 'batch'}.html"
@@ -145,7 +139,7 @@ def batch_record(predictor: Predictor, reference: Reference, batch: Batch, drift
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command_line_used(),
         "model": {"name": predictor.name, "kind": _kind(predictor), "sha256": predictor.sha256},
-        "data": {"source": batch.source, "maps": batch.maps, "compared": len(sample), "lots": drift.lots},
+        "data": {"source": batch.source, "maps": batch.maps, "compared": len(sample), "lots": len(batch.lot_names)},
         "reference": {"maps": len(kept), "lots": drift.reference_lots},
         "permutations": PERMUTATIONS,
         "verdict": drift.verdict,
@@ -159,7 +153,7 @@ def batch_record(predictor: Predictor, reference: Reference, batch: Batch, drift
             for i, (name, share) in enumerate(zip(reference.class_names, reference.shares, strict=True))
         ],
         "density": {"batch": sample.median_density(), "reference": kept.median_density()},
-        "new_grids": _new_grids(kept, sample),
+        "new_grids": _new_grids(kept, batch),
         "odd_lots": [
             {"lot": batch.lot_names[lot], "maps": round(float(sample.weights[sample.lots == lot].sum())),
              "distance": far, "beyond": share}
@@ -175,7 +169,8 @@ def _kind(predictor: Predictor) -> str:
 
 
 def _headline(drift: Drift, batch: Batch) -> str:
-    what = f"{batch.maps:,} maps of {drift.lots:,} lot{'' if drift.lots == 1 else 's'}"
+    lots = len(batch.lot_names)
+    what = f"{batch.maps:,} maps of {lots:,} lot{'' if lots == 1 else 's'}"
     if drift.verdict == ALARM:
         why = [f"{one.name.lower()} (p {_as_p(one.p_corrected)})" for one in drift.signals if one.alarms]
         differs = f"What differs: {', '.join(why)}."
@@ -190,11 +185,12 @@ def _as_p(p: float | None) -> str:
     return text if text.startswith("<") else f"= {text}"
 
 
-def _new_grids(reference: Sample, batch: Sample, *, most: int = 8) -> list[str]:
-    """Die grids of the batch that the validation part has no map of, the commonest first, with their number of maps."""
-    known = set(map(tuple, reference.grids.tolist()))
+def _new_grids(reference: Sample, batch: Batch, *, most: int = 8) -> list[str]:
+    """Die grids of the batch that no map of the reference has, the commonest first, with their number of maps."""
+    known, sample = set(map(tuple, reference.grids.tolist())), batch.sample
+    weights = sample.weights * (batch.maps / sample.weights.sum())  # of lots that were given up, too
     counts: Counter[tuple[int, int]] = Counter()
-    for grid, weight in zip(map(tuple, batch.grids.tolist()), batch.weights.tolist(), strict=True):
+    for grid, weight in zip(map(tuple, sample.grids.tolist()), weights.tolist(), strict=True):
         if grid not in known:
             counts[grid] += weight
     rest = f"{len(counts) - most} more" if len(counts) > most else ""

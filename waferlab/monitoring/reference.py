@@ -190,7 +190,7 @@ class Reference:
         """The one that is kept with a model.
 
         Raises:
-            ModelError: there is none, it is damaged, or it is another model's.
+            ModelError: there is none, it is damaged, it is another model's, or this one does not give its features.
         """
         places = [predictor.folder / "extra_files" / REFERENCE_FILE, predictor.folder / REFERENCE_FILE]
         found = next((place for place in places if place.is_file()), None)
@@ -204,6 +204,16 @@ class Reference:
             raise ModelError(
                 f"{found} is about the classes {', '.join(reference.class_names)}, {predictor.name} answers "
                 f"{', '.join(predictor.class_names)}. Give the model its own {REFERENCE_FILE}."
+            )
+        try:
+            _, features = predictor.outputs([np.ones((3, 3), np.uint8)])
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+        widths = features.shape[1], reference.sample.features.shape[1]
+        if widths[0] != widths[1]:
+            raise ModelError(
+                f"{found} holds {widths[1]} features of each map, {predictor.name} gives {widths[0]}: it is another "
+                "model's. Export the model anew."
             )
         return reference
 
