@@ -293,14 +293,12 @@ class IntegratedMLPipeline:
                         self._start_model_run(name, parent)
                         searched[name] = self.search(name, plan)
         left = [name for name in names if name not in self.failed]
-        in_vain = sum(study_seconds(self.studies[name]) for name in self.failed if name in self.studies)
-        by_merit = dict(
-            models=len(left), limit=(config.time_limit or 0) - in_vain, favourite_share=config.favourite_share
-        )
+        spent = sum(study_seconds(self.studies[name]) for name in self.failed if name in self.studies)
+        merit = partial(seconds_by_merit, searches=searched, models=len(left), favourite_share=config.favourite_share)
         for name in left:
             with self._or_a_row(name):
                 self.say(f"\n{name}", style="bold")
-                seconds, found = seconds_by_merit(name, searched, **by_merit) if searched else None, searched.get(name)
+                seconds, found = merit(name, limit=config.time_limit - spent) if searched else None, searched.get(name)
                 trained.append(
                     self.go_on(name, found, seconds=seconds) if found
                     else self.search_and_train(name, parent, plan=plans.get(name), seconds=seconds)

@@ -117,10 +117,10 @@ class Predictor:
         except (KeyError, ValueError, TypeError, RecursionError, OverflowError) as error:
             raise self._unusable(error) from error
         self.about: Mapping[str, str] = {k: v for k, v in about.items() if k not in ("class_names", "prediction_sets")}
-        shape = self._session.get_outputs()[0].shape
+        shape = next((output.shape for output in self._session.get_outputs()), ())  # a graph may have none
         if len(shape) != 2 or shape[1] != len(self.class_names):
             raise ValueError(
-                f"{path} answers {shape} for the {len(self.class_names)} classes that it names. Wanted: "
+                f"{path} answers {shape or 'nothing'} for the {len(self.class_names)} classes that it names. Wanted: "
                 f"[maps, {len(self.class_names)}]. Export the model anew."
             )
 
