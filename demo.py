@@ -8,10 +8,10 @@ import sys
 from waferlab import command_line
 
 EXAMPLES = """\
-  python demo.py                                     one model, about two minutes
-  python demo.py --mode full --start-mlflow          all models, with the MLflow page
+  python demo.py                              # one model, about two minutes
+  python demo.py --mode full --start-mlflow   # all models, with the MLflow page
   python demo.py --mode quick --data my_maps.npz
-  python demo.py --mode quick --resume               go on after Ctrl-C or a crash"""
+  python demo.py --mode quick --resume        # go on after Ctrl-C or a crash"""
 
 EVERY_MODE = dict(
     image_size=32,  # in so little time, seeing more maps is worth more than seeing larger ones

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   python run_experiment.py --mode comparison
-  python run_experiment.py --mode comparison --epochs 20 --seeds 0 1 2       equal epochs instead of equal time
+  python run_experiment.py --mode comparison --epochs 20 --seeds 0 1 2      # equal epochs instead of equal time
   python run_experiment.py --mode ablation --models yolo_inspired
   python run_experiment.py --mode production --data my_maps.npz --time-limit 3600 --mlflow-server
-  python run_experiment.py --mode production --data my_maps.npz --resume     go on after Ctrl-C or a crash
-  python run_experiment.py --mode comparison image_size=48 learning_rate=2e-3     any option of a run
-  python run_experiment.py --mode production --config results/production/config.yaml      as an earlier run was
-  python run_experiment.py --mode pretrain                                   the small CNN, 200,000 maps
-  python run_experiment.py --mode pretrain --models all --image-size 64      a network of every family"""
+  python run_experiment.py --mode production --data my_maps.npz --resume    # go on after Ctrl-C or a crash
+  python run_experiment.py --mode comparison image_size=48 learning_rate=2e-3  # any option of a run
+  python run_experiment.py --mode production --config results/production/config.yaml  # as an earlier run was
+  python run_experiment.py --mode pretrain                                  # the small CNN, 200,000 maps
+  python run_experiment.py --mode pretrain --models all --image-size 64     # a network of every family"""
 
 DEMO = dict(
     experiment_name="experiment_demo",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -95,6 +96,7 @@ def live(
         found += go_on(program, command, folder, unbroken | {"epochs": 10**6}, 1)["problems"]
         if found and keep:
             shutil.copytree(folder, keep / f"{name} {kind} {amount}", dirs_exist_ok=True)
+    said = re.sub(r"#\w+", "", said.replace(str(folder), "."))  # neither this machine's folders nor numbers of runs
     words = [line for line in said.splitlines() if line.strip()][-1:]
     return {"program": name, "kind": kind, "amount": amount, "status": status, "words": words, "problems": found}
 

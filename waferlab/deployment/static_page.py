@@ -26,7 +26,7 @@ from waferlab.errors import ConfigError
 EXAMPLES = """\
   python -m waferlab.deployment.static_page
   python -m waferlab.deployment.static_page --model checkpoints/demo_ultra/lightning_cnn/model.onnx --output site
-  python -m waferlab.deployment.static_page --onnxruntime-web node_modules/onnxruntime-web      without npm"""
+  python -m waferlab.deployment.static_page --onnxruntime-web node_modules/onnxruntime-web   # without npm"""
 HERE = Path(__file__).parent
 RUNTIME = "onnxruntime-web@1.30.0"
 OF_A_PAGE = {"index.html", "answers.js", "about.json", "model.onnx", "onnxruntime"}

@@ -18,7 +18,7 @@ from waferlab import command_line
 from waferlab.errors import ConfigError, RunError
 
 EXAMPLES = """\
-  python -m waferlab.search.ray_workers --workers 2 --storage $STORAGE --model lightning_cnn      on this machine
+  python -m waferlab.search.ray_workers --workers 2 --storage $STORAGE --model lightning_cnn   # on this machine
   python -m waferlab.search.ray_workers --workers 8 --gpus 1 --address auto --storage $STORAGE --model yolo_inspired
   python -m waferlab.search.ray_workers --workers 4 --cpus 2 --address ray://head:10001 --storage $STORAGE \\
       --model my_net --register my_models --data /data/maps.npz"""
