@@ -171,7 +171,7 @@ register_model(
 # Adding an architecture is this one call.
 register_model(
     "vision_transformer",
-    torchvision_spec(fixed={"architecture": "vit_b_16"}, defaults={"learning_rate": 1e-3, "dropout": 0.2}),
+    torchvision_spec(fixed={"architecture": "vit_b_16"}, defaults={"learning_rate": 1e-3, "dropout": 0.2}, patch=8),
 )
 
 FORWARD_SHARE = 0.35  # of the time of a training step is that of an answer, which validation needs

@@ -77,6 +77,19 @@ PRESETS = {
     "ablation": ABLATION,
     "pretrain": PRETRAIN,
 }
+# What would be without effect, and why.
+ENDS_EARLY = dict.fromkeys(("max_epochs", "early_stopping_patience"), "gives each training its seconds; see --epochs")
+OF_SERIES = {
+    "comparison": {"seed": "takes --seeds"},
+    "ablation": {"seed": "takes --seeds"}
+    | dict.fromkeys(
+        ("use_pretrained", "data_augmentation", "class_balancing", "enable_optuna"), "switches it on and off itself"
+    ),
+}
+PRETRAIN_HEEDS = {
+    "model_type", "image_size", "seed", "learning_rate", "accelerator", "devices", "precision", "threads", "trainer",
+    "accumulate_grad_batches", "output_dir", "pretrained_dir", "resume", "quiet",
+}  # fmt: skip
 SERIES, TRAININGS = {"comparison", "ablation"}, PRESETS.keys() - {"pretrain"}
 ONLY_FOR = {  # flags that mean nothing in the other modes
     "data": TRAININGS,
@@ -177,11 +190,18 @@ def _check_flags(arguments: argparse.Namespace, config: ExperimentConfig) -> Non
     if not config.enable_optuna and (arguments.trials or arguments.workers):
         flag = "--trials" if arguments.trials else "--workers"
         raise ConfigError(f"{flag} is of a search, and there is none: leave it out, or add enable_optuna=true.")
-    if arguments.mode in SERIES and arguments.epochs is not None and config.time_limit is not None:
+    if arguments.mode not in SERIES:
+        return
+    mode, usual = arguments.mode, type(config)(**PRESETS[arguments.mode])
+    if arguments.epochs is not None and config.time_limit is not None:
         raise ConfigError(
-            f"--epochs {arguments.epochs} beside time_limit={config.time_limit:g}: {arguments.mode} compares at equal "
-            "epochs or at equal time. Leave out one of them."
+            f"--epochs {arguments.epochs} beside time_limit={config.time_limit:g}: {mode} compares at equal epochs or "
+            "at equal time. Leave out one of them."
         )
+    for name in OF_SERIES[mode] | (ENDS_EARLY if config.time_limit is not None else {}):
+        if (value := getattr(config, name)) != getattr(usual, name):
+            why = (OF_SERIES[mode] | ENDS_EARLY)[name]
+            raise ConfigError(f"{name}={value}: {mode} {why}. Leave it out.")
 
 
 def pretrain_all(arguments: argparse.Namespace) -> None:
@@ -190,6 +210,9 @@ def pretrain_all(arguments: argparse.Namespace) -> None:
     from waferlab.training.checkpoints import hold_folders
     from waferlab.training.pretraining import DEFAULT_MAPS, pretrain
 
+    for option in arguments.options:
+        if (name := option.partition("=")[0].strip()) not in PRETRAIN_HEEDS:
+            raise ConfigError(f"{option}: --mode pretrain has no use for {name}. Leave it out.")
     config = ExperimentConfig(**_options(arguments) | {"use_pretrained": False})
     pipeline = IntegratedMLPipeline(config)
     with hold_folders(config.generated_weights_dir):

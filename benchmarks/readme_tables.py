@@ -33,10 +33,12 @@ from speed_of_light import table_of_shares
 from time_to_f1 import grouped, longest, machine_of, mean_and_deviation, score_of_seeds, table_of_levels, table_of_runs
 from workers import table_of_workers
 
+sys.path.insert(0, str(ROOT))
+from waferlab.reports.tables import not_ranked
+
 RESULTS = ROOT / "benchmarks/results"
 PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/guide/index.md", "benchmarks/README.md"))
 DIFFERENCE = "paired by seed, in brackets its interval, corrected for the number of differences of the network"
-LONGER = 1.1  # times: trainings that differ more in their seconds are not ranked against each other
 
 
 def main() -> int:
@@ -167,17 +169,6 @@ def search_text(trials: Sequence[int]) -> str:
         return "no search"
     few, many = min(trials), max(trials)
     return f"searches of {few if few == many else f'{few} to {many}'} trials"
-
-
-def not_ranked(trained: Sequence[tuple[str, float, int]]) -> str | None:
-    """Why rows, each with its weights, seconds and trials, are not ranked against each other; None if they may be."""
-    weights, seconds, trials = zip(*trained, strict=True)
-    reasons = [
-        *(["weights"] if len(set(weights)) > 1 else []),
-        *(["seconds"] if max(seconds) > LONGER * min(seconds) else []),
-        *(["search"] if (min(trials) == 0) != (max(trials) == 0) else []),
-    ]
-    return f"The rows are not ranked against each other: they differ in {' and '.join(reasons)}." if reasons else None
 
 
 def brackets(methods: Iterable[str | None]) -> str:

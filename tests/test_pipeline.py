@@ -81,7 +81,6 @@ def test_the_cards_code_answers_with_the_file_that_was_not_registered_or_loads_t
     assert summary["registered"] is None and summary["model_file"] == "model.onnx"
     assert run_the_code_of(pipeline.config.results_dir / "MODEL_CARD.md")["answers"].classes[0] in CLASS_NAMES
     card, _ = write_model_card(summary | {"model_file": None}, folder=tmp_path)
-    monkeypatch.chdir(pipeline.config.results_dir)
     best = next(m for m in summary["models"] if m["model_type"] == summary["best_model"])
     assert sum(p.numel() for p in run_the_code_of(card)["model"].network.parameters()) == best["n_parameters"]
 

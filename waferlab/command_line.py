@@ -56,6 +56,8 @@ class Several(argparse.Action):
             setattr(namespace, self.dest, [self._each(value) for value in values if "=" not in value])
         except ValueError as error:
             parser.error(f"argument {flag}: {error}")
+        if not getattr(namespace, self.dest):
+            parser.error(f"argument {flag}: expected at least one value")
         after = [value for value in values if "=" in value]
         namespace.options_after_flags = [*getattr(namespace, "options_after_flags", []), *after]
 

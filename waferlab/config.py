@@ -26,6 +26,11 @@ from waferlab.tracking.whole_files import write_atomically
 
 SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # of Lightning's Trainer, as the next
+PRECISIONS = (
+    "auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64",
+    "transformer-engine", "transformer-engine-float16",
+)  # fmt: skip
 TRACKERS = ("mlflow", "wandb")
 PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
 FREE = {"trains": False}  # of a field that a training does not depend on: a resumed one may have another value
@@ -217,6 +222,9 @@ class ExperimentConfig:
         hints = get_type_hints(type(self))
         for option in fields(self):
             self._check(option, hints[option.name])
+        for name, known in (("accelerator", ACCELERATORS), ("precision", PRECISIONS)):
+            if str(getattr(self, name)) not in known:
+                raise ConfigError(f"{name}={shortened(getattr(self, name))} is unknown. Allowed: {', '.join(known)}.")
         self._check_devices()
         self._check_trainer()
         if self.tracker == "wandb" and self.enable_mlflow and find_spec("wandb") is None:
@@ -234,7 +242,8 @@ class ExperimentConfig:
                 f"experiment_name={shortened(name)} names a folder: use letters, digits, '_', '-' and inner dots, at "
                 f"most {LONGEST_NAME}."
             )
-        self.model_types()
+        for name in self.model_types():
+            find_model(name).check_size(name, self.image_size)
 
     def _check(self, option: Field, hint: Any) -> None:
         """Against the range or the choices that stand at the field, or else its type."""

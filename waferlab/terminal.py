@@ -155,7 +155,8 @@ class Terminal:
             )
         out = Console(highlight=False) if self.quiet else self.console
         out.print()
-        out.print(InColumns(results_table(comparison_rows(results)), title="Model comparison"))
+        table = results_table(comparison_rows(results), chosen=summary["best_model"])
+        out.print(InColumns(table, title="Model comparison"))
         for best in (result for result in results if result.model_type == summary["best_model"] and result.sets):
             self.say(f"{best.model_type}: {sets_in_short(best.sets)}")
         spent = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary["seconds"].items())

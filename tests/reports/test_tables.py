@@ -134,7 +134,7 @@ def test_a_table_too_wide_for_the_terminal_comes_in_parts_with_the_name_in_each_
 
 def test_the_comparison_is_the_same_in_markdown_as_on_the_terminal():
     odd = {"model_type": "vit|small<b>", "macro_f1": 0.9}
-    lines = table_markdown(results_table([*RESULTS, odd])).splitlines()
+    lines = table_markdown(results_table([*RESULTS, odd], chosen=odd["model_type"])).splitlines()
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
     assert lines[4] == "| torchvision_efficientnet | 0.881 | 0.851 [0.831, 0.866] | 2.4M | 41 | 1.25 |"
     assert lines[6] == "| **vit\\|small&lt;b&gt;** | **-** | **0.900** | **-** | **-** | **-** |"

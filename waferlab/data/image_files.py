@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from waferlab.data.maps import CLASS_NAMES, MAX_MAP_SIDE
 from waferlab.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 IMAGE_SUFFIXES = {".png", ".bmp", ".jpg", ".jpeg", ".tif", ".tiff"}
 IMAGE_FORMATS = ("PNG", "BMP", "JPEG", "TIFF")  # of Pillow, which would try all that it knows, whatever the suffix
 IMAGE_LEVELS = ("auto", "three", "binary")
 IMAGES_LOOKED_AT = 256  # to find out how a folder is to be read
+GREYS = ("1", "L", "LA", "P", "RGB", "RGBA")  # kinds of Pillow that may hold grey levels of 8 bits
+COLOURED = 16  # between the channels of a pixel: JPEG brings small differences into what was grey
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -53,25 +59,40 @@ def read_image(path: Path, levels: str) -> np.ndarray:
     """The map, uint8 [rows, columns], that an image shows; `levels` is "three" or "binary".
 
     Raises:
-        DataError: it is no image, or larger than a map may be.
+        DataError: it is no image, larger than a map may be, coloured, or of other levels than these.
     """
     return _three_levels(_read_grey(path)) if levels == "three" else _two_levels(_read_grey(path))
 
 
 def _read_grey(path: Path) -> np.ndarray:
-    from PIL import Image
+    import PIL.Image
 
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with PIL.Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > MAX_MAP_SIDE:
                 raise DataError(
                     f"{path}: {image.size[0]}x{image.size[1]} pixels. At most {MAX_MAP_SIDE}: a pixel a die."
                 )
-            return np.asarray(image.convert("L"))
+            return _grey_levels(path, image)
     except DataError:
         raise
     except Exception as error:  # each of Pillow's readers has kinds of its own for a damaged file
         raise DataError(f"{path}: not a readable image ({error}). Remove it or save it as .png.") from error
+
+
+def _grey_levels(path: Path, image: Image) -> np.ndarray:
+    """uint8 [rows, columns]; what would be read as something that it does not show is refused."""
+    save = "Save it in grey, 8 bits a pixel: 0 no die, 128 pass, 255 fail."
+    if image.mode not in GREYS:
+        raise DataError(f"{path}: its pixels are of the kind {image.mode}. {save}")
+    if image.mode in ("P", "RGB", "RGBA"):
+        channels = np.asarray(image.convert("RGB"))
+        if np.ptp(channels, axis=2).max() > COLOURED:
+            raise DataError(f"{path}: is in colours, and which of them means a failing die is not known. {save}")
+    grey = np.asarray(image.convert("L"))
+    if 0 < (brightest := int(grey.max())) < 64:
+        raise DataError(f"{path}: its brightest pixel is {brightest} of 255, so no die in it passes or fails. {save}")
+    return grey
 
 
 def _three_levels(grey: np.ndarray) -> np.ndarray:

@@ -416,7 +416,7 @@ def _load_records(path: Path) -> _DataFrame:
         _check_sizes(path)
         with path.open("rb", buffering=1 << 20) as file:
             root = _ListedUnpickler(file, encoding="latin1").load()  # latin1: how Python 2 wrote bytes, one to one
-    except (ValueError, OSError):
+    except (ValueError, OSError, MemoryError):
         raise
     except Exception as error:
         # The stream decides which exception a damaged or hostile pickle ends in, so any of them means just that.

@@ -119,6 +119,8 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except _TooLargeError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # zipfile, zlib and numpy each raise their own kinds on a damaged or pickled file
         raise ValueError(f"{path}: cannot be read as an .npz without pickles. Save it with numpy.savez.") from error
 

@@ -90,7 +90,10 @@ def split_in_order(maps: WaferMaps, *, seed: int = 0) -> Split:
             "on. Choose split='lots', or bring the lots into their order."
         )
     share = f"{len(test) / len(maps):.0%} of the maps"
-    notes = [f"Test: the last {n_last:,} of {len(lots):,} lots, {share}; no lot or map of them is before."]
+    notes = [
+        f"Test: the last {n_last:,} of {len(lots):,} lots, {share}; none of them lies before, nor a copy of a "
+        "map with a failing die."
+    ]
     if copies.any():
         notes.append(f"{copies.sum():,} earlier maps are in no part: the test part has a copy of each.")
     if unknown.any():

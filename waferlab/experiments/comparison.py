@@ -18,7 +18,12 @@ from waferlab.evaluation.statistics import (
 )
 from waferlab.experiments.series import TrainingSeries, Variant, head, publish
 from waferlab.reports.experiment_figures import plot_critical_difference, plot_seed_comparison, plot_trade_offs
-from waferlab.reports.tables import differences_table, models_table
+from waferlab.reports.tables import differences_table, models_table, not_ranked
+
+SAME_START = (
+    "Compare with use_pretrained=false, or with weights of generated maps for each (run_experiment.py --mode pretrain "
+    "--models all)."
+)
 
 
 def compare_architectures(config: ExperimentConfig, *, seeds: Sequence[int], **means: Any) -> dict[str, Any]:
@@ -34,7 +39,8 @@ def compare_architectures(config: ExperimentConfig, *, seeds: Sequence[int], **m
     series.terminal.say(f"Comparison of {len(variants)} architectures, {len(series.seeds)} seeds; {series.budget()}")
     with series.open():
         record = _record(series, series.train_all())
-        draw = (plot_critical_difference, plot_seed_comparison, plot_trade_offs)
+        draw = (plot_seed_comparison, plot_trade_offs)
+        draw = draw if record["not_ranked"] else (plot_critical_difference, *draw)
         tables = [models_table(record), *([differences_table(record)] if record["differences"] else [])]
         publish(series, record, draw, tables=tables)
     return record
@@ -45,10 +51,14 @@ def _record(series: TrainingSeries, records: Sequence[Mapping[str, Any]]) -> dic
     seeds_of = {name: set(scores_by_seed(records, name)) for name in config.model_types()}
     models = [_model_row(records, name) for name, seeds in seeds_of.items() if seeds]
     pairs = [(a, b) for a, b in itertools.combinations(seeds_of, 2) if seeds_of[a] & seeds_of[b]]
-    differences = paired_differences(records, pairs)
+    trained = [(run["starting_weights"]["kind"], 1.0, run["trials"]) for run in records]  # in equal seconds or epochs
+    apart = not_ranked(trained) if len(models) > 1 else None
+    differences = [] if apart else paired_differences(records, pairs)
+    verdict = f"{apart} {SAME_START}" if apart else _comparison_verdict(models, differences)
     return {
         **head(config, "comparison", series, records),
-        "verdict": f"{_comparison_verdict(models, differences)} {series.failures()}".strip(),
+        "verdict": f"{verdict} {series.failures()}".strip(),
+        "not_ranked": apart,
         "runs": records,
         "models": models,
         "interval_method": INTERVAL_METHOD,

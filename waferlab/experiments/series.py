@@ -100,6 +100,8 @@ class TrainingSeries:
     def open(self) -> Iterator[None]:
         """Holds the folder and opens the series' run; however the block ends, the tree is closed accordingly."""
         with hold_folders(self.config.results_dir), self.runs.closing():
+            if not self.config.resume:  # else a later --resume would take them for its own
+                shutil.rmtree(self.config.results_dir / "runs", ignore_errors=True)
             self.config.write_yaml(self.config.results_dir / "config.yaml")
             self.run_above = self.runs.start(self.config.experiment_name, key=self._fingerprint(self.config))
             self.runs.tags(self.run_above, budget=self.budget())
@@ -172,7 +174,7 @@ class TrainingSeries:
             return None
         record = json.loads(file.read_text())
         same = record["fingerprint"] == self._fingerprint(self._variant_config(variant, seed))
-        return record if same else None
+        return record if same and record["split"] == self._data_of(seed)[1].fingerprint else None
 
     def _train(self, variant: Variant, seed: int) -> dict[str, Any]:
         config, folder = self._variant_config(variant, seed), self._folder(variant, seed)

@@ -44,6 +44,7 @@ class ModelSpec:
             all that is searched, but for what is not asked for and so not named. Its learning rate belongs to a start
             with the default one. None for an architecture that has not been tuned: see `OTHER_RATES`.
         in_all: whether model_type="all" means it too; the others are chosen by name.
+        patch: pixels of the patches that it cuts images into, whose side has to be a multiple.
     """
 
     model: type[WaferClassifier]
@@ -52,6 +53,16 @@ class ModelSpec:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     portfolio: Sequence[Mapping[str, Any]] | None = None
     in_all: bool = False
+    patch: int = 1
+
+    def check_size(self, name: str, image_size: int) -> None:
+        """Raises ConfigError if it cannot take images of this side."""
+        if rest := image_size % self.patch:
+            low = image_size - rest
+            raise ConfigError(
+                f"image_size={image_size}: {name} cuts images into patches of {self.patch} pixels. Choose {low} or "
+                f"{low + self.patch}."
+            )
 
     def parameters(self) -> dict[str, Any]:
         """The parameters that may be chosen, with their defaults: those of the class and its parents."""

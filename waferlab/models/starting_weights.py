@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from waferlab.errors import WeightsUnavailableError
 from waferlab.models.classifier import WaferClassifier
 from waferlab.records import StartingWeights
 from waferlab.tracking.whole_files import write_atomically
+
+ASK_AGAIN = 600.0  # seconds: a host that does not answer costs its wait once, not at the start of every training
+_in_vain: dict[str, tuple[float, WeightsUnavailableError]] = {}  # when an address was asked, and what became of it
 
 
 def start_from(
@@ -107,7 +111,13 @@ def fetch_weights(url: str, file: Path, *, wait: float, hash_prefix: str | None 
         torch.hub.download_url_to_file(url, str(file), hash_prefix=hash_prefix, progress=False)
         return True
 
-    within(wait, host_answers, what=f"{file.name} is not in the cache and its host does not answer")
+    if url in _in_vain and time.monotonic() - _in_vain[url][0] < ASK_AGAIN:
+        raise _in_vain[url][1]
+    try:
+        within(wait, host_answers, what=f"{file.name} is not in the cache and its host does not answer")
+    except WeightsUnavailableError as error:
+        _in_vain[url] = time.monotonic(), error
+        raise
     within(120, download, what=f"{file.name} could not be downloaded")
     return file
 

@@ -32,6 +32,7 @@ COSTS = {  # by heading: key and form
     "Latency (ms)": ("latency_ms", "{:,.2f}"),
 }
 # What Markdown would read as its own: signs anywhere, and the beginnings of lists, headings, rules and definitions.
+LONGER = 1.1  # times: trainings that differ more in their seconds are not ranked against each other
 SIGNS = re.compile(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])|(?<=\])[(:]")
 BEGINNINGS = re.compile(r"^\d*(?=[.)](?: |$)|[-+#=][ #=+-]|[+#=]$|\[)")
 
@@ -229,12 +230,13 @@ def comparison_rows(results: Sequence[ModelResult]) -> list[dict[str, Any]]:
     ]
 
 
-def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """The models of a run; the best macro F1 in bold, what was not measured as a dash.
+def results_table(results: Sequence[Mapping[str, Any]], *, chosen: str | None = None) -> Table:
+    """The models of a run; the one that validation chose in bold, what was not measured as a dash.
 
     Args:
         results: a dict for each model with model_type and any of accuracy, macro_f1, macro_f1_interval, n_parameters,
             train_seconds, latency_ms.
+        chosen: a model_type among them.
     """
     rows = [
         [
@@ -248,7 +250,8 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
         for result in results
     ]
     headings = ("Model", "Accuracy", "Macro F1\n[95% interval]", "Params", "Time\n(s)", "Latency\n(ms)")
-    return Table(headings, rows, best=best_row([result.get("macro_f1") for result in results]))
+    names = [result["model_type"] for result in results]
+    return Table(headings, rows, best=names.index(chosen) if chosen in names and len(names) > 1 else None)
 
 
 def models_table(record: Record) -> Table:
@@ -270,7 +273,20 @@ def models_table(record: Record) -> Table:
     one = "no interval: it takes more than one seed"
     brackets = f"in brackets: {record['interval_method']}" if any(model["interval"] for model in models) else one
     note = f"All scores are of the test part, means over seeds; SD: standard deviation over seeds; {brackets}."
+    if apart := record.get("not_ranked"):
+        return Table(headings, rows, note=f"{note} {apart}")
     return Table(headings, rows, best=best_row([model["mean"] for model in models]), note=note)
+
+
+def not_ranked(trained: Sequence[tuple[str, float, int]]) -> str | None:
+    """Why rows, each with its weights, seconds and trials, are not ranked against each other; None if they may be."""
+    weights, seconds, trials = zip(*trained, strict=True)
+    reasons = [
+        *(["weights"] if len(set(weights)) > 1 else []),
+        *(["seconds"] if max(seconds) > LONGER * min(seconds) else []),
+        *(["search"] if (min(trials) == 0) != (max(trials) == 0) else []),
+    ]
+    return f"The rows are not ranked against each other: they differ in {' and '.join(reasons)}." if reasons else None
 
 
 def differences_table(record: Record) -> Table:

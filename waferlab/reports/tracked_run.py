@@ -92,4 +92,4 @@ def track_outcome(
     runs.tags(run, best_model=summary["best_model"], seed=str(config.seed))
     written = ("experiment_summary.json", "report.html", "MODEL_CARD.md", "model_card.html")
     runs.files(run, [*sorted(folder.glob("*.png")), *(folder / name for name in written)])
-    runs.note(run, table_markdown(results_table(comparison_rows(results))))
+    runs.note(run, table_markdown(results_table(comparison_rows(results), chosen=summary["best_model"])))

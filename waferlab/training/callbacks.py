@@ -169,9 +169,10 @@ class History(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Appends the epoch; runs before the checkpoints are written, so a resumed run has it too."""
         values = {key: float(trainer.callback_metrics[key]) for key in self.KEYS if key in trainer.callback_metrics}
-        if not np.isfinite(values["train_loss"]):
+        losses = {"training": values["train_loss"], "validation": values.get("val_loss", 0.0)}
+        if wrong := [what for what, loss in losses.items() if not np.isfinite(loss)]:
             raise TrainingDivergedError(
-                f"the training loss is {values['train_loss']} after epoch {trainer.current_epoch + 1}. "
+                f"the {wrong[0]} loss is {losses[wrong[0]]} after epoch {trainer.current_epoch + 1}. "
                 f"Lower the learning rate (now {pl_module.learning_rate:g}) or set precision='32-true'."
             )
         self.epochs.append({"epoch": trainer.current_epoch + 1, **values, "learning_rate": self._learning_rate})
