@@ -359,6 +359,13 @@ def test_devices_that_name_none_are_answered_with_a_sentence(devices):
         ({"experiment_name": "../up"}, "names a folder"),
         ({"balance_by": "luck"}, "Allowed: sampler, loss"),
         ({"time_limit": -5}, "time_limit=-5"),
+        ({"accelerator": "banana"}, "accelerator='banana' is unknown. Allowed: auto, cpu, gpu"),
+        ({"precision": "banana"}, "precision='banana' is unknown. Allowed: auto, 32-true"),
+        ({"precision": 7}, "precision=7 is unknown"),
+        (
+            {"model_type": ["lightning_cnn", "vision_transformer"], "image_size": 44},
+            "image_size=44: vision_transformer cuts images into patches of 8 pixels. Choose 40 or 48.",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(change, message):

@@ -119,6 +119,7 @@ def test_flags_of_run_experiment_set_the_field_that_they_name(configured):
         *((("--mode", "pretrain", flag, "7"), f"--mode pretrain has no use for {flag}") for flag in
           ("--data", "--trials", "--epochs", "--seeds", "--time-limit", "--max-samples-per-class")),
         (("--mode", "pretrain", "--mlflow-server"), "--mode pretrain has no use for --mlflow-server"),
+        (("--mode", "comparison", "--seeds", "image_size=48"), "argument --seeds: expected at least one value"),
         (("--mode", "ablation", "--epochs", "3", "--time-limit", "60"), "leave out one of --epochs and --time-limit"),
     ],
 )  # fmt: skip
@@ -134,9 +135,14 @@ def test_a_flag_that_a_mode_has_no_use_for_is_refused(arguments, message, capsys
         (["--trials", 1], "--trials is of a search, and there is none: leave it out, or add enable_optuna=true."),
         (["--workers", 1], "--workers is of a search"),
         (["--epochs", 3, "time_limit=60"], "--epochs 3 beside time_limit=60: comparison compares at equal epochs or"),
+        (["--seed", 7], "seed=7: comparison takes --seeds. Leave it out."),
+        (["max_epochs=3"], "max_epochs=3: comparison gives each training its seconds; see --epochs. Leave it out."),
+        (["early_stopping_patience=5"], "early_stopping_patience=5: comparison gives each training its seconds"),
+        (["--mode", "ablation", "class_balancing=false"], "class_balancing=False: ablation switches it on and off"),
+        (["--mode", "pretrain", "time_limit=60"], "time_limit=60: --mode pretrain has no use for time_limit."),
     ],
 )
-def test_a_flag_that_an_option_takes_the_effect_of_is_refused(flags, message, tmp_path, capsys):
+def test_a_flag_or_an_option_without_effect_is_refused(flags, message, tmp_path, capsys):
     assert call("run_experiment", "--mode", "comparison", *flags, "--output-dir", tmp_path) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1

@@ -50,6 +50,43 @@ def test_mixedwm38_keeps_single_and_defect_free_maps_and_says_what_it_left_out(t
     assert "left out: 1 mixed, 1 with die values other than 0 to 2" in maps.notes[0]
 
 
+GREY = np.array([[0, 128, 255], [255, 128, 0]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (Image.fromarray(GREY // 127), "brightest pixel is 2 of 255, so no die in it passes or fails"),
+        (Image.fromarray(np.stack([GREY, 255 - GREY, GREY], axis=2)), "is in colours"),
+        (Image.fromarray(GREY.astype(np.uint16) * 257), "its pixels are of the kind I;16"),
+        (Image.fromarray(GREY).convert("CMYK"), "its pixels are of the kind CMYK"),
+    ],
+)
+def test_an_image_that_would_be_read_as_something_else_is_refused_with_the_remedy(picture, message, tmp_path):
+    (tmp_path / "donut").mkdir()
+    picture.save(tmp_path / "donut" / "a.tif")
+    with pytest.raises(DataError, match=rf"a\.tif: .*{message}.*Save it in grey, 8 bits a pixel: 0 no die, 128 pass"):
+        load_wafer_maps(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "LA", "P"])
+def test_a_grey_image_is_read_whichever_way_it_is_kept(kind, tmp_path):
+    (tmp_path / "donut").mkdir()
+    Image.fromarray(GREY).convert(kind).save(tmp_path / "donut" / "a.png")
+    assert load_wafer_maps(tmp_path)[0].tolist() == [[0, 1, 2], [2, 1, 0]]
+
+
+@pytest.mark.parametrize("error", [MemoryError("too large"), PermissionError(13, "Permission denied")])
+def test_what_the_machine_refuses_is_no_fault_of_the_file(error, tmp_path, monkeypatch):
+    def refuse(*arguments, **more):
+        raise error
+
+    np.savez(tmp_path / "maps.npz", maps=np.ones((9, 3, 3), np.uint8), labels=np.array(CLASS_NAMES))
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        load_wafer_maps(tmp_path / "maps.npz")
+
+
 @pytest.mark.parametrize(
     ("levels", "pixels", "expected"),
     [

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,57 @@ def test_a_resumed_series_trains_what_was_made_with_other_settings_anew(tiny_npz
         config = configured(tiny_npz, tmp_path, model_type="lightning_cnn", **settings)
         compare_architectures(config, seeds=seeds, train=train, **MEANS)
     assert asked == [("lightning_cnn", seed) for seed in (0, 1, 2, 0)]
+
+
+def test_a_resumed_series_trains_on_other_maps_anew(tiny_npz, tmp_path):
+    asked, data = [], tmp_path / "maps.npz"
+
+    def train(config, maps, split):
+        asked.append(len(maps))
+        return made_up(config, maps, split)
+
+    for dropped, resume in ((0, False), (0, True), (3, True)):
+        with np.load(tiny_npz) as arrays:
+            n = len(arrays["labels"]) - dropped
+            np.savez(data, **{name: arrays[name][: n + (name == "offsets")] for name in arrays if name != "maps_flat"},
+                     maps_flat=arrays["maps_flat"][: arrays["offsets"][n]])  # fmt: skip
+        config = configured(data, tmp_path, model_type="lightning_cnn", resume=resume)
+        compare_architectures(config, seeds=(0,), train=train, **MEANS)
+    assert asked == [n + 3, n]
+
+
+def test_a_series_that_begins_anew_leaves_nothing_for_a_later_one_to_go_on_from(tiny_npz, tmp_path):
+    asked = []
+
+    def train(config, maps, split):
+        asked.append(config.seed)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return made_up(config, maps, split)
+
+    def compared(**more):
+        config = configured(tiny_npz, tmp_path, model_type="lightning_cnn", **more)
+        return compare_architectures(config, seeds=(0, 1), train=train, **MEANS)
+
+    compared()
+    with pytest.raises(KeyboardInterrupt):
+        compared()
+    compared(resume=True)
+    assert asked == [0, 1, 0, 0, 1]
+
+
+def test_models_that_started_from_different_weights_are_not_ranked(tiny_npz, tmp_path):
+    def train(config, maps, split):
+        kind = "generated" if config.model_type == "lightning_cnn" else "random"
+        scored = made_up(config, maps, split)
+        return replace(scored, weights=StartingWeights(kind, name="made up", reason="made up"))
+
+    config = configured(tiny_npz, tmp_path, model_type=MODELS, use_pretrained=True)
+    record = compare_architectures(config, seeds=(0, 1), train=train, **MEANS)
+    why = "The rows are not ranked against each other: they differ in weights."
+    assert record["verdict"].startswith(f"{why} Compare with use_pretrained=false") and record["differences"] == []
+    assert "**" not in comparison_markdown(record) and why in comparison_markdown(record)
+    assert not (tmp_path / "results/series/critical_difference.png").exists()
 
 
 def test_an_ablation_switches_what_it_says(tiny_npz, tmp_path):

@@ -106,6 +106,13 @@ def test_a_host_that_swallows_packets_costs_the_bounded_wait_only(tmp_path):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth"
         with pytest.raises(WeightsUnavailableError, match="does not answer"):
             fetch_weights(url, tmp_path / "weights.pth", wait=0.5)
+        silent.settimeout(10)
+        silent.accept()[0].close()
+        with pytest.raises(WeightsUnavailableError, match="does not answer"):  # of the next training
+            fetch_weights(url, tmp_path / "weights.pth", wait=0.5)
+        silent.settimeout(0.2)
+        with pytest.raises(TimeoutError):  # which did not ask again
+            silent.accept()
     assert not (tmp_path / "weights.pth").exists()
 
 

@@ -126,6 +126,13 @@ def test_a_loss_that_is_no_number_ends_the_training_with_epoch_rate_and_remedy(l
     assert history.epochs == []
 
 
+def test_a_validation_loss_that_is_no_number_ends_the_training_before_it_is_written_down():
+    history = History()
+    with pytest.raises(TrainingDivergedError, match=r"the validation loss is nan after epoch 3\. Lower"):
+        an_epoch(history, a_trainer(), 2, train_loss=1.0, val_loss=math.nan)
+    assert history.epochs == []
+
+
 def test_the_history_of_a_resumed_training_goes_on_with_epochs_and_seconds(clock):
     before, trainer = History(), a_trainer()
     clock.now += 100
