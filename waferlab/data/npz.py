@@ -166,7 +166,8 @@ def _header(member: zipfile.ZipExtFile) -> Header:
     if np.lib.format.read_magic(member) != (1, 0):  # later versions are for records, and allow headers of gigabytes
         raise ValueError("not an array of numbers or texts")
     shape, by_columns, dtype = np.lib.format.read_array_header_1_0(member)
-    if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=0) < 0:
+    endless = math.prod(filter(None, shape)) > sys.maxsize // 16  # numpy converts none such, be it empty
+    if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=0) < 0 or endless:
         raise ValueError(f"an array of {dtype} {shape}")
     return Header(shape, dtype, by_columns and len(shape) > 1)
 
