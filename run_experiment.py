@@ -190,18 +190,17 @@ def _check_flags(arguments: argparse.Namespace, config: ExperimentConfig) -> Non
     if not config.enable_optuna and (arguments.trials or arguments.workers):
         flag = "--trials" if arguments.trials else "--workers"
         raise ConfigError(f"{flag} is of a search, and there is none: leave it out, or add enable_optuna=true.")
-    if arguments.mode not in SERIES:
+    mode, said = arguments.mode, {option.partition("=")[0].strip() for option in arguments.options}
+    if mode not in SERIES:
         return
-    mode, usual = arguments.mode, type(config)(**PRESETS[arguments.mode])
     if arguments.epochs is not None and config.time_limit is not None:
         raise ConfigError(
             f"--epochs {arguments.epochs} beside time_limit={config.time_limit:g}: {mode} compares at equal epochs or "
             "at equal time. Leave out one of them."
         )
-    for name in OF_SERIES[mode] | (ENDS_EARLY if config.time_limit is not None else {}):
-        if (value := getattr(config, name)) != getattr(usual, name):
-            why = (OF_SERIES[mode] | ENDS_EARLY)[name]
-            raise ConfigError(f"{name}={value}: {mode} {why}. Leave it out.")
+    without_effect = OF_SERIES[mode] | (ENDS_EARLY if config.time_limit is not None else {})
+    for name in sorted(without_effect.keys() & (said | ({"seed"} if arguments.seed is not None else set()))):
+        raise ConfigError(f"{name}={getattr(config, name)}: {mode} {without_effect[name]}. Leave it out.")
 
 
 def pretrain_all(arguments: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ GREY = np.array([[0, 128, 255], [255, 128, 0]], np.uint8)
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (Image.fromarray(GREY // 127), "brightest pixel is 2 of 255, so no die in it passes or fails"),
+        (Image.fromarray(GREY // 127), "brightest pixel is 2 of 255, as of die values that were kept as they are"),
         (Image.fromarray(np.stack([GREY, 255 - GREY, GREY], axis=2)), "is in colours"),
         (Image.fromarray(GREY.astype(np.uint16) * 257), "its pixels are of the kind I;16"),
         (Image.fromarray(GREY).convert("CMYK"), "its pixels are of the kind CMYK"),

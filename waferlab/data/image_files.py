@@ -90,8 +90,10 @@ def _grey_levels(path: Path, image: Image) -> np.ndarray:
         if np.ptp(channels, axis=2).max() > COLOURED:
             raise DataError(f"{path}: is in colours, and which of them means a failing die is not known. {save}")
     grey = np.asarray(image.convert("L"))
-    if 0 < (brightest := int(grey.max())) < 64:
-        raise DataError(f"{path}: its brightest pixel is {brightest} of 255, so no die in it passes or fails. {save}")
+    if (brightest := int(grey.max())) in (1, 2):
+        raise DataError(
+            f"{path}: its brightest pixel is {brightest} of 255, as of die values that were kept as they are. {save}"
+        )
     return grey
 
 
