@@ -50,7 +50,8 @@ def elsewhere(addresses):
 
 
 def test_the_hook_sees_who_is_asked(asked):
-    code = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))"
+    ask = "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))"
+    code = f"import contextlib, socket\nwith contextlib.suppress(OSError): {ask}"  # there may be no way out of here
     assert elsewhere(asked("-c", code)) == ["('192.0.2.1', 9)"]
 
 

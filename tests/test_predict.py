@@ -241,5 +241,6 @@ def test_a_connection_that_breaks_while_a_model_is_fetched_is_tried_once_more(tm
 
     monkeypatch.setattr("mlflow.MlflowClient", Client)
     monkeypatch.setattr("mlflow.artifacts.download_artifacts", download)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # as where a run is tracked
     found = fetch_registered("models:/wafer/3", into=tmp_path, tracking_uri="http://127.0.0.1:1")
     assert (found.version, found.file, len(tries)) == ("3", tmp_path / "model.onnx", 2)

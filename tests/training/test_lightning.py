@@ -230,7 +230,7 @@ def test_a_training_is_resumed_under_either_name(tiny_npz, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"accelerator": "foo"}, {"precision": "foo"}, {"devices": [0], "accelerator": "cpu"},
+    [{"accelerator": "tpu"}, {"accelerator": "mps"}, {"devices": [0], "accelerator": "cpu"},
      {"trainer": {"gradient_clip_val": "x"}}],
 )  # fmt: skip
 def test_what_lightning_refuses_is_a_sentence(options, tiny_npz, tmp_path):
