@@ -134,7 +134,7 @@ def make_trainer(**options: Any) -> pl.Trainer:
     """
     try:
         return pl.Trainer(**options)
-    except (TypeError, ValueError, MisconfigurationException) as error:
+    except (TypeError, ValueError, ModuleNotFoundError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"Lightning's Trainer refuses this ({reason}). Look at accelerator, devices, precision and trainer."
