@@ -190,8 +190,7 @@ def _check_flags(arguments: argparse.Namespace, config: ExperimentConfig) -> Non
     if not config.enable_optuna and (arguments.trials or arguments.workers):
         flag = "--trials" if arguments.trials else "--workers"
         raise ConfigError(f"{flag} is of a search, and there is none: leave it out, or add enable_optuna=true.")
-    mode, said = arguments.mode, {option.partition("=")[0].strip() for option in arguments.options}
-    if mode not in SERIES:
+    if (mode := arguments.mode) not in SERIES:
         return
     if arguments.epochs is not None and config.time_limit is not None:
         raise ConfigError(
@@ -199,7 +198,9 @@ def _check_flags(arguments: argparse.Namespace, config: ExperimentConfig) -> Non
             "at equal time. Leave out one of them."
         )
     without_effect = OF_SERIES[mode] | (ENDS_EARLY if config.time_limit is not None else {})
-    for name in sorted(without_effect.keys() & (said | ({"seed"} if arguments.seed is not None else set()))):
+    said = [option.partition("=")[0].strip() for option in arguments.options]
+    said += [] if arguments.seed is None else ["seed"]
+    if name := next(filter(without_effect.__contains__, said), None):
         raise ConfigError(f"{name}={getattr(config, name)}: {mode} {without_effect[name]}. Leave it out.")
 
 
