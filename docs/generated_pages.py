@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -194,9 +195,11 @@ def deploy_page(file: str) -> str:
 
     def target(link: re.Match[str]) -> str:
         path, _, place = link[1].partition("#")
-        path = (Path("deploy") / file).parent.joinpath(path).as_posix()
-        if path.endswith("benchmarks/README.md"):
+        path = os.path.normpath(Path("deploy", file).parent / path)
+        if path == "benchmarks/README.md":
             return f"](../results.md#{place})"
+        if path.startswith("docs/"):
+            return f"](../{path.removeprefix('docs/')})"
         page = DEPLOY.get(path.removeprefix("deploy/"))
         return f"]({page}.md)" if page else f"](../../{path})"
 
