@@ -2,7 +2,7 @@
 
 service   the service answers for so many minutes half as many requests a second as it can; its memory, open files and
           the median time of an answer, in tenths of the time
-search    a real search of so many trials of an epoch on 36 maps; memory, open files and seconds a trial, by tenths
+search    a real search of so many trials of an epoch on 180 maps; memory, open files and seconds a trial, by tenths
 registry  a registered model of so many versions: seconds and memory to list them
 
     python benchmarks/faults/soak.py --minutes 60 --trials 1000 --versions 10000 --output benchmarks/results/soak.json
@@ -95,23 +95,27 @@ def soak_search(trials: int) -> list[dict[str, Any]]:
     """A search as the pipeline does it, with a study in a file and runs in MLflow."""
     from integrated_pipeline import IntegratedMLPipeline
 
-    found, began = [], [time.perf_counter()]
+    found, began = [], 0.0
 
     class Watched(IntegratedMLPipeline):
         """Notes what it holds after each tenth of the trials."""
 
         def optuna_objective(self, trial: Any, model_type: str) -> Any:
-            if trial.number and trial.number % max(1, trials // TENTHS) == 0:
-                seconds = (time.perf_counter() - began[0]) / max(1, trials // TENTHS)
-                found.append({"trials": trial.number, "seconds_a_trial": round(seconds, 3)} | holds())
-                began[0] = time.perf_counter()
-            return super().optuna_objective(trial, model_type)
+            nonlocal began
+            began = began or time.perf_counter()
+            value = super().optuna_objective(trial, model_type)
+            done, tenth = trial.number + 1, max(1, trials // TENTHS)
+            if done % tenth == 0:
+                seconds = (time.perf_counter() - began) / tenth
+                found.append({"trials": done, "seconds_a_trial": round(seconds, 3)} | holds())
+                began = time.perf_counter()
+            return value
 
     with tempfile.TemporaryDirectory() as folder:
         config = plain_config(
-            model_type="lightning_cnn", samples_per_class=8, image_size=16, search_epochs=1, max_epochs=1, workers=1,
+            model_type="lightning_cnn", samples_per_class=20, image_size=16, search_epochs=1, max_epochs=1, workers=1,
             num_optuna_trials=trials, output_dir=folder, threads=1, enable_mlflow=True, registry_name=None,
-            pruner="none",
+            enable_optuna=True, pruner="none",
         )  # fmt: skip
         Watched(config).run_complete_pipeline()
     return found
