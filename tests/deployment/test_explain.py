@@ -114,12 +114,14 @@ def test_a_wafer_turned_has_its_relevance_turned(exported):
 CORNER = """
 <ir_version: 10, opset_import: ["": 18]>
 corner (uint8[maps, 16, 16] maps) => (float[maps, 2] probabilities)
-<float[maps, 2, 16, 16] dies, float[maps, 2] logits, int64[1] one = {1}, int64[2] flat = {0, -1}>
+<float[maps, 2, 16, 16] dies, float[maps, 2] logits, int64[1] one = {1}, int64[1] rest = {512}>
 {
     levels = Cast <to = 1> (maps)
     image = Unsqueeze (levels, one)
     both = Concat <axis = 1> (image, image)
     dies = Relu (both)
+    many = Shape <end = 1> (maps)
+    flat = Concat <axis = 0> (many, rest)
     seen = Reshape (dies, flat)
     row = Identity (seen)
     logits = Gemm (row, weights)
@@ -129,7 +131,10 @@ corner (uint8[maps, 16, 16] maps) => (float[maps, 2] probabilities)
 
 
 def write_corner(file, kind="Identity"):
-    """A network, made by hand, for which class 1 is a matter of the dies in the upper left corner of the map."""
+    """A network, made by hand, for which class 1 is a matter of the dies in the upper left corner of the map.
+
+    Its row of numbers is as long as the shape of its input says, as older exporters write it.
+    """
     model = onnx.parser.parse_model(CORNER.replace("Identity", kind))
     weights = np.zeros((2, 16, 16, 2), dtype=np.float32)
     weights[0, :4, :4, 1] = 0.05

@@ -173,9 +173,9 @@ def _explained_layer(backward: Backward, logits: str, *, smallest: float) -> str
 
 
 def _reaches(nodes: Sequence[onnx.NodeProto], start: str, end: str, *, without: str) -> bool:
-    """Whether a tensor depends on another by any way around a third."""
+    """Whether a tensor's numbers depend on another's by any way around a third; of a shape they do not."""
     reached = {start}
     for node in nodes:
-        if reached.intersection(node.input):
+        if node.op_type != "Shape" and reached.intersection(node.input):
             reached.update(name for name in node.output if name != without)
     return end in reached
