@@ -63,7 +63,7 @@ from waferlab.search.study import proposed_by, run_again, study_plots
 from waferlab.search.told import Listener, ToldRuns, ToldTerminal
 from waferlab.search.trial_files import TrialFiles
 from waferlab.search.trials import Validation, pack_answers, study_seconds, take_up, trial_tag
-from waferlab.search.workers import workers_for
+from waferlab.search.workers import what_is_here_stays, workers_for
 from waferlab.terminal import Terminal, quiet_libraries
 from waferlab.tracking.processes import this_process
 from waferlab.tracking.runs import NoRuns, Run, RunTree
@@ -236,7 +236,7 @@ class IntegratedMLPipeline:
             with self.terminal.timed("data"):
                 self.prepare_data(*self._given)
             self.config.write_yaml(self.config.results_dir / "config.yaml")
-            with self.open_tracking().closing():
+            with self.open_tracking().closing(), what_is_here_stays():
                 return self._run(
                     start_pipeline_run(self.runs, self.config, self.maps, self.split, key=self._fingerprint())
                 )

@@ -30,7 +30,7 @@ from measure import plain_config, write_record
 from provenance import SEARCH, TRAINING
 from serving import NPY, as_npy, ask, one_lot, ours, started, untrained
 
-MEASURES = (*TRAINING, *SEARCH, "Predictor", "create_app", "ModelRegistry")
+MEASURES = (*TRAINING, *SEARCH, "worth_keeping", "what_is_here_stays", "Predictor", "create_app", "ModelRegistry")
 TENTHS = 10
 
 

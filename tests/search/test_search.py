@@ -72,19 +72,25 @@ def scripted(monkeypatch):
     monkeypatch.setattr(Scripted, "seen", {})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_collection():
-    """Optuna collects garbage after each trial, and all that the imports left would be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def suggest_only(self, trial, model_type):
     self._suggest(trial, model_type)
     trial.set_user_attr("macro_f1", 0.5)
     return 0.5
+
+
+def test_collections_of_garbage_in_a_run_look_at_what_the_run_made_alone(tiny_npz, tmp_path, monkeypatch):
+    looked_at = []
+
+    def interrupted(self, parent):
+        looked_at.append(len(gc.get_objects()))  # without what is frozen
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(IntegratedMLPipeline, "_train_all", interrupted)
+    before = len(gc.get_objects())
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(tiny_npz, tmp_path).run_complete_pipeline()
+    assert looked_at[0] < before / 10
+    assert len(gc.get_objects()) > before / 2  # afterwards all is as it was
 
 
 # --- what a trial is worth, and what the final training goes on from

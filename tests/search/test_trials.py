@@ -10,6 +10,7 @@ from waferlab.errors import SearchFailedError
 from waferlab.search.trial_files import TrialFiles
 from waferlab.search.trials import (
     Validation,
+    completed,
     counted_trials,
     pack_answers,
     search_record,
@@ -18,6 +19,7 @@ from waferlab.search.trials import (
     to_go_on_with,
     trial_line,
     trial_record,
+    unbeaten,
     unpack_answers,
     worth_keeping,
 )
@@ -199,6 +201,16 @@ def test_worth_keeping_are_those_that_no_other_beats_and_the_defaults():
     for values in ((0.5, 10), (0.6, 20), (0.55, 30)):
         add_trial(front, values=values)
     assert worth_keeping(front, DEFAULTS) == {0, 1}
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["minimize"], ["maximize", "minimize", "minimize"]])
+def test_unbeaten_are_those_that_optuna_calls_the_best(directions):
+    study = optuna.create_study(directions=directions)
+    assert unbeaten([], study.directions) == []
+    for values in np.random.default_rng(0).integers(0, 4, (60, len(directions))):  # many are alike
+        add_trial(study, values=values.tolist())
+    assert unbeaten(completed(study), study.directions) == study.best_trials
+    assert 1 < len(study.best_trials) < 60
 
 
 def left_after(epochs, folder):

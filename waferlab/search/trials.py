@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from waferlab.data.maps import CLASS_NAMES
@@ -190,10 +191,20 @@ def worth_keeping(study: optuna.Study, defaults: Mapping[str, Any]) -> set[int]:
     to_finish = [trial for trial in trials if not trial.state.is_finished()] + lost
     cut_off = {n for trial in to_finish for n in repeated_by(trial, trials)}
     cut_off |= {trial.number for trial in to_finish if trial.state != TrialState.WAITING}  # which may end just now
-    if not completed(study):
-        return cut_off
-    ours = max((t for t in completed(study) if t.params == defaults), key=lambda t: t.values[0], default=None)
-    return cut_off | {trial.number for trial in study.best_trials} | ({ours.number} if ours else set())
+    done = completed(study)
+    ours = max((t for t in done if t.params == defaults), key=lambda t: t.values[0], default=None)
+    return cut_off | {trial.number for trial in unbeaten(done, study.directions)} | ({ours.number} if ours else set())
+
+
+def unbeaten(done: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[FrozenTrial]:
+    """Those of the completed trials that no other is at least as good as in all values and better than in one.
+
+    `study.best_trials` are the same, but it copies all trials: after each trial that would take longer with every one.
+    """
+    signs = [1 if direction == StudyDirection.MAXIMIZE else -1 for direction in directions]
+    values = np.array([trial.values for trial in done]).reshape(-1, len(signs)) * signs
+    beaten = [((values >= own).all(1) & (values > own).any(1)).any() for own in values]
+    return [trial for trial, is_beaten in zip(done, beaten, strict=True) if not is_beaten]
 
 
 def take_up(trial: optuna.Trial, state: Path, *, track: Callable[[dict[str, list[float]]], None]) -> int:
