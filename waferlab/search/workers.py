@@ -104,7 +104,7 @@ def join(arguments: argparse.Namespace) -> None:
     pipeline = story.IntegratedMLPipeline(story.ExperimentConfig(**command_line.options_of(arguments, leaders)))
     pipeline.say(f"joins the search {name}", style="bold")
     pipeline.prepare_data()
-    with pipeline.open_tracking().closing():
+    with pipeline.open_tracking().closing(), what_is_here_stays():
         if search["run"]:
             pipeline.model_runs[arguments.model] = Run(arguments.model, id=search["run"])
         try:
