@@ -34,9 +34,7 @@ def main() -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """All flags, with examples below the help."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"examples:\n{EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add(
         "maps", nargs="?", metavar="MAPS",

@@ -12,6 +12,7 @@ pretrain    weights from a stream of generated maps, to checkpoints/pretrained/ 
 from __future__ import annotations
 
 import argparse
+import reprlib
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
@@ -77,6 +78,7 @@ PRESETS = {
     "ablation": ABLATION,
     "pretrain": PRETRAIN,
 }
+MOST_MAPS = 10**9  # of pretrain, which would take a year
 # What would be without effect, and why.
 ENDS_EARLY = dict.fromkeys(("max_epochs", "early_stopping_patience"), "gives each training its seconds; see --epochs")
 OF_SERIES = {
@@ -210,6 +212,8 @@ def pretrain_all(arguments: argparse.Namespace) -> None:
     from waferlab.training.checkpoints import hold_folders
     from waferlab.training.pretraining import DEFAULT_MAPS, pretrain
 
+    if arguments.maps is not None and not 1 <= arguments.maps <= MOST_MAPS:
+        raise ConfigError(f"--maps {reprlib.repr(arguments.maps)} is out of range. Allowed: 1 to {MOST_MAPS:,}.")
     for option in arguments.options:
         if (name := option.partition("=")[0].strip()) not in PRETRAIN_HEEDS:
             raise ConfigError(f"{option}: --mode pretrain has no use for {name}. Leave it out.")
@@ -231,6 +235,8 @@ def pretrain_all(arguments: argparse.Namespace) -> None:
                 resume=config.resume,
                 say=(lambda text: None) if config.quiet else (lambda text: print(text, flush=True)),
             )
+            # Of one that was killed between its last two steps.
+            file.with_name(f"{file.stem}.partial.ckpt").unlink(missing_ok=True)
             if config.quiet:
                 print(file, flush=True)
 

@@ -1,6 +1,7 @@
 """Promises about the campaigns that break programs: what is wrong with a folder is seen, what is counted is told."""
 
 import json
+import shutil
 import sqlite3
 import sys
 from pathlib import Path
@@ -81,6 +82,8 @@ DAMAGES = {
     "results/picture.png": lambda file: file.write_bytes(b"\x89PNG"),
     "results/.summary.json.7.tmp": lambda file: file.write_text("{}"),
     "checkpoints/resume.ckpt.unfinished": lambda file: file.write_text(""),
+    "checkpoints/made.partial.ckpt": lambda file: shutil.copy(file.with_name("a") / "best.ckpt", file),
+    "results/optuna_journal.log": lambda file: file.write_text('{"op_code": 0}\n{"op_co'),
 }
 
 
@@ -97,6 +100,11 @@ def test_a_file_that_is_not_whole_is_named(name, folder):
         ("update runs set status = 'RUNNING' where name = 'model'", "run model is RUNNING"),
         ("update tags set value = 'gone' where key = 'mlflow.parentRunId'", "run model hangs below none"),
         ("update runs set name = 'pipeline'; delete from tags", "run pipeline is there 2 times"),
+        (
+            "update runs set name = 'model', status = 'KILLED'; delete from tags; "
+            "insert into tags (key, value, run_uuid) select 'key', 'one', run_uuid from runs",
+            "run model is there 2 times",
+        ),
         ("delete from registered_model_aliases", "wafer has the versions [1], champion []"),
     ],
 )

@@ -484,6 +484,39 @@ def test_what_the_machine_refuses_is_a_sentence_with_its_remedy(number, said, ca
     assert capsys.readouterr().err == f"{said}\n"
 
 
+@pytest.mark.parametrize("work", [partial(np.empty, 2**55), partial(torch.empty, 2**55)])
+def test_where_memory_runs_out_a_sentence_says_so(work, capsys):
+    assert command_line.run(work) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: The memory does not suffice (") and said.count("\n") == 1
+    assert "give fewer maps, smaller images or batches. Finished epochs are kept" in said
+
+
+INTERRUPTED_AS_IT_IMPORTS = """
+import sys
+from waferlab import command_line
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy._core._exceptions":  # which cannot be imported a second time
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+def work():
+    sys.meta_path.insert(0, Interrupts())
+    import numpy
+
+sys.exit(command_line.run(work))
+"""
+
+
+def test_ctrl_c_while_libraries_are_still_imported_is_no_traceback_either():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AS_IT_IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130 and done.stderr.startswith("\nStopped. Finished epochs are kept. To go on: python")
+
+
 def test_an_error_that_nobody_foresaw_keeps_its_traceback():
     for error in (FileNotFoundError(errno.ENOENT, "gone"), RuntimeError("what nobody thought of")):
         with pytest.raises(type(error)):

@@ -64,6 +64,11 @@ def assert_config_or_sentence(make):
 @example("trainer", {1: 2})
 @example("model_type", [["lightning_cnn"]])
 @example("enable_optuna", "maybe")
+@example("output_dir", "a\0b")
+@example("data", "m\udcf6.npz")
+@example("devices", "1" * 5000)
+@example("model_type", "x" * 100_000)
+@example("trainer", {"x" * 1000: 1})
 def test_any_value_of_an_option_is_taken_or_refused_in_a_sentence(name, value):
     assert_config_or_sentence(lambda: ExperimentConfig(**{name: value}))
 
@@ -74,6 +79,7 @@ def test_any_value_of_an_option_is_taken_or_refused_in_a_sentence(name, value):
 @example("seed", "1" * 5000)
 @example("trainer", "[" * 5000)
 @example("objectives", "&a [*a]")
+@example("seed", f"!<{'a' * 100_000}> 1")
 def test_any_text_behind_an_option_is_taken_or_refused_in_a_sentence(name, text):
     assert_config_or_sentence(lambda: ExperimentConfig(**parse_options([f"{name}={text}"])))
 

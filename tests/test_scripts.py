@@ -148,9 +148,21 @@ def test_a_flag_or_an_option_without_effect_is_refused(flags, message, tmp_path,
     assert message in printed and printed.count("\n") == 1
 
 
+def test_what_a_terminal_would_carry_out_is_printed_in_words_also_by_the_parser(capsys):
+    with pytest.raises(SystemExit):
+        call("predict", "lot1.npz", "\x1b]0;owned\x07.npz")
+    printed = capsys.readouterr().err
+    assert r"unrecognized arguments: \x1b]0;owned\x07.npz" in printed and "\x1b" not in printed
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--models", "alexnet"], "'alexnet' is unknown"), (["--maps", 0], "maps=0"), (["--seed", -1], "seed=-1")],
+    [
+        (["--models", "alexnet"], "'alexnet' is unknown"),
+        (["--maps", 0], "--maps 0 is out of range"),
+        (["--maps", "9" * 400], "is out of range. Allowed: 1 to 1,000,000,000."),
+        (["--seed", -1], "seed=-1"),
+    ],
 )
 def test_a_wrong_value_of_pretrain_is_one_message_and_status_2(flags, message, tmp_path, capsys):
     assert call("run_experiment", "--mode", "pretrain", *flags, "--output-dir", tmp_path) == 2
@@ -163,7 +175,7 @@ HANDED_OVER = ("make", "fit", "precision", "say")
 
 def test_pretrain_makes_weights_of_each_family_where_runs_look_for_them(tmp_path, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(pretraining, "pretrain", lambda name, **how: made.append((name, how)) or name)
+    monkeypatch.setattr(pretraining, "pretrain", lambda name, **how: made.append((name, how)) or Path(name))
     flags = ("--maps", 9, "--image-size", 16, "--seed", 3, "--resume", "--quiet", "--output-dir", tmp_path)
     assert call("run_experiment", "--mode", "pretrain", "--models", "all", *flags) == 0
     names = ExperimentConfig(model_type="all").model_types()
@@ -175,6 +187,14 @@ def test_pretrain_makes_weights_of_each_family_where_runs_look_for_them(tmp_path
     assert call("run_experiment", "--mode", "pretrain") == 0
     ((name, how),) = made
     assert (name, how["maps"], how["image_size"]) == ("lightning_cnn", 200_000, ExperimentConfig().image_size)
+
+
+def test_pretrain_takes_away_what_one_that_was_killed_at_its_end_has_left(tmp_path, monkeypatch):
+    file, left = tmp_path / "net-12345678.safetensors", tmp_path / "net-12345678.partial.ckpt"
+    left.touch()
+    monkeypatch.setattr(pretraining, "pretrain", lambda name, **how: file)
+    assert call("run_experiment", "--mode", "pretrain", "--quiet", "--output-dir", tmp_path) == 0
+    assert not left.exists()
 
 
 @pytest.mark.long

@@ -11,20 +11,30 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from waferlab.errors import ConfigError, RunError, UserError, printable, refused_by_the_machine
-from waferlab.tracking.addresses import without_password
+from waferlab.errors import ConfigError, RunError, UserError, out_of_memory, printable, refused_by_the_machine
+from waferlab.tracking.addresses import command_line_used, without_password
 
 if TYPE_CHECKING:
     from integrated_pipeline import IntegratedMLPipeline
 
 
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that keeps the lines of description and examples, and carries out nothing that stands in an argument."""
+
+    def __init__(self, description: str | None, examples: str, **more: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, epilog=f"examples:\n{examples}", formatter_class=layout, **more)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints it and ends the program with status 2."""
+        super().error(printable(message))
+
+
+def make_parser(description: str, examples: str) -> Parser:
     """A parser with the flags that every script has and examples below the help."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description, examples)
     add = parser.add_argument
     add("options", nargs="*", metavar="OPTION=VALUE", help="any other option of a run (see waferlab/config.py)")
     add("--config", metavar="FILE", help="YAML of options, such as the config.yaml that a run leaves with its results")
@@ -154,10 +164,8 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
     try:
         work()
     except KeyboardInterrupt as stopped:
-        from waferlab.records import command_line_used  # here, as --help need not wait for what it imports
-
         again = command_line_used() + ("" if "--resume" in sys.argv else " --resume")
-        hint = when_stopped or f"Finished epochs are kept. To go on: {again}"
+        hint = when_stopped or f"Finished epochs are kept. To go on: {printable(again)}"
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(" ".join(["\nStopped.", *map(str, stopped.args), hint]), file=sys.stderr)
         return 128 + stopped_by[-1]
@@ -167,6 +175,13 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
     except (UserError, RunError) as error:
         print(f"error: {printable(without_password(str(error)))}", file=sys.stderr)
         return error.exit_status
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        kept = "" if when_stopped else " Finished epochs are kept: repeat the command with --resume then."
+        print(f"error: The memory does not suffice ({_first_line(error)}). Close other programs, raise the limit "
+              f"(ulimit -v), or give fewer maps, smaller images or batches.{kept}", file=sys.stderr)  # fmt: skip
+        return RunError.exit_status
     except OSError as error:
         if (refused := refused_by_the_machine(error)) is None:
             raise
@@ -175,3 +190,7 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
             print(f"error: {printable(refused)}.{kept}", file=sys.stderr)
         return RunError.exit_status
     return 0
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(printable(str(error)).strip().splitlines()), type(error).__name__)

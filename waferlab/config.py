@@ -41,6 +41,7 @@ TRAINER_IS_OURS = {
 }  # fmt: skip
 PLACE_AND_MANNER = ("output_dir", "resume", "quiet")
 LONGEST_NAME = 100  # bytes: it becomes a part of longer names
+LONGEST_REASON = 300  # characters of what the reader of YAML says, which may quote what it read
 LARGEST_FILE = 2**20  # bytes of YAML; that of a run has two thousand
 DEEPEST = 20  # levels of lists and mappings in it
 IN_WORDS = {str: "a text", Path: "a text", bool: "true or false", int: "a whole number", type(None): "null"}
@@ -73,6 +74,11 @@ def shortened(value: Any) -> str:
         return short.repr(value)
     except ValueError:  # a whole number of so many digits that Python does not write them
         return f"a {type(value).__name__} too large to be shown"
+
+
+def can_be_written(text: str) -> bool:
+    """Whether a text can stand in a file: names of files that are not UTF-8 have characters that no text may have."""
+    return "\0" not in text and not any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def of_type(value: Any, hint: Any) -> bool:
@@ -249,6 +255,8 @@ class ExperimentConfig:
         """Against the range or the choices that stand at the field, or else its type."""
         value, allowed = getattr(self, option.name), option.metadata
         said = f"{option.name}={shortened(value)}"
+        if isinstance(value, str | Path) and not can_be_written(str(value)):
+            raise ConfigError(f"{said} cannot be used: some of its characters no file can hold. Leave them out.")
         if "choices" in allowed:
             if not isinstance(value, str) or value not in allowed["choices"]:
                 raise ConfigError(f"{said} is unknown. Allowed: {', '.join(allowed['choices'])}.")
@@ -265,7 +273,7 @@ class ExperimentConfig:
     def _check_devices(self) -> None:
         devices = self.devices
         named = isinstance(devices, list) and devices and all(type(number) is int for number in devices)
-        number = type(devices) is int or (isinstance(devices, str) and devices.isdecimal())
+        number = type(devices) is int or (isinstance(devices, str) and devices.isdecimal() and len(devices) <= 4)
         if devices == "auto" or named or (number and 1 <= int(devices) <= 1024):
             return
         raise ConfigError(
@@ -297,7 +305,7 @@ class ExperimentConfig:
                 why = f"an option of its own. Write {name}={self.trainer[name]!r} beside trainer=..."
             elif name in ours:
                 why = "the pipeline's own affair. Leave it out."
-            raise ConfigError(f"trainer={shortened(dict(self.trainer))}: {name!r} is {why}")
+            raise ConfigError(f"trainer={shortened(dict(self.trainer))}: {shortened(name)} is {why}")
 
     def as_plain(self) -> dict[str, Any]:
         """All options by name, in the types of YAML and JSON; addresses without the passwords in them."""
@@ -450,7 +458,8 @@ def _from_yaml(text: str | bytes, *, of: str) -> Any:
     try:
         return yaml.load(text, Loader=_yaml_loader())
     except (ValueError, yaml.YAMLError) as error:  # ValueError: 2001-99-99, or a number of thousands of digits
-        raise ConfigError(f"{of}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{of}: {reason[:LONGEST_REASON]}{'...' * (len(reason) > LONGEST_REASON)}") from error
 
 
 def _yaml_loader() -> type:

@@ -68,6 +68,10 @@ class DamagedFileError(RunError):
     """A file of an earlier run that is no longer what was written."""
 
 
+class DatabaseGoneError(RunError):
+    """The database of a study has not answered for so long that nobody waits any more."""
+
+
 class TrainingDivergedError(RunError):
     """The loss is no longer a number."""
 
@@ -101,7 +105,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def ends_one_model(error: BaseException) -> bool:
     """Whether an error is one model's own affair: it diverged, found nothing or had no memory; others can go on."""
-    if isinstance(error, DamagedFileError):  # somebody has to look at that first
+    if isinstance(error, DamagedFileError | DatabaseGoneError):  # somebody has to look at that first
         return False
     return isinstance(error, RunError) or out_of_memory(error)
 

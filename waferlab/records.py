@@ -7,9 +7,7 @@ import json
 import math
 import os
 import platform
-import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ import numpy as np
 
 from waferlab.data.maps import CLASS_NAMES, NUM_CLASSES, WaferMaps
 from waferlab.data.splitting import SPLITS, Split
-from waferlab.tracking.addresses import address_without_password
+from waferlab.tracking.addresses import command_line_used
 from waferlab.tracking.whole_files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -363,11 +361,6 @@ def _verdict(results: Sequence[ModelResult], best: str) -> str:
     first += "test maps of lots it has never seen."
     others = sorted((n for n in by_name if n != best), key=lambda n: -by_name[n].validation["macro_f1"])
     return f"{first} {others[0]}, next on validation, reaches {score(others[0])}." if others else first
-
-
-def command_line_used() -> str:
-    """How this program was started, without the folder it lies in and passwords of addresses."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *map(address_without_password, sys.argv[1:])])
 
 
 def environment() -> dict[str, Any]:

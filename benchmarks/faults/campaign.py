@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from measure import write_record
-from provenance import SEARCH, TRAINING
+from provenance import SEARCH, TRAINING, changed
 
 MEASURES = (*TRAINING, *SEARCH, "TrainingFolder", "CheckpointFiles", "RunTree", "write_atomically", "create_app")
 
@@ -34,8 +35,10 @@ class Lives(list[dict[str, Any]]):
     """Those of a campaign, earlier calls with the same output included."""
 
     def __init__(self, benchmark: str, *, output: Path | None, keep: Path | None) -> None:
-        earlier = json.loads(output.read_text())["lives"] if output and output.exists() else []
-        super().__init__(earlier)
+        record = json.loads(output.read_text()) if output and output.exists() else {"lives": [], "code": {}}
+        if names := changed(record["code"]):
+            print(f"{output} was made by other code ({', '.join(names)}): all lives are lived anew", file=sys.stderr)
+        super().__init__([] if names else record["lives"])
         self._benchmark, self._output, self._keep = benchmark, output, keep
 
     def add(self, life: dict[str, Any], folder: Path) -> None:

@@ -5,6 +5,8 @@ does not promise, takes more than ten seconds or two gigabytes ends that process
 belongs into `tests/corpus/<reader>/`, once it is understood. It needs `pip install atheris`.
 
     python benchmarks/faults/fuzz.py --seconds 600 --output benchmarks/results/fuzz.json
+
+A call with the same output file adds to what it holds, but for inputs of a reader that has changed since.
 """
 
 from __future__ import annotations
@@ -24,11 +26,22 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from measure import ROOT, write_record
+from provenance import changed, digests
 from targets import TARGETS
 
 sys.path.insert(0, str(ROOT))
-MEASURES = ("load_wafer_maps", "stream_wafer_maps", "read_image", "read_lswmd", "maps_from_body", "read_options",
-            "parse_options", "Predictor", "read_npz")  # fmt: skip
+MAPS = ("load_wafer_maps", "stream_wafer_maps")
+READERS = {  # by target: what its inputs are thrown at
+    "lswmd": (*MAPS, "read_lswmd"),
+    "request": ("maps_from_body",),
+    "model": ("Predictor",),
+    "image": (*MAPS, "read_image"),
+    "options": ("parse_options", "ExperimentConfig"),
+    "yaml": ("read_options", "ExperimentConfig"),
+    "npz": (*MAPS, "read_npz"),
+}
+MEASURES = sorted({name for names in READERS.values() for name in names})
+WATCHED = {"options": ["waferlab.config", "yaml"], "yaml": ["waferlab.config", "yaml"]}  # all else makes these slow
 CORPUS = ROOT / "tests/corpus"
 
 
@@ -45,6 +58,7 @@ def main() -> None:
     if more:
         parser.error(f"unknown: {more}")
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output and arguments.output.exists() else []
+    rows = [row for row in rows if not changed(row["code"])]
     for name in arguments.targets:
         rows.append(run(name, arguments.seconds, arguments.found / name))
         print(json.dumps(rows[-1]), flush=True)
@@ -74,14 +88,16 @@ def run(name: str, seconds: int, found: Path) -> dict[str, object]:
             inputs += int(counted[-1]) if counted else 0
             if done.returncode:
                 print(done.stderr[-1500:], file=sys.stderr, flush=True)
-    return {"reader": name, "inputs": inputs, "seconds": seconds, "found": len([*found.iterdir()]) - before}
+    wrong = len([*found.iterdir()]) - before
+    return {"reader": name, "inputs": inputs, "seconds": seconds, "found": wrong, "code": digests(READERS[name])}
 
 
 def throw(name: str, flags: list[str]) -> None:
     """In the process of its own: inputs until the time is up. Does not return."""
     import atheris
 
-    with atheris.instrument_imports(include=["waferlab", "yaml", "PIL", "numpy.lib"]), contextlib.suppress(Exception):
+    watched = WATCHED.get(name, ["waferlab", "yaml", "PIL", "numpy.lib"])
+    with atheris.instrument_imports(include=watched), contextlib.suppress(Exception):
         import integrated_pipeline  # noqa: F401  which registers the models
 
         TARGETS[name](b"\0" * 64)  # imports what it needs

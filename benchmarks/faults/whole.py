@@ -67,7 +67,7 @@ def problems(folder: Path) -> list[str]:
 
 def trouble_of(file: Path) -> str:
     """Why a file is not whole; nothing if it is."""
-    if file.name.endswith(LEFT_BEHIND):
+    if file.name.endswith(LEFT_BEHIND) or ".partial." in file.name:
         return "left behind"
     reader = READERS.get(file.suffix)
     try:
@@ -120,7 +120,13 @@ def _read_page(file: Path) -> None:
         raise ValueError("it does not end")
 
 
+def _read_lines(file: Path) -> None:
+    for line in file.read_bytes().splitlines():
+        json.loads(line)
+
+
 READERS = {
+    ".log": lambda file: _read_lines(file) if file.name == "optuna_journal.log" else None,
     ".json": lambda file: json.loads(file.read_text()),
     ".ckpt": _read_checkpoint,
     ".npz": _read_arrays,
@@ -148,7 +154,9 @@ def problems_of_tracking(database: Path) -> list[str]:
     known = {run for run, _, _ in runs}
     found += [f"run {name} hangs below none" for run, name, _ in runs if parents.get(run, run) not in known]
     finished = Counter(
-        (name, keys.get(run), parents.get(run)) for run, name, status in runs if status in ("FINISHED", "RUNNING")
+        (name, keys.get(run), parents.get(run))  # one with a key goes on, whatever became of it
+        for run, name, status in runs
+        if status in ("FINISHED", "RUNNING") or keys.get(run)
     )
     found += [f"run {name} is there {count} times" for (name, _, _), count in finished.items() if count > 1]
     names = {name for name, _ in versions}

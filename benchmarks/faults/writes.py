@@ -1,8 +1,9 @@
 """Kills a program at each of its writes: before a file is opened to write, replaced or removed, or a folder made.
 
-The program is run once to number the calls; then once for each of them, killed just before it, so that the moments
-between any two calls are all tried, that between the writing of a file and its renaming among them. After each it goes
-on with `--resume` and has to end as in `kills.py`. What SQLite writes is not seen from here: `kills.py` meets that.
+The program is run once to number the calls; then once for each of them, killed just before it and, of a file that is
+opened, also as it is there and still empty. So the moments between any two calls are all tried, that between the
+writing of a file and its renaming among them. After each it goes on with `--resume` and has to end as in `kills.py`.
+What SQLite writes is not seen from here: `kills.py` meets that.
 
     python benchmarks/faults/writes.py --program demo --output benchmarks/results/writes.json
 
@@ -130,9 +131,14 @@ def _said_first(
     call: Callable[..., Any], say: Callable[[str], None], counts: Callable[..., bool]
 ) -> Callable[..., Any]:
     def wrapped(*arguments: Any, **more: Any) -> Any:
-        if counts(*arguments, **more) and not _is_elsewhere(arguments):
-            say(f"{call.__name__} at {_place()}")
-        return call(*arguments, **more)
+        if not counts(*arguments, **more) or _is_elsewhere(arguments):
+            return call(*arguments, **more)
+        place = _place()
+        say(f"{call.__name__} at {place}")
+        done = call(*arguments, **more)
+        if call.__name__ == "open":  # the file is there, and has nothing in it yet
+            say(f"after open at {place}")
+        return done
 
     return wrapped
 

@@ -115,6 +115,19 @@ def test_the_same_model_gives_the_same_file_and_it_names_no_folder_of_this_machi
     assert b".py" not in first and str(Path.home()).encode() not in first
 
 
+def test_an_export_that_is_cut_off_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"of yesterday")
+    monkeypatch.setattr("waferlab.tracking.whole_files.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(model_of("lightning_cnn"), file, image_size=16)
+    assert file.read_bytes() == b"of yesterday" and list(tmp_path.iterdir()) == [file]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_network_that_cannot_be_exported_is_named_with_the_reason(tmp_path, capfd):
     class Branching(torch.nn.Module):
         def forward(self, images):

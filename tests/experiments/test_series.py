@@ -1,5 +1,6 @@
 """Promises about experiments: paired by seed, resumed without repeating finished work, told as they came out."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import warm
 from made_up_results import result
+from mlflow import MlflowClient
 from rich.console import Console
 
 from integrated_pipeline import train_and_score
 from waferlab.config import ExperimentConfig
-from waferlab.errors import ConfigError, RunError, TrainingDivergedError
+from waferlab.errors import ConfigError, DamagedFileError, RunError, TrainingDivergedError
 from waferlab.evaluation.statistics import DIFFERENCE_METHOD, INTERVAL_METHOD
 from waferlab.experiments.ablation import COMPONENTS, ablate, ablation_variants
 from waferlab.experiments.comparison import _comparison_verdict, compare_architectures
@@ -23,7 +25,7 @@ from waferlab.experiments.series import TrainingSeries, Variant
 from waferlab.records import StartingWeights
 from waferlab.reports.tables import ablation_markdown, comparison_markdown
 from waferlab.terminal import Terminal
-from waferlab.tracking.runs import NoRuns
+from waferlab.tracking.runs import NoRuns, RunTree
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ["lightning_cnn", "vision_transformer"]
@@ -105,6 +107,36 @@ def test_a_resumed_series_trains_what_was_made_with_other_settings_anew(tiny_npz
         config = configured(tiny_npz, tmp_path, model_type="lightning_cnn", **settings)
         compare_architectures(config, seeds=seeds, train=train, **MEANS)
     assert asked == [("lightning_cnn", seed) for seed in (0, 1, 2, 0)]
+
+
+def test_a_damaged_record_is_named_with_a_remedy_that_works(tiny_npz, tmp_path):
+    settings = {"seeds": (0, 1), "train": made_up, **MEANS}
+    compare_architectures(configured(tiny_npz, tmp_path, model_type="lightning_cnn"), **settings)
+    file = tmp_path / "results/series/runs/lightning_cnn_seed0/record.json"
+    file.write_text("")
+    again = configured(tiny_npz, tmp_path, model_type="lightning_cnn", resume=True)
+    with pytest.raises(
+        DamagedFileError, match=r"lightning_cnn_seed0/record.json is damaged .*Delete it; with --resume"
+    ):
+        compare_architectures(again, **settings)
+    file.unlink()
+    assert len(compare_architectures(again, **settings)["runs"]) == 2
+
+
+def test_a_training_of_a_series_that_is_gone_on_with_stays_one_run(tiny_npz, tmp_path):
+    def killed(config, maps, split):
+        raise KeyboardInterrupt
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for train, resume in ((killed, False), (made_up, True)):
+        config = configured(tiny_npz, tmp_path, model_type="lightning_cnn", resume=resume)
+        with contextlib.suppress(KeyboardInterrupt):
+            runs = RunTree("series", uri=uri, folder=tmp_path, resume=resume, warn=print)
+            compare_architectures(config, seeds=(0,), train=train, runs=runs, terminal=MEANS["terminal"])
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("series").experiment_id])
+    assert sorted(run.info.run_name for run in found) == ["lightning_cnn, seed 0", "series"]
+    assert {run.info.status for run in found} == {"FINISHED"}
 
 
 def test_a_resumed_series_trains_on_other_maps_anew(tiny_npz, tmp_path):

@@ -1,8 +1,10 @@
 """Promises about workers that join a search from elsewhere, on a real PostgreSQL: each trial counts once."""
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from optuna.trial import TrialState
 
 from integrated_pipeline import IntegratedMLPipeline
 from waferlab.config import ExperimentConfig
+from waferlab.errors import DatabaseGoneError, ends_one_model
 from waferlab.search import workers
 from waferlab.search.budget import SearchPlan
 from waferlab.search.database import open_database
@@ -131,6 +134,26 @@ def fleet(tiny_npz, tmp_path, postgres):
     yield build
     for one in made:
         one.stop()
+
+
+def test_a_database_that_does_not_come_back_is_a_sentence_and_the_searchs_own_affair_no_models(tmp_path, monkeypatch):
+    monkeypatch.setattr("waferlab.search.database.PATIENCE", 0.2)
+    file = tmp_path / "study.db"
+    storage = open_database(f"sqlite:///{file}", heartbeat=15)
+    study = optuna.create_study(storage=storage)
+    with contextlib.closing(sqlite3.connect(file)) as other:
+        other.execute("drop table trials")
+    with pytest.raises(DatabaseGoneError, match=r"study.db' has not answered for 0 s .*What it holds is kept") as gone:
+        study.ask()
+    assert not ends_one_model(gone.value)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_a_wait_without_an_end_is_refused(seconds, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["workers.py", "--storage", "x", "--model", "y", "--wait", seconds])
+    with pytest.raises(SystemExit):
+        workers.main()
+    assert f"argument --wait: {seconds} are no seconds that end" in capsys.readouterr().err
 
 
 @pytest.mark.long

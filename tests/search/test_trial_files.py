@@ -68,6 +68,17 @@ def test_what_runs_again_begins_with_copies_of_what_the_last_that_was_cut_off_le
     assert kept(tmp_path) == both(1, again.number)
 
 
+def test_a_link_that_somebody_has_put_there_has_no_other_file_written(tmp_path):
+    study, files, others = a_study(), TrialFiles(tmp_path / "trials"), tmp_path / "others.txt"
+    add_trial(study, state=TrialState.FAIL)
+    again = add_trial(study, state=TrialState.RUNNING, again=0)
+    leave_checkpoints(files, 0)
+    others.write_text("theirs")
+    files.best(again.number).with_name(f"{files.best(again.number).name}.unfinished").symlink_to(others)
+    assert files.begin(optuna.Trial(study, again._trial_id)) == files.state(again.number)
+    assert others.read_text() == "theirs"
+
+
 @pytest.mark.parametrize("which", ["best", "state"])
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
 def test_a_trial_begins_anew_where_what_was_cut_off_left_no_whole_epoch(which, damage, tmp_path):

@@ -23,6 +23,7 @@ from torch import nn
 from waferlab.data.images import encode, resize_dies, symmetries
 from waferlab.data.maps import CLASS_NAMES
 from waferlab.evaluation.decision import Decision
+from waferlab.tracking.whole_files import write_atomically
 
 CONTRACT = "maps uint8 [N, rows, columns] (0 no die, 1 pass, 2 fail) -> probabilities float32 [N, classes]"
 
@@ -88,7 +89,7 @@ def export_onnx(
 
     Args:
         model: float [N, 1, S, S] in -1..1 to logits [N, classes]; on the CPU, in evaluation mode.
-        path: the file to write.
+        path: the file to write, whole or not at all.
         image_size: the S that it was trained with.
         decision: how the answer is made of its outputs.
         class_names: of all outputs of the model; the file keeps the names of those that it answers with.
@@ -109,9 +110,7 @@ def export_onnx(
     ClearMetadataAndDocStringPass()(program.model)
     _without_idle_ceil(program.model.graph)
     program.model.metadata_props.update(about | metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    program.save(str(path))
-    return path
+    return write_atomically(path, program.model_proto.SerializeToString())
 
 
 def _without_idle_ceil(graph: Any) -> None:

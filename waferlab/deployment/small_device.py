@@ -47,9 +47,7 @@ NO_SETS = "prediction sets are left out of the 8-bit files: their promise was ma
 
 def main() -> int:
     """Makes the forms with the command line's arguments and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"examples:\n{EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("maps", metavar="MAPS", help="whose values the ranges of 8-bit numbers are taken from; labels are not needed")
     add("--score", metavar="MAPS", help="labelled maps, of lots that the model was not trained on, to score all forms")

@@ -40,9 +40,7 @@ POLICY = (
 
 def main() -> int:
     """Builds the page with the command line's arguments and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"examples:\n{EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--model", default="models:/wafer_defect_classifier@champion", help="a .onnx file, or models:/name@alias")
     add("--tracking-uri", metavar="URI", help="of the registry (default: $MLFLOW_TRACKING_URI, else ./mlflow.db)")

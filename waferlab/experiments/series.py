@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +22,13 @@ from waferlab.data.maps import WaferMaps
 from waferlab.data.reading import load_wafer_maps
 from waferlab.data.splitting import Split, split_maps
 from waferlab.errors import ConfigError, RunError, ends_one_model
-from waferlab.records import ModelResult, command_line_used, environment, write_summary
+from waferlab.records import ModelResult, environment, write_summary
 from waferlab.reports.pages import write_report
 from waferlab.reports.tables import Table, table_markdown
 from waferlab.terminal import Terminal
+from waferlab.tracking.addresses import command_line_used
 from waferlab.tracking.runs import NoRuns, Run, RunTree
-from waferlab.training.checkpoints import hold_folders
+from waferlab.training.checkpoints import hold_folders, read_json
 
 TRAINING_SHARE = 0.8  # of the time limit; the rest is for data, evaluation and pictures
 
@@ -112,6 +112,7 @@ class TrainingSeries:
 
         Raises:
             RunError: no training came to its end.
+            DamagedFileError: the record of one that had come to its end is damaged.
         """
         records, started, trained = [], time.monotonic(), 0
         jobs = [(variant, seed) for seed in self.seeds for variant in self.variants]
@@ -172,16 +173,17 @@ class TrainingSeries:
         file = self._folder(variant, seed) / "record.json"
         if not self.config.resume or not file.exists():
             return None
-        record = json.loads(file.read_text())
-        same = record["fingerprint"] == self._fingerprint(self._variant_config(variant, seed))
-        return record if same and record["split"] == self._data_of(seed)[1].fingerprint else None
+        record = read_json(file)
+        same = record.get("fingerprint") == self._fingerprint(self._variant_config(variant, seed))
+        return record if same and record.get("split") == self._data_of(seed)[1].fingerprint else None
 
     def _train(self, variant: Variant, seed: int) -> dict[str, Any]:
         config, folder = self._variant_config(variant, seed), self._folder(variant, seed)
         if not config.resume:
             shutil.rmtree(folder, ignore_errors=True)
         maps, split = self._data_of(seed)
-        run = self.runs.start(f"{variant.name}, seed {seed}", parent=self.run_above)
+        key = hashlib.sha256(f"{variant.name} {self._fingerprint(config)} {split.fingerprint}".encode()).hexdigest()
+        run = self.runs.start(f"{variant.name}, seed {seed}", parent=self.run_above, key=key[:16])
         try:
             result = self._train_and_score(config, maps, split)
         except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -116,5 +117,7 @@ def find_model(name: str) -> ModelSpec:
         ConfigError: there is none.
     """
     if name not in MODEL_REGISTRY:
-        raise ConfigError(f"model_type={name!r} is unknown. Allowed: {', '.join(['all', *MODEL_REGISTRY])}.")
+        raise ConfigError(
+            f"model_type={reprlib.repr(name)} is unknown. Allowed: {', '.join(['all', *MODEL_REGISTRY])}."
+        )
     return MODEL_REGISTRY[name]

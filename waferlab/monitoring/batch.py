@@ -18,8 +18,9 @@ from waferlab.monitoring.class_mix import mix_with_intervals
 from waferlab.monitoring.drift import ALARM, NO_ALARM, PERMUTATIONS, Drift, compare
 from waferlab.monitoring.page import write_batch_page
 from waferlab.monitoring.reference import Reference, Sample, at_most
-from waferlab.records import code_tags, command_line_used
+from waferlab.records import code_tags
 from waferlab.reports.tables import p_value
+from waferlab.tracking.addresses import command_line_used
 from waferlab.tracking.runs import RunTree
 
 if TYPE_CHECKING:

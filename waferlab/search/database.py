@@ -29,7 +29,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from waferlab.errors import ConfigError
+from waferlab.errors import ConfigError, DatabaseGoneError
 from waferlab.search.study import run_again, seconds_between_signs
 from waferlab.search.trials import lost_and_not_queued
 from waferlab.tracking.addresses import address_without_password, without_password
@@ -62,8 +62,13 @@ def open_database(url: str, *, heartbeat: int) -> RDBStorage:
             time.sleep(2**attempt / 4)
         except (ImportError, ValueError) as error:  # no driver for it, or no database URL at all
             raise ConfigError(f"storage={address_without_password(url)!r} cannot be used ({error}).") from error
-    why = without_password(str(last).strip().splitlines()[0])
-    raise ConfigError(f"storage={address_without_password(url)!r} cannot be used ({why}). Does the server run?")
+    raise ConfigError(
+        f"storage={address_without_password(url)!r} cannot be used ({_first_line(last)}). Does the server run?"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(without_password(str(error)).strip().splitlines()), type(error).__name__)
 
 
 class PatientDatabase(RDBStorage):
@@ -86,7 +91,10 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
                 if isinstance(error.__cause__, DataError | IntegrityError | ProgrammingError):
                     raise
                 if time.monotonic() - started > PATIENCE:
-                    raise
+                    raise DatabaseGoneError(
+                        f"storage={address_without_password(arguments[0].url)!r} has not answered for {PATIENCE:.0f} s "
+                        f"({_first_line(error)}). What it holds is kept there: go on when it is back."
+                    ) from error
             failed = True
             time.sleep(pause)
             pause = min(LONGEST_PAUSE, 2 * pause)
@@ -139,7 +147,7 @@ def lost_trials_watched(study: optuna.Study) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(interval):
-            with suppress(StorageInternalError):  # it has been away for long; whoever trains says so
+            with suppress(StorageInternalError, DatabaseGoneError):  # it has been away for long; whoever trains says so
                 bring_back_lost_trials(study)
 
     watcher = threading.Thread(target=watch, name="lost trials", daemon=True)

@@ -33,9 +33,7 @@ def main() -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of the launcher; it hands on all others."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"examples:\n{EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--workers", type=int, required=True, metavar="N", help="how many")
     add("--cpus", type=float, default=1, metavar="N", help="cores that each reserves; trials side by side in it (1)")

@@ -62,6 +62,7 @@ class TrialFiles:
                     checkpoint_digest(file)
                 for file, place in zip(theirs, ours, strict=True):
                     unfinished = place.with_name(f"{place.name}.unfinished")
+                    unfinished.unlink(missing_ok=True)  # a link of that name would lead elsewhere
                     shutil.copyfile(file, unfinished)
                     os.replace(unfinished, place)
                 return ours[1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -69,7 +70,10 @@ def what_is_here_stays() -> Iterator[None]:
 
 def main() -> int:
     """Joins a search with the command line's arguments and returns the exit status."""
-    arguments = command_line.parse(make_parser())
+    parser = make_parser()
+    arguments = command_line.parse(parser)
+    if not 0 <= arguments.wait < math.inf:
+        parser.error(f"argument --wait: {arguments.wait:g} are no seconds that end. Give a number from 0.")
     return command_line.run(lambda: join(arguments), when_stopped=STOPPED)
 
 

@@ -1,8 +1,14 @@
-"""Addresses of stores, as they may be shown and written down."""
+"""Addresses of stores, and command lines that hold some, as they may be shown and written down.
+
+Imports the standard library alone: a program that is interrupted as it still imports says from here how to go on.
+"""
 
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from pathlib import Path
 
 # After the name of the user, up to the last @, as requests reads it; or named behind the question mark.
 PASSWORD = re.compile(
@@ -19,3 +25,8 @@ def address_without_password(address: str) -> str:
 def without_password(text: str) -> str:
     """A text, such as an address or an error that names one, without the passwords of addresses that may be in it."""
     return PASSWORD.sub(lambda found: found[1] or found[2] or "", text)
+
+
+def command_line_used() -> str:
+    """How this program was started, without the folder it lies in and passwords of addresses."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *map(address_without_password, sys.argv[1:])])

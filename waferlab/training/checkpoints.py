@@ -27,7 +27,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from waferlab.data.datamodule import WaferMapDataModule
 from waferlab.errors import ConfigError, DamagedFileError, FolderInUseError
 from waferlab.models.classifier import WaferClassifier
-from waferlab.records import StartingWeights, TrainingRecord, command_line_used, write_summary
+from waferlab.records import StartingWeights, TrainingRecord, write_summary
+from waferlab.tracking.addresses import command_line_used
 from waferlab.tracking.processes import still_runs, this_process
 from waferlab.tracking.whole_files import sweep_up, write_atomically
 from waferlab.training.callbacks import History
@@ -318,7 +319,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         FolderInUseError: another run holds it; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", opener=_not_by_a_link) as lock:
+    with open(folder / ".lock", "a+", encoding="utf-8", errors="backslashreplace", opener=_not_by_a_link) as lock:
         _lock(lock, folder)
         lock.truncate(0)
         command = command_line_used()
