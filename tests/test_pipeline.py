@@ -33,6 +33,7 @@ from waferlab.data.splitting import SPLITS
 from waferlab.errors import ConfigError, DataError, RunError, TrainingDivergedError
 from waferlab.records import TrainingRecord
 from waferlab.reports.model_card import write_model_card
+from waferlab.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,6 +145,20 @@ def test_the_same_seed_gives_the_same_figures_and_another_other_ones(tiny_npz, t
         config = ExperimentConfig(**settings(tiny_npz, tmp_path / str(run), seed=seed, max_epochs=1))
         losses.append(IntegratedMLPipeline(config).train_final_model("lightning_cnn").history["train_loss"])
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.long
+def test_a_whole_run_gives_the_same_trials_weights_and_scores_again(tiny_npz, tmp_path):
+    outcomes = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        config = ExperimentConfig(**settings(tiny_npz, folder, enable_optuna=True))
+        (model,) = IntegratedMLPipeline(config).run_complete_pipeline()["models"]
+        weights = read_checkpoint(folder / "checkpoints/tiny/lightning_cnn/best.ckpt")["state_dict"]
+        trials = [(trial["parameters"], trial["values"]) for trial in model["search"]["trials"]]
+        outcomes.append((trials, model["history"]["train_loss"], model["test"], weights))
+    (*first, weights), (*second, others) = outcomes
+    assert first == second and len(first[0]) == 3
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 CHILD = """

@@ -122,7 +122,7 @@ def damaged(draw, sound):
 @pytest.mark.filterwarnings(
     "ignore::UserWarning:PIL.TiffImagePlugin"
 )  # what Pillow says of a damaged TIFF before it gives up
-@pytest.mark.parametrize("reader", ["image", "lswmd", "npz", "request"])
+@pytest.mark.parametrize("reader", ["image", "lswmd", "model", "npz", "request"])
 @quick
 @given(st.data())
 def test_a_damaged_file_or_request_is_read_or_refused_in_a_sentence(reader, data):

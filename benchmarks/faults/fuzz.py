@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -105,6 +106,7 @@ def throw(name: str, flags: list[str]) -> None:
     atheris.Fuzz()
 
 
+@cache
 def seeds(name: str) -> list[bytes]:
     """Sound inputs to begin with."""
     import numpy as np
