@@ -313,7 +313,7 @@ class IntegratedMLPipeline:
         """A model that diverges, finds nothing or has no memory ends alone; the others go on."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ImportError) as error:
             if not ends_one_model(error):
                 raise
             self.failed[model_type] = error

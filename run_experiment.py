@@ -89,8 +89,8 @@ OF_SERIES = {
     ),
 }
 PRETRAIN_HEEDS = {
-    "model_type", "image_size", "seed", "learning_rate", "accelerator", "devices", "precision", "threads", "trainer",
-    "accumulate_grad_batches", "output_dir", "pretrained_dir", "resume", "quiet",
+    "model_type", "image_size", "seed", "learning_rate", "accelerator", "devices", "precision", "threads",
+    "output_dir", "pretrained_dir", "resume", "quiet",
 }  # fmt: skip
 SERIES, TRAININGS = {"comparison", "ablation"}, PRESETS.keys() - {"pretrain"}
 ONLY_FOR = {  # flags that mean nothing in the other modes

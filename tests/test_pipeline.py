@@ -377,6 +377,10 @@ def test_devices_that_name_none_are_answered_with_a_sentence(devices):
         ({"accelerator": "banana"}, "accelerator='banana' is unknown. Allowed: auto, cpu, gpu"),
         ({"precision": "banana"}, "precision='banana' is unknown. Allowed: auto, 32-true"),
         ({"precision": 7}, "precision=7 is unknown"),
+        ({"precision": "bf16-true"}, "precision='bf16-true' is unknown"),
+        ({"registry_name": "fab/wafer"}, "registry_name='fab/wafer' names no model in MLflow"),
+        ({"registry_name": " "}, "registry_name=' ' names no model in MLflow"),
+        ({"model_type": ["all", "vision_transformer"]}, "'all' stands alone, for lightning_cnn"),
         (
             {"model_type": ["lightning_cnn", "vision_transformer"], "image_size": 44},
             "image_size=44: vision_transformer cuts images into patches of 8 pixels. Choose 40 or 48.",
@@ -497,6 +501,20 @@ def test_what_the_machine_refuses_is_a_sentence_with_its_remedy(number, said, ca
     assert capsys.readouterr().err == f"{said} Finished epochs are kept: repeat the command with --resume then.\n"
     assert command_line.run(work, when_stopped="again") == 1
     assert capsys.readouterr().err == f"{said}\n"
+
+
+def lack_a_library(*_, **__):
+    raise ImportError("libGL.so.1: cannot open shared object file")
+
+
+def test_a_library_that_the_system_lacks_costs_its_model_alone(tiny_npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("integrated_pipeline.IntegratedMLPipeline.search_and_train", lack_a_library)
+    config = ExperimentConfig(**settings(tiny_npz, tmp_path, model_type=["lightning_cnn", "yolo_inspired"]))
+    with pytest.raises(RunError, match=r"No model could be trained. lightning_cnn: libGL.so.1.*yolo_inspired: libGL"):
+        IntegratedMLPipeline(config).run_complete_pipeline()
+    assert "yolo_inspired is left out: libGL.so.1" in capsys.readouterr().err  # said by a quiet run, too
+    assert command_line.run(lack_a_library) == 1
+    assert "Install what is needed: pip install -r requirements.txt, and of the system" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("work", [partial(np.empty, 2**55), partial(torch.empty, 2**55)])

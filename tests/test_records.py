@@ -1,13 +1,15 @@
 """Promises about records: what is written to JSON comes back as it was, with a text for people beside it."""
 
 import json
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
 from made_up import a_record
+from made_up_trials import a_search
 
 from integrated_pipeline import ExperimentConfig
-from waferlab.records import StartingWeights, TrainingRecord, decided_by_time, write_summary
+from waferlab.records import StartingWeights, TrainingRecord, decided_by_time, environment, write_summary
 
 WEIGHTS = [
     (StartingWeights("random", reason="not asked for"), "random (not asked for)"),
@@ -30,6 +32,23 @@ def test_a_record_comes_back_from_json_as_it_was(weights, text, tmp_path):
 
 def a_result(**more):
     return SimpleNamespace(**{"model_type": "made_up", "epochs": 7, "search": None, "precision": "32-true"} | more)
+
+
+def test_versions_are_of_what_is_installed_be_it_for_gpus(monkeypatch):
+    def installed(package):
+        if package in ("onnxruntime", "ultralytics", "ultralytics-gpu"):
+            raise PackageNotFoundError(package)
+        return f"that of {package}"
+
+    monkeypatch.setattr("waferlab.records.version", installed)
+    found = environment()
+    assert (found["torch"], found["onnxruntime"]) == ("that of torch", "that of onnxruntime-gpu")
+    assert found["ultralytics"] is None
+
+
+def test_trials_that_still_waited_when_the_time_was_up_are_none():
+    trials = [SimpleNamespace(state=state) for state in ("complete", "pruned", "fail", "waiting")]
+    assert a_search(trials=trials).begun() == 3
 
 
 def test_a_summary_says_which_figures_another_run_may_not_repeat():

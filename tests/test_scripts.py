@@ -16,6 +16,7 @@ import integrated_pipeline
 import quick_start
 import run_experiment
 from integrated_pipeline import ExperimentConfig
+from waferlab import command_line
 from waferlab.training import pretraining
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +147,22 @@ def test_a_flag_or_an_option_without_effect_is_refused(flags, message, tmp_path,
     assert call("run_experiment", "--mode", "comparison", *flags, "--output-dir", tmp_path) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["trainer={limit_train_batches: 2}", "accumulate_grad_batches=2"])
+def test_pretrain_refuses_what_its_weights_would_not_tell(option, tmp_path, capsys):
+    assert call("run_experiment", "--mode", "pretrain", option, "--output-dir", tmp_path) == 2
+    assert "--mode pretrain has no use for" in capsys.readouterr().err
+
+
+def test_the_hint_to_go_on_names_the_script_where_it_lies(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/opt/wafer/demo.py", "--seed", "1"])
+
+    def stop():
+        raise KeyboardInterrupt
+
+    assert command_line.run(stop) == 130
+    assert "To go on: python /opt/wafer/demo.py --seed 1 --resume" in capsys.readouterr().err
 
 
 def test_what_a_terminal_would_carry_out_is_printed_in_words_also_by_the_parser(capsys):

@@ -44,7 +44,7 @@ def test_a_search_ends_with_a_line_that_says_what_goes_on_and_why(terminal):
         SearchRecord(
             study="s", sampler="TPESampler", pruner=None, proposed_by={}, pruned=2, workers=1,
             objectives=["macro_f1"], seconds=12.4, best=best, why="no trial beats the defaults", pareto_front=[],
-            trials=[None] * 6,
+            trials=[SimpleNamespace(state="complete")] * 6,
         )
     )  # fmt: skip
     assert printed(terminal) == (

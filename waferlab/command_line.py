@@ -117,7 +117,7 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         ConfigError: the page is wanted without tracking.
         ServerError: the server does not start.
     """
-    from waferlab.tracking.server import MlflowServer
+    from waferlab.tracking.server import MlflowServer, page_of
 
     if not wanted:
         yield
@@ -126,9 +126,17 @@ def mlflow_page(pipeline: IntegratedMLPipeline, *, wanted: bool) -> Iterator[Non
         raise ConfigError("The MLflow page shows what --no-mlflow switches off. Leave out one of the two.")
     if pipeline.config.tracker != "mlflow":
         raise ConfigError("Runs of Weights & Biases are not on MLflow's page. Leave out the page, or tracker=wandb.")
-    Path(pipeline.config.output_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(pipeline.config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error}). Choose another output_dir.") from error
     tracking = pipeline.open_tracking()
     experiment_id = tracking.experiment_id
+    if tracking.uri.startswith(("http://", "https://")):  # a server is there already
+        print(f"MLflow: {without_password(tracking.uri)}/{page_of(experiment_id)}", flush=True)
+        yield
+        return
     server = MlflowServer(tracking.uri)
     try:
         server.wait_until_up()
@@ -164,13 +172,14 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
     try:
         work()
     except KeyboardInterrupt as stopped:
-        again = command_line_used() + ("" if "--resume" in sys.argv else " --resume")
+        again = command_line_used(folder=True) + ("" if "--resume" in sys.argv else " --resume")
         hint = when_stopped or f"Finished epochs are kept. To go on: {printable(again)}"
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(" ".join(["\nStopped.", *map(str, stopped.args), hint]), file=sys.stderr)
         return 128 + stopped_by[-1]
-    except ModuleNotFoundError as error:
-        print(f"error: {error}. Install what is needed: pip install -r requirements.txt", file=sys.stderr)
+    except ImportError as error:
+        missing = "pip install -r requirements.txt, and of the system what docs/install.md names"
+        print(f"error: {printable(str(error))}. Install what is needed: {missing}", file=sys.stderr)
         return 1
     except (UserError, RunError) as error:
         print(f"error: {printable(without_password(str(error)))}", file=sys.stderr)

@@ -27,9 +27,8 @@ from waferlab.tracking.whole_files import write_atomically
 SAMPLERS = ("auto", "tpe", "random")
 PRUNERS = ("auto", "median", "halving", "hyperband", "none")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # of Lightning's Trainer, as the next
-PRECISIONS = (
-    "auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64",
-    "transformer-engine", "transformer-engine-float16",
+PRECISIONS = (  # not those that convert the weights as well, such as bf16-true: the images stay in 32 bits
+    "auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16", "transformer-engine", "transformer-engine-float16",
 )  # fmt: skip
 TRACKERS = ("mlflow", "wandb")
 PRETRAINED_SOURCES = ("auto", "imagenet", "wafer")
@@ -248,6 +247,11 @@ class ExperimentConfig:
                 f"experiment_name={shortened(name)} names a folder: use letters, digits, '_', '-' and inner dots, at "
                 f"most {LONGEST_NAME}."
             )
+        registry = self.registry_name
+        if registry is not None and (not registry.strip() or any(c in "/:" for c in registry)):
+            raise ConfigError(
+                f"registry_name={shortened(registry)} names no model in MLflow: leave out '/' and ':', or write null."
+            )
         for name in self.model_types():
             find_model(name).check_size(name, self.image_size)
 
@@ -329,6 +333,8 @@ class ExperimentConfig:
         if self.model_type == "all":
             return [name for name, spec in MODEL_REGISTRY.items() if spec.in_all]
         names = [self.model_type] if isinstance(self.model_type, str) else list(self.model_type)
+        if "all" in names and len(names) > 1:
+            raise ConfigError(f"model_type={shortened(names)}: 'all' stands alone, for {', '.join(MODEL_REGISTRY)}.")
         for name in names:
             find_model(name)
         if not names:

@@ -104,10 +104,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def ends_one_model(error: BaseException) -> bool:
-    """Whether an error is one model's own affair: it diverged, found nothing or had no memory; others can go on."""
+    """Whether an error is one model's own affair: it diverged, found nothing, had no memory or lacks a library."""
     if isinstance(error, DamagedFileError | DatabaseGoneError):  # somebody has to look at that first
         return False
-    return isinstance(error, RunError) or out_of_memory(error)
+    return isinstance(error, RunError | ImportError) or out_of_memory(error)
 
 
 class WeightsUnavailableError(RuntimeError):

@@ -10,9 +10,10 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -190,6 +191,10 @@ class SearchRecord:
     pareto_front: list[dict[str, Any]]
     trials: list[TrialRecord]
 
+    def begun(self) -> int:
+        """How many trials there were, without those that still waited when the time was up."""
+        return sum(trial.state != "waiting" for trial in self.trials)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel(TrainingRecord):
@@ -333,7 +338,7 @@ def decided_by_time(config: Any, results: Sequence[ModelResult]) -> list[str]:
     said = []
     if config.time_limit is not None:
         epochs = ", ".join(f"{result.epochs} of {result.model_type}" for result in results)
-        trials = sum(len(result.search.trials) for result in results if result.search)
+        trials = sum(result.search.begun() for result in results if result.search)
         said.append(
             f"time_limit={config.time_limit:g} let the machine's speed decide how much was trained: here {epochs} "
             f"epochs and {trials} trials."
@@ -369,7 +374,7 @@ def environment() -> dict[str, Any]:
     Returns:
         commit: of this code; None where git or the repository is missing, as in an installed copy.
         uncommitted_changes: whether its tracked Python files differed from that commit; None where that is not known.
-        python, and the version of each library of `LIBRARIES`.
+        python, and the version of each library of `LIBRARIES`; None of one that is not installed.
         processor, cpu_capability, cpu_cores, torch_threads, gpu.
     """
     import torch
@@ -377,13 +382,21 @@ def environment() -> dict[str, Any]:
     return {
         **_commit_of_this_code(),
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **{name: version_of(name) for name in LIBRARIES},
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the vector instructions that PyTorch uses
         "cpu_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def version_of(library: str) -> str | None:
+    """That is installed here, be it in a package for GPUs; None if it is not."""
+    for package in (library, f"{library}-gpu"):
+        with suppress(PackageNotFoundError):
+            return version(package)
+    return None
 
 
 def code_tags() -> dict[str, str]:

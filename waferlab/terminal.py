@@ -68,12 +68,22 @@ class Terminal:
         self._errors = Console(file=sys.stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def say(self, text: str, *, style: str | None = None) -> None:
-        """Prints a line as it is: brackets in a path are no markup. The terminal wraps; a log keeps whole lines."""
+        """Prints a line as it is: brackets in a path are no markup. The terminal wraps; a log keeps whole lines.
+
+        What is amiss (yellow) a quiet one says, too, to the standard error.
+        """
+        if self.quiet and style == "yellow":
+            self.warn(text.strip())
+            return
         self.console.print(printable(text), soft_wrap=True, markup=False, emoji=False, style=style)
 
     def warn(self, text: str) -> None:
         """Prints a line to the standard error, from any thread."""
         self._errors.print(printable(text))
+
+    def aloud(self) -> Terminal:
+        """One that prints the outcome, which a quiet one does, too."""
+        return Terminal(Console(highlight=False)) if self.quiet else self
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -133,7 +143,7 @@ class Terminal:
         """What a search came to."""
         best = found.best
         self.say(
-            f"  {len(found.trials)} trials in {found.seconds:.0f} s, {found.pruned} of them stopped early; trial "
+            f"  {found.begun()} trials in {found.seconds:.0f} s, {found.pruned} of them stopped early; trial "
             f"{best.number} goes on ({best.macro_f1:.3f} on validation): {found.why}"
         )
 
@@ -153,7 +163,7 @@ class Terminal:
                 f"\n{result.model_type} Results: accuracy {result.test['accuracy']:.4f}, macro F1 "
                 f"{result.test['macro_f1']:.4f} (best epoch {result.best_epoch} of {result.epochs})"
             )
-        out = Console(highlight=False) if self.quiet else self.console
+        out = self.aloud().console
         out.print()
         table = results_table(comparison_rows(results), chosen=summary["best_model"])
         out.print(InColumns(table, title="Model comparison"))

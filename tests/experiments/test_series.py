@@ -68,6 +68,13 @@ def test_it_is_said_which_intervals_are_corrected(tiny_npz, tmp_path):
     assert "the intervals in the verdicts are corrected likewise, those of the means are not" in variants
 
 
+def test_a_quiet_experiment_prints_its_tables_and_its_verdict_all_the_same(tiny_npz, tmp_path, capsys):
+    config = configured(tiny_npz, tmp_path, model_type=MODELS)
+    verdict = compare_architectures(config, seeds=(0, 1), train=made_up, **MEANS)["verdict"]
+    printed = capsys.readouterr().out
+    assert verdict in printed and printed.count("vision_transformer") >= 2 and "seed 0" not in printed
+
+
 @pytest.mark.long
 def test_a_comparison_is_paired_by_seed_and_resumed_without_repeating(tiny_npz, tmp_path):
     def compared(**more):

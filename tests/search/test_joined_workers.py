@@ -231,7 +231,7 @@ def test_what_a_worker_cannot_do_is_one_message_and_status_2(flags, said, tmp_pa
 @pytest.mark.long
 def test_ray_starts_workers_on_a_cluster(fleet):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    fleet = fleet(num_optuna_trials=6, workers=1)
+    fleet = fleet(num_optuna_trials=12, workers=1)
     launcher = fleet.start(
         "-m", "waferlab.search.ray_workers", "--workers", 2, "--cpus", 1, "--storage", fleet.server.url,
         "--model", "slow", "--register", "slow_models", "--output-dir", fleet.folder / "ray",
@@ -240,7 +240,7 @@ def test_ray_starts_workers_on_a_cluster(fleet):
     leader = fleet.lead()
     assert [fleet.ended(leader), fleet.ended(launcher)] == [0, 0], fleet.logs()
     trials = counted_trials(fleet.study())
-    assert len(trials) == 6 and len({trial.user_attrs["process"] for trial in trials}) == 3
+    assert len(trials) == 12 and len({trial.user_attrs["process"] for trial in trials}) == 3
 
 
 def test_without_ray_a_sentence_says_how_to_have_it_and_nothing_else_needs_it():

@@ -934,3 +934,18 @@ def test_the_page_of_mlflow_is_refused_where_runs_go_elsewhere(tiny_npz, tmp_pat
     made = IntegratedMLPipeline(ExperimentConfig(**tiny_settings(tiny_npz, tmp_path, tracker="wandb")))
     with pytest.raises(ConfigError, match="not on MLflow's page"), mlflow_page(made, wanted=True):
         pytest.fail("it was shown")
+
+
+def test_where_a_server_is_there_already_its_page_is_named_and_none_is_started(tmp_path, capsys):
+    tracking = SimpleNamespace(uri="https://me:secret@mlflow.example.org", experiment_id="7")
+    config = SimpleNamespace(enable_mlflow=True, tracker="mlflow", output_dir=tmp_path)
+    with mlflow_page(SimpleNamespace(config=config, open_tracking=lambda: tracking), wanted=True):
+        said = capsys.readouterr().out
+    assert said.startswith("MLflow: https://me@mlflow.example.org/#/experiments/7/runs")
+    config.output_dir = tmp_path / "file"
+    config.output_dir.touch()
+    with (
+        pytest.raises(ConfigError, match="file cannot be written"),
+        mlflow_page(SimpleNamespace(config=config, open_tracking=lambda: tracking), wanted=True),
+    ):
+        pytest.fail("it went on")

@@ -122,7 +122,7 @@ class TrainingSeries:
             if record is None:
                 try:
                     record = self._train(variant, seed)
-                except (RuntimeError, MemoryError) as error:
+                except (RuntimeError, MemoryError, ImportError) as error:
                     if not ends_one_model(error):
                         raise
                     self._leave_out(variant, seed, error)
@@ -230,7 +230,7 @@ def _short_record(variant: Variant, seed: int, result: ModelResult) -> dict[str,
         "validation_macro_f1": result.validation["macro_f1"],
         "train_seconds": result.total_seconds or result.train_seconds,  # any search included
         "epochs": result.epochs,
-        "trials": len(result.search.trials) if result.search else 0,
+        "trials": result.search.begun() if result.search else 0,
         "n_parameters": result.n_parameters,
         "latency_ms": result.latency_ms,
         "weights": str(result.weights),
@@ -258,9 +258,10 @@ def publish(
     page = write_report(record, folder=folder, pictures=[file.name for file in files], path=folder / "report.html")
     series.runs.note(series.run_above, "\n\n".join(map(table_markdown, tables)))
     series.runs.files(series.run_above, [*files, page, folder / f"{mode}.json"])
+    aloud = series.terminal.aloud()
     for table in tables:
-        series.terminal.print_table(table)
-    series.terminal.say(f"\n{record['verdict']}\n\nResults, pictures and report.html: {folder}")
+        aloud.print_table(table)
+    aloud.say(f"\n{record['verdict']}\n\nResults, pictures and report.html: {folder}")
 
 
 def head(

@@ -27,6 +27,7 @@ def without_password(text: str) -> str:
     return PASSWORD.sub(lambda found: found[1] or found[2] or "", text)
 
 
-def command_line_used() -> str:
-    """How this program was started, without the folder it lies in and passwords of addresses."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *map(address_without_password, sys.argv[1:])])
+def command_line_used(*, folder: bool = False) -> str:
+    """How this program was started, without passwords of addresses, and without the `folder` it lies in or with it."""
+    program = sys.argv[0] if folder else Path(sys.argv[0]).name
+    return shlex.join(["python", program, *map(address_without_password, sys.argv[1:])])
