@@ -53,6 +53,9 @@ TRIED = {  # what stands on the page of troubles: where its remedy is tried
     "It is slow": "test_who_leaves_cores_to_others_by_openmps_variable_has_no_more_taken",
     "No network": "test_a_host_that_swallows_packets_costs_the_bounded_wait_only",
     "A GPU": "",  # there is none here
+    "The database of a search went away": (
+        "test_a_database_that_does_not_come_back_is_a_sentence_and_the_searchs_own_affair_no_models"
+    ),
     "A search was cut off": "test_a_trial_goes_on_after_the_last_whole_epoch_of_the_one_that_was_cut_off",
     "`--resume` refuses": "test_resume_with_other_settings_is_refused_and_keeps_what_is_there",
     "The MLflow server was away": "test_an_outage_delays_what_is_written",

@@ -1,12 +1,13 @@
 """Promises about records: what is written to JSON comes back as it was, with a text for people beside it."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
 from made_up import a_record
-from made_up_trials import a_search
+from search.made_up_trials import a_search
 
 from integrated_pipeline import ExperimentConfig
 from waferlab.records import StartingWeights, TrainingRecord, decided_by_time, environment, write_summary
@@ -53,11 +54,11 @@ def test_trials_that_still_waited_when_the_time_was_up_are_none():
 
 def test_a_summary_says_which_figures_another_run_may_not_repeat():
     fixed = {"time_limit": None, "threads": 1, "precision": "32-true", "workers": 1}
-    searched = a_result(search=SimpleNamespace(workers=1, trials=[1, 2, 3]))
+    searched = a_result(search=a_search(trials=[SimpleNamespace(state="complete")] * 3))
     assert decided_by_time(ExperimentConfig(**fixed), [a_result(), searched]) == []
     (said,) = decided_by_time(ExperimentConfig(**fixed | {"time_limit": 60}), [a_result(), searched])
     assert "time_limit=60" in said and "7 of made_up, 7 of made_up epochs and 3 trials" in said
-    (said,) = decided_by_time(ExperimentConfig(**fixed), [a_result(search=SimpleNamespace(workers=2, trials=[]))])
+    (said,) = decided_by_time(ExperimentConfig(**fixed), [a_result(search=replace(a_search(), workers=2))])
     assert "workers=1 repeats" in said
     (said,) = decided_by_time(ExperimentConfig(**fixed | {"threads": None}), [a_result()])
     assert "threads=1 repeats" in said
