@@ -235,8 +235,6 @@ def pretrain_all(arguments: argparse.Namespace) -> None:
                 resume=config.resume,
                 say=(lambda text: None) if config.quiet else (lambda text: print(text, flush=True)),
             )
-            # Of one that was killed between its last two steps.
-            file.with_name(f"{file.stem}.partial.ckpt").unlink(missing_ok=True)
             if config.quiet:
                 print(file, flush=True)
 

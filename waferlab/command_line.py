@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from waferlab.errors import ConfigError, RunError, UserError, out_of_memory, printable, refused_by_the_machine
+from waferlab.errors import (
+    ConfigError,
+    RunError,
+    UserError,
+    first_line,
+    out_of_memory,
+    printable,
+    refused_by_the_machine,
+)
 from waferlab.tracking.addresses import command_line_used, without_password
 
 if TYPE_CHECKING:
@@ -188,8 +196,9 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
         if not out_of_memory(error):
             raise
         kept = "" if when_stopped else " Finished epochs are kept: repeat the command with --resume then."
-        print(f"error: The memory does not suffice ({_first_line(error)}). Close other programs, raise the limit "
-              f"(ulimit -v), or give fewer maps, smaller images or batches.{kept}", file=sys.stderr)  # fmt: skip
+        why = printable(first_line(error))
+        print(f"error: The memory does not suffice ({why}). Close other programs, raise the limit (ulimit -v), or give "
+              f"fewer maps, smaller images or batches.{kept}", file=sys.stderr)  # fmt: skip
         return RunError.exit_status
     except OSError as error:
         if (refused := refused_by_the_machine(error)) is None:
@@ -199,7 +208,3 @@ def run(work: Callable[[], object], *, when_stopped: str | None = None) -> int:
             print(f"error: {printable(refused)}.{kept}", file=sys.stderr)
         return RunError.exit_status
     return 0
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(printable(str(error)).strip().splitlines()), type(error).__name__)

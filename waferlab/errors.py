@@ -96,6 +96,11 @@ def refused_by_the_machine(error: Exception) -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows below; its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """PyTorch has an error of its own on a GPU; on a CPU it raises a plain RuntimeError."""
     of_a_gpu = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # without importing PyTorch

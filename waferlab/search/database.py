@@ -29,7 +29,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from waferlab.errors import ConfigError, DatabaseGoneError
+from waferlab.errors import ConfigError, DatabaseGoneError, first_line
 from waferlab.search.study import run_again, seconds_between_signs
 from waferlab.search.trials import lost_and_not_queued
 from waferlab.tracking.addresses import address_without_password, without_password
@@ -62,13 +62,8 @@ def open_database(url: str, *, heartbeat: int) -> RDBStorage:
             time.sleep(2**attempt / 4)
         except (ImportError, ValueError) as error:  # no driver for it, or no database URL at all
             raise ConfigError(f"storage={address_without_password(url)!r} cannot be used ({error}).") from error
-    raise ConfigError(
-        f"storage={address_without_password(url)!r} cannot be used ({_first_line(last)}). Does the server run?"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(without_password(str(error)).strip().splitlines()), type(error).__name__)
+    why = without_password(first_line(last))
+    raise ConfigError(f"storage={address_without_password(url)!r} cannot be used ({why}). Does the server run?")
 
 
 class PatientDatabase(RDBStorage):
@@ -93,7 +88,7 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
                 if time.monotonic() - started > PATIENCE:
                     raise DatabaseGoneError(
                         f"storage={address_without_password(arguments[0].url)!r} has not answered for {PATIENCE:.0f} s "
-                        f"({_first_line(error)}). What it holds is kept there: go on when it is back."
+                        f"({without_password(first_line(error))}). What it holds is kept there: go on when it is back."
                     ) from error
             failed = True
             time.sleep(pause)

@@ -186,10 +186,11 @@ def pretrain(
         "generator": generator_digest(),
     }
     file = folder / f"{model_type}-{_digest(settings | {'network': network_digest(model.network)})}.safetensors"
+    history, partial = History(), folder / f"{file.stem}.partial.ckpt"
     if file.exists():
+        partial.unlink(missing_ok=True)  # of one that was killed between its last two steps
         say(f"  made before: {file}")
         return file
-    history, partial = History(), folder / f"{file.stem}.partial.ckpt"
     fit(
         model,
         GeneratedStream(seed=seed, image_size=image_size, maps_per_epoch=maps_per_epoch),
